@@ -1,0 +1,1 @@
+//! Reads configurations: presets, YAML, overrides, validation.

@@ -1,0 +1,351 @@
+//! Parameters: names and shapes as in the PyTorch layers, values and gradients in two flat buffers.
+//!
+//! A model is built twice over the same code path without noticing: its constructor declares parameters
+//! through a [`Builder`], which hands out [`Param`] handles; [`Builder::finish`] then lays all of them
+//! out in one flat buffer, in the order of their declaration, and draws their initial values. Clipping
+//! and the optimizer run over the flat buffers; views of them are what the operations see.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, Var};
+
+use crate::ops::philox::philox4x32;
+use crate::ops::real::Real;
+use crate::{bail_input, dispatch};
+
+/// How a parameter's initial values are drawn.
+#[derive(Clone, Debug)]
+pub enum Init {
+    /// The same value everywhere.
+    Const(f64),
+    /// Uniform in ±bound.
+    Uniform(f64),
+    /// Each row holds log 1, log 2, …, log of the row's length (S4D-real, Mamba's `A_log`).
+    LogArange,
+    /// log of a uniform number in (low, high) (`A_log` of Mamba-2 and the gated delta family).
+    LogUniform(f64, f64),
+    /// The inverse softplus of a step size drawn log-uniformly from [low, high], at least `floor`.
+    InverseSoftplus { low: f64, high: f64, floor: f64 },
+    /// Given values, in row-major order.
+    Values(Vec<f64>),
+}
+
+impl Init {
+    /// PyTorch's default for a linear layer's weight and bias: U(±1/√fan_in).
+    pub fn linear(fan_in: usize) -> Self {
+        Init::Uniform(1.0 / (fan_in as f64).sqrt())
+    }
+
+    /// Mamba's step sizes: log-uniform in [1e-3, 0.1], at least 1e-4, through the inverse softplus.
+    pub fn step_size() -> Self {
+        Init::InverseSoftplus { low: 1e-3, high: 0.1, floor: 1e-4 }
+    }
+
+    fn draw(&self, shape: &[usize], mut uniform: impl FnMut() -> f64) -> Vec<f64> {
+        let n: usize = shape.iter().product();
+        match self {
+            Init::Const(value) => vec![*value; n],
+            Init::Uniform(bound) => (0..n).map(|_| bound * (2.0 * uniform() - 1.0)).collect(),
+            Init::LogArange => {
+                let row = *shape.last().unwrap_or(&1);
+                (0..n).map(|i| ((i % row + 1) as f64).ln()).collect()
+            }
+            Init::LogUniform(low, high) => (0..n).map(|_| (low + (high - low) * uniform()).ln()).collect(),
+            Init::InverseSoftplus { low, high, floor } => (0..n)
+                .map(|_| {
+                    let dt = (low.ln() + (high.ln() - low.ln()) * uniform()).exp().max(*floor);
+                    dt + (-(-dt).exp_m1()).ln()
+                })
+                .collect(),
+            Init::Values(values) => values.clone(),
+        }
+    }
+}
+
+struct Placed {
+    value: Tensor,
+    grad: Tensor,
+    anchor: Tensor,
+}
+
+struct Spec {
+    name: String,
+    shape: Vec<usize>,
+    init: Init,
+    trained: bool,
+    placed: OnceLock<Placed>,
+}
+
+/// A handle to one named parameter; cheap to clone.
+#[derive(Clone)]
+pub struct Param(Arc<Spec>);
+
+impl Param {
+    fn placed(&self) -> &Placed {
+        self.0.placed.get().expect("a parameter is used after Builder::finish")
+    }
+
+    /// The full name, as in the PyTorch state_dict.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.0.shape
+    }
+
+    /// False for buffers that a checkpoint holds but training leaves alone.
+    pub fn trained(&self) -> bool {
+        self.0.trained
+    }
+
+    /// A view of the current value, outside the graph.
+    pub fn value(&self) -> Tensor {
+        self.placed().value.clone()
+    }
+
+    /// A view of the gradient summed up since the last [`ParamStore::zero_grad`].
+    pub fn grad(&self) -> Tensor {
+        self.placed().grad.clone()
+    }
+
+    /// The variable that makes the tape reach nodes whose only inputs are parameters.
+    pub(crate) fn anchor(&self) -> Tensor {
+        self.placed().anchor.clone()
+    }
+
+    /// Adds to the gradient.
+    pub fn accumulate(&self, grad: &Tensor) -> Result<()> {
+        let own = self.grad();
+        if grad.elem_count() != own.elem_count() {
+            candle_core::bail!(
+                "gradient of {}: expected shape {:?}, got {:?}",
+                self.name(),
+                self.shape(),
+                grad.shape()
+            )
+        }
+        own.inplace_op2(&grad.contiguous()?, &AddAssign)
+    }
+
+    /// The parameter as a tensor of the graph, for mixers written with Candle's own operations.
+    pub fn tensor(&self) -> Result<Tensor> {
+        crate::ops::tape::apply(Identity, &[crate::ops::Arg::from(self)]).map(|mut out| out.remove(0))
+    }
+}
+
+/// Copies a parameter onto the tape.
+struct Identity;
+
+impl crate::ops::Node for Identity {
+    fn name(&self) -> &'static str {
+        "parameter"
+    }
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<crate::ops::tape::Forward> {
+        let x = &args[0];
+        let value = dispatch!(x.dtype(), F => {
+            crate::slices!(F; data = x);
+            crate::ops::tape::Value::cpu(data.to_vec(), x.shape().clone())
+        });
+        Ok(crate::ops::tape::Forward { outputs: vec![value], saved: vec![] })
+    }
+    fn backward(&self, _: &crate::ops::tape::Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        Ok(grads.to_vec())
+    }
+}
+
+/// dst ← dst + src.
+struct AddAssign;
+
+impl InplaceOp2 for AddAssign {
+    fn name(&self) -> &'static str {
+        "add_assign"
+    }
+    fn cpu_fwd(&self, dst: &mut CpuStorage, dl: &Layout, src: &CpuStorage, sl: &Layout) -> Result<()> {
+        fn add<F: Real>(dst: &mut [F], dl: &Layout, src: &[F], sl: &Layout) -> Result<()> {
+            let (Some((d0, d1)), Some((s0, s1))) = (dl.contiguous_offsets(), sl.contiguous_offsets()) else {
+                candle_core::bail!("add_assign: expected contiguous tensors")
+            };
+            for (d, &s) in dst[d0..d1].iter_mut().zip(&src[s0..s1]) {
+                *d = *d + s;
+            }
+            Ok(())
+        }
+        match (dst, src) {
+            (CpuStorage::F32(dst), CpuStorage::F32(src)) => add(dst, dl, src, sl),
+            (CpuStorage::F64(dst), CpuStorage::F64(src)) => add(dst, dl, src, sl),
+            _ => candle_core::bail!("add_assign: expected f32 or f64 on both sides"),
+        }
+    }
+}
+
+/// Declares parameters under a path of names.
+pub struct Builder {
+    prefix: String,
+    specs: Arc<std::sync::Mutex<Vec<Param>>>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Builder {
+    pub fn new() -> Self {
+        Self { prefix: String::new(), specs: Default::default() }
+    }
+
+    /// A builder whose names begin with this one's prefix and `name`.
+    pub fn push(&self, name: impl std::fmt::Display) -> Builder {
+        Builder { prefix: format!("{}{name}.", self.prefix), specs: self.specs.clone() }
+    }
+
+    /// Declares a trained parameter.
+    pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Param {
+        self.add(name, shape, init, true)
+    }
+
+    /// Declares values that a checkpoint holds but training leaves alone.
+    pub fn buffer(&self, name: &str, shape: &[usize], init: Init) -> Param {
+        self.add(name, shape, init, false)
+    }
+
+    fn add(&self, name: &str, shape: &[usize], init: Init, trained: bool) -> Param {
+        let name = format!("{}{name}", self.prefix);
+        let param =
+            Param(Arc::new(Spec { name, shape: shape.to_vec(), init, trained, placed: OnceLock::new() }));
+        self.specs.lock().unwrap().push(param.clone());
+        param
+    }
+
+    /// Lays the declared parameters out, trained ones first, and draws their values from `seed`.
+    ///
+    /// Every parameter has a stream of its own, found from its name: adding one leaves the others' values.
+    pub fn finish(self, seed: u64, dtype: DType, device: &Device) -> Result<ParamStore> {
+        let params = std::mem::take(&mut *self.specs.lock().unwrap());
+        let (trained, buffers): (Vec<_>, Vec<_>) = params.into_iter().partition(Param::trained);
+        let count: usize = trained.iter().map(|p| p.0.shape.iter().product::<usize>()).sum();
+        let mut values = Vec::new();
+        for param in trained.iter().chain(&buffers) {
+            let mut stream = Stream::new(seed, param.name());
+            values.extend(param.0.init.draw(param.shape(), || stream.next_f64()));
+        }
+        let total = values.len();
+        let flat = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
+        let grad = Tensor::zeros(total, dtype, device)?;
+        let anchor = Var::zeros(1, DType::F32, device)?.as_tensor().clone();
+        let mut offset = 0;
+        for param in trained.iter().chain(&buffers) {
+            let n: usize = param.0.shape.iter().product();
+            let shape = Shape::from(param.0.shape.clone());
+            let placed = Placed {
+                value: flat.narrow(0, offset, n)?.reshape(shape.clone())?,
+                grad: grad.narrow(0, offset, n)?.reshape(shape)?,
+                anchor: anchor.clone(),
+            };
+            if param.0.placed.set(placed).is_err() {
+                candle_core::bail!("parameter {} was laid out twice", param.name())
+            }
+            offset += n;
+        }
+        let value = flat.narrow(0, 0, count)?;
+        let gradient = grad.narrow(0, 0, count)?;
+        Ok(ParamStore { params: trained, buffers, value, gradient })
+    }
+}
+
+/// Uniform numbers in [0, 1) for one named parameter.
+struct Stream {
+    key: [u32; 2],
+    tag: [u32; 2],
+    index: u64,
+}
+
+impl Stream {
+    fn new(seed: u64, name: &str) -> Self {
+        use sha2::{Digest, Sha256};
+        let hash = Sha256::digest(name.as_bytes());
+        let word = |i: usize| u32::from_le_bytes(hash[4 * i..4 * i + 4].try_into().expect("four bytes"));
+        Self { key: [seed as u32, (seed >> 32) as u32], tag: [word(0), word(1)], index: 0 }
+    }
+
+    fn next_f64(&mut self) -> f64 {
+        let i = self.index;
+        self.index += 1;
+        let x = philox4x32([i as u32, (i >> 32) as u32, self.tag[0], self.tag[1]], self.key);
+        let bits = (x[0] as u64) << 32 | x[1] as u64;
+        (bits >> 11) as f64 * (1.0 / 9_007_199_254_740_992.0)
+    }
+}
+
+/// All parameters of a model, over flat buffers.
+pub struct ParamStore {
+    params: Vec<Param>,
+    buffers: Vec<Param>,
+    value: Tensor,
+    gradient: Tensor,
+}
+
+impl ParamStore {
+    /// The trained parameters, in the order of the flat buffer.
+    pub fn params(&self) -> &[Param] {
+        &self.params
+    }
+
+    /// The untrained values that a checkpoint holds besides.
+    pub fn buffers(&self) -> &[Param] {
+        &self.buffers
+    }
+
+    /// Number of trained values.
+    pub fn count(&self) -> usize {
+        self.value.elem_count()
+    }
+
+    /// All trained values, flat.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// All gradients, flat.
+    pub fn gradient(&self) -> &Tensor {
+        &self.gradient
+    }
+
+    /// Sets every gradient to zero.
+    pub fn zero_grad(&self) -> Result<()> {
+        self.gradient.zero_set()
+    }
+
+    /// Every parameter and buffer by name, as a checkpoint holds them.
+    pub fn named(&self) -> impl Iterator<Item = &Param> {
+        self.params.iter().chain(&self.buffers)
+    }
+
+    /// Copies values in by name. Every name must be there with its shape, and no other.
+    pub fn load(&self, tensors: &std::collections::HashMap<String, Tensor>) -> anyhow::Result<()> {
+        for param in self.named() {
+            let Some(tensor) = tensors.get(param.name()) else {
+                bail_input!("the weights lack the tensor {} of shape {:?}", param.name(), param.shape())
+            };
+            if tensor.dims() != param.shape() {
+                bail_input!(
+                    "the tensor {} has shape {:?} in the weights, but this model needs {:?}",
+                    param.name(),
+                    tensor.dims(),
+                    param.shape()
+                )
+            }
+        }
+        if let Some(name) = tensors.keys().filter(|name| !self.named().any(|p| p.name() == *name)).min() {
+            bail_input!("the weights hold a tensor {name} that this model does not have")
+        }
+        for param in self.named() {
+            let own = param.value();
+            let tensor = tensors[param.name()].to_dtype(own.dtype())?.to_device(own.device())?;
+            own.slice_set(&tensor.contiguous()?, 0, 0)?;
+        }
+        Ok(())
+    }
+}

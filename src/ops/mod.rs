@@ -1,0 +1,26 @@
+//! Operations: each a folder with its public function, its CPU reference and its gradient.
+//!
+//! Letters: B batch, T timesteps, H heads, K key dim, V value dim, D width or channels, N state, P head
+//! dim of Mamba-2, G groups, C classes, W taps. Tensors are contiguous, batch first, time second.
+
+pub mod attention;
+pub mod causal_conv1d;
+pub mod delta;
+pub mod dropout;
+pub mod embedding;
+pub mod gates;
+pub mod gla;
+pub mod head;
+pub mod l2norm;
+pub mod linear;
+pub mod norms;
+pub mod optim;
+pub mod philox;
+pub mod real;
+pub mod residual_norm;
+pub mod selective_scan;
+pub mod ssd;
+pub mod swiglu;
+pub mod tape;
+
+pub use tape::{Arg, Node, no_grad};

@@ -1,0 +1,274 @@
+//! The floating-point types of the CPU path and the loops that they share.
+//!
+//! Every reference implementation is written once for `F: Real` and runs in f32 for training and in f64
+//! for checks. Loops are plain slices and zips, so that the compiler vectorises them.
+
+use candle_core::{Result, Tensor, WithDType};
+use rayon::prelude::*;
+
+/// f32 or f64.
+pub trait Real: WithDType + num_traits::Float + std::iter::Sum + Default + std::fmt::Debug {
+    /// From an f64 constant.
+    fn of(x: f64) -> Self;
+    fn as_f64(self) -> f64;
+    /// eˣ, branch-free so that it vectorises; within 2 ulp in f32.
+    fn exp_fast(self) -> Self;
+    /// `self · a + b`, fused where the machine has it.
+    fn fma(self, a: Self, b: Self) -> Self;
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn as_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn exp_fast(self) -> Self {
+        self.exp()
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        if cfg!(target_feature = "fma") { self.mul_add(a, b) } else { self * a + b }
+    }
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+    #[inline(always)]
+    fn as_f64(self) -> f64 {
+        self as f64
+    }
+    #[inline(always)]
+    fn exp_fast(self) -> Self {
+        // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts (Cody and Waite), then a polynomial.
+        let x = self.clamp(-87.336_54, 88.722_83);
+        let n = (x * std::f32::consts::LOG2_E).fma(1.0, 12_582_912.0) - 12_582_912.0;
+        let r = n.fma(-0.693_359_4, x);
+        let r = n.fma(2.121_944_4e-4, r);
+        let p = 1.987_569_1e-4f32
+            .fma(r, 1.398_199_9e-3)
+            .fma(r, 8.333_452e-3)
+            .fma(r, 4.166_579_6e-2)
+            .fma(r, 1.666_666_5e-1)
+            .fma(r, 5.000_000_1e-1);
+        let p = (p * r).fma(r, r) + 1.0;
+        // 2ⁿ in two factors: n reaches 128, where one factor would overflow.
+        let n = n as i32;
+        let half = n >> 1;
+        let scale = |k: i32| f32::from_bits(((k + 127) as u32) << 23);
+        let y = p * scale(half) * scale(n - half);
+        if self.is_nan() {
+            self
+        } else if self < -103.972_08 {
+            0.0
+        } else if self > 88.722_83 {
+            f32::INFINITY
+        } else {
+            y
+        }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        if cfg!(target_feature = "fma") { self.mul_add(a, b) } else { self * a + b }
+    }
+}
+
+/// Logistic function.
+#[inline(always)]
+pub fn sigmoid<F: Real>(x: F) -> F {
+    F::one() / (F::one() + (-x).exp_fast())
+}
+
+/// x·σ(x).
+#[inline(always)]
+pub fn silu<F: Real>(x: F) -> F {
+    x * sigmoid(x)
+}
+
+/// Derivative of [`silu`].
+#[inline(always)]
+pub fn silu_grad<F: Real>(x: F) -> F {
+    let s = sigmoid(x);
+    s * (F::one() + x * (F::one() - s))
+}
+
+/// log(1 + eˣ); above 20 the argument itself, as PyTorch does.
+#[inline(always)]
+pub fn softplus<F: Real>(x: F) -> F {
+    if x > F::of(20.0) { x } else { x.exp().ln_1p() }
+}
+
+/// Σ aᵢ bᵢ with eight running sums, so that it vectorises; the order of the sum is fixed.
+#[inline(always)]
+pub fn dot<F: Real>(a: &[F], b: &[F]) -> F {
+    const LANES: usize = 16;
+    let n = a.len().min(b.len());
+    let (a, b) = (&a[..n], &b[..n]);
+    let mut lanes = [F::zero(); LANES];
+    let (a_body, b_body) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (a_tail, b_tail) = (a_body.remainder(), b_body.remainder());
+    for (x, y) in a_body.zip(b_body) {
+        for i in 0..LANES {
+            lanes[i] = x[i].fma(y[i], lanes[i]);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = lanes[i] + lanes[i + width];
+        }
+        width /= 2;
+    }
+    let mut sum = lanes[0];
+    for (x, y) in a_tail.iter().zip(b_tail) {
+        sum = x.fma(*y, sum);
+    }
+    sum
+}
+
+/// y ← y + a·x.
+#[inline(always)]
+pub fn axpy<F: Real>(a: F, x: &[F], y: &mut [F]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = a.fma(x, *y);
+    }
+}
+
+/// The elements of a contiguous CPU tensor; fails on another dtype or device.
+pub fn with_slice<F: Real, T>(tensor: &Tensor, f: impl FnOnce(&[F]) -> T) -> Result<T> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let candle_core::Storage::Cpu(storage) = &*storage else {
+        candle_core::bail!("expected a tensor on the CPU")
+    };
+    let data = F::cpu_storage_as_slice(storage)?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(f(&data[start..end])),
+        None => candle_core::bail!("expected a contiguous tensor of shape {:?}", tensor.shape()),
+    }
+}
+
+/// Binds the elements of contiguous CPU tensors to slices: `slices!(F; q = &args[0], k = &args[1]);`.
+///
+/// The slices borrow guards that live to the end of the enclosing block.
+#[macro_export]
+macro_rules! slices {
+    ($f:ty; $($name:ident = $tensor:expr),+ $(,)?) => {
+        $(
+            let (guard, layout) = $tensor.storage_and_layout();
+            let $name: &[$f] = $crate::ops::real::slice_of::<$f>(&guard, layout)?;
+        )+
+    };
+}
+
+/// The elements behind a storage guard; used by [`slices!`](crate::slices).
+pub fn slice_of<'a, F: Real>(
+    storage: &'a candle_core::Storage,
+    layout: &candle_core::Layout,
+) -> Result<&'a [F]> {
+    let candle_core::Storage::Cpu(storage) = storage else {
+        candle_core::bail!("expected a tensor on the CPU")
+    };
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&F::cpu_storage_as_slice(storage)?[start..end]),
+        None => candle_core::bail!("expected a contiguous tensor of shape {:?}", layout.shape()),
+    }
+}
+
+/// Runs the body with `F` bound to the float type of a dtype: `dispatch!(tensor.dtype(), F => body)`.
+#[macro_export]
+macro_rules! dispatch {
+    ($dtype:expr, $f:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $f = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $f = f64;
+                $body
+            }
+            other => candle_core::bail!("the CPU path computes in f32 or f64, not in {other:?}"),
+        }
+    };
+}
+
+/// Runs `f(b, h)` for every batch entry and head, in parallel; results in the order of `b·heads + h`.
+pub fn map_heads<R: Send>(batch: usize, heads: usize, f: impl Fn(usize, usize) -> R + Sync) -> Vec<R> {
+    (0..batch * heads).into_par_iter().map(|i| f(i / heads, i % heads)).collect()
+}
+
+/// Copies head `h` of batch entry `b` out of a [B, T, H, D] array, as [T, D].
+pub fn gather_head<F: Real>(
+    src: &[F],
+    (b, h): (usize, usize),
+    (t, heads, d): (usize, usize, usize),
+) -> Vec<F> {
+    let base = &src[b * t * heads * d..(b + 1) * t * heads * d];
+    let mut out = Vec::with_capacity(t * d);
+    for row in base.chunks_exact(heads * d) {
+        out.extend_from_slice(&row[h * d..(h + 1) * d]);
+    }
+    out
+}
+
+/// Puts per-head [T, D] arrays, ordered as [`map_heads`] gives them, together to [B, T, H, D].
+pub fn scatter_heads<F: Real>(parts: &[&[F]], (t, heads, d): (usize, usize, usize)) -> Vec<F> {
+    let mut out = vec![F::zero(); parts.len() * t * d];
+    out.par_chunks_mut((t * heads * d).max(1)).enumerate().for_each(|(b, out)| {
+        for (h, part) in parts[b * heads..(b + 1) * heads].iter().enumerate() {
+            for (row, values) in out.chunks_exact_mut(heads * d).zip(part.chunks_exact(d)) {
+                row[h * d..(h + 1) * d].copy_from_slice(values);
+            }
+        }
+    });
+    out
+}
+
+/// Sums equally long partial results in their order, so that the sum does not depend on the threads.
+pub fn sum_in_order<F: Real>(parts: &[&[F]]) -> Vec<F> {
+    let mut sum = parts.first().map(|part| part.to_vec()).unwrap_or_default();
+    for part in parts.iter().skip(1) {
+        for (s, &x) in sum.iter_mut().zip(*part) {
+            *s = *s + x;
+        }
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fast_exp_is_within_two_ulp() {
+        let mut worst = 0.0f64;
+        let mut x = -87.3f32;
+        while x < 88.7 {
+            let want = (x as f64).exp();
+            worst = worst.max(((x.exp_fast() as f64 - want) / want).abs());
+            x += 0.000_37;
+        }
+        assert!(worst < 2.0 * f32::EPSILON as f64, "{worst:e}");
+        assert_eq!((-200.0f32).exp_fast(), 0.0);
+        assert_eq!(f32::NEG_INFINITY.exp_fast(), 0.0);
+        assert_eq!(200.0f32.exp_fast(), f32::INFINITY);
+        assert_eq!(0.0f32.exp_fast(), 1.0);
+        assert!(f32::NAN.exp_fast().is_nan());
+    }
+
+    #[test]
+    fn heads_survive_a_round_trip() {
+        let (b, t, h, d) = (2, 3, 4, 5);
+        let x: Vec<f32> = (0..b * t * h * d).map(|i| i as f32).collect();
+        let parts = map_heads(b, h, |b, h_| gather_head(&x, (b, h_), (t, h, d)));
+        let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+        assert_eq!(scatter_heads(&parts, (t, h, d)), x);
+    }
+}
