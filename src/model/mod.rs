@@ -1,3 +1,188 @@
 //! Models: the stack around every mixer, and one file per mixer.
+//!
+//! To add a model, write one file beside the others and one line in [`MODELS`].
 
 pub mod param;
+pub mod recnet;
+
+mod delta_net;
+mod gated_delta_net;
+mod gated_delta_product;
+mod gla;
+mod mamba;
+mod mamba2;
+mod short_conv;
+mod transformer;
+
+use candle_core::{Result, Tensor};
+
+use crate::config::ModelConfig;
+use crate::error::nearest;
+use crate::ops::Arg;
+use crate::ops::dropout::Dropout;
+use crate::{bad_input, bail_input};
+pub use param::{Builder, Init, Param, ParamStore};
+pub use recnet::{Context, DropoutKey, Input, RecNet};
+pub use short_conv::ShortConv;
+
+/// Every model that a configuration can name.
+pub const MODELS: &[Model] = &[
+    transformer::MODEL,
+    mamba::MODEL,
+    mamba2::MODEL,
+    gla::MODEL,
+    delta_net::MODEL,
+    gated_delta_net::MODEL,
+    gated_delta_product::MODEL,
+];
+
+/// The model of that name, or an error that names the nearest one.
+pub fn find(name: &str) -> anyhow::Result<&'static Model> {
+    MODELS.iter().find(|model| model.name == name).ok_or_else(|| {
+        let names: Vec<&str> = MODELS.iter().map(|model| model.name).collect();
+        match nearest(name, names.iter().copied()) {
+            Some(near) => bad_input!("unknown model `{name}`; did you mean `{near}`?"),
+            None => bad_input!("unknown model `{name}`; there are {}", names.join(", ")),
+        }
+    })
+}
+
+/// A kind of sequence mixer, as the registry knows it.
+pub struct Model {
+    /// The name in configurations.
+    pub name: &'static str,
+    /// How the state moves from one step to the next, in one line of ASCII maths.
+    pub recurrence: &'static str,
+    /// Where it was published.
+    pub reference: &'static str,
+    /// Declares the parameters of one layer. Names are those of the PyTorch layer.
+    pub build: fn(&Dims, &Builder) -> anyhow::Result<Box<dyn Mixer>>,
+    /// Floats of state that one layer carries per sequence from step to step; `None` if it grows with
+    /// the sequence.
+    pub state_size: fn(&Dims) -> Option<usize>,
+}
+
+/// One layer's way of letting timesteps speak to each other.
+pub trait Mixer: Send + Sync {
+    /// [B, T, width] to [B, T, width], causal. What one piece of a sequence leaves for the next goes
+    /// through [`Call::recall`] and [`Call::keep`].
+    fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor>;
+
+    /// Checks loaded weights for what shapes cannot tell.
+    fn check_weights(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+/// The sizes of a layer.
+#[derive(Clone, Debug)]
+pub struct Dims {
+    pub width: usize,
+    pub heads: usize,
+    /// State size N of mamba and mamba2.
+    pub state: usize,
+    /// Taps of the short convolution.
+    pub conv: usize,
+    /// Householder steps per token.
+    pub householders: usize,
+    pub rope_base: f64,
+}
+
+impl Dims {
+    pub fn new(config: &ModelConfig) -> anyhow::Result<Self> {
+        let heads = config.heads();
+        if config.width == 0 || heads == 0 || !config.width.is_multiple_of(heads) {
+            bail_input!(
+                "model.width is {} and model.heads is {heads}, but the width must be a multiple of the heads",
+                config.width
+            )
+        }
+        Ok(Self {
+            width: config.width,
+            heads,
+            state: config.state,
+            conv: config.conv,
+            householders: config.householders,
+            rope_base: config.rope_base,
+        })
+    }
+
+    /// Width of one head, K.
+    pub fn head_dim(&self) -> usize {
+        self.width / self.heads
+    }
+}
+
+/// What a mixer may use beside its input.
+pub struct Call<'a> {
+    /// The mask for dropout inside the layer, while training.
+    pub dropout: Option<Dropout>,
+    slots: Option<&'a mut LayerState>,
+}
+
+/// What one layer carries from one piece of a sequence to the next.
+#[derive(Clone, Default)]
+pub struct LayerState(Vec<Option<Tensor>>);
+
+impl<'a> Call<'a> {
+    pub fn new(dropout: Option<Dropout>, slots: Option<&'a mut LayerState>) -> Self {
+        Self { dropout, slots }
+    }
+
+    /// What the piece before left in `slot`; `None` at the start of a sequence.
+    pub fn recall(&self, slot: usize) -> Option<Tensor> {
+        self.slots.as_ref()?.0.get(slot)?.clone()
+    }
+
+    /// [`Call::recall`] as an argument of an operation.
+    pub fn recall_arg(&self, slot: usize) -> Option<Arg> {
+        self.recall(slot).map(Arg::Tensor)
+    }
+
+    /// Leaves `value` in `slot` for the next piece.
+    pub fn keep(&mut self, slot: usize, value: Tensor) {
+        if let Some(state) = &mut self.slots {
+            if state.0.len() <= slot {
+                state.0.resize(slot + 1, None);
+            }
+            state.0[slot] = Some(value.detach());
+        }
+    }
+}
+
+/// Number of trained values of a configured model.
+pub fn count_parameters(config: &ModelConfig, features: usize, classes: usize) -> anyhow::Result<usize> {
+    let builder = Builder::new();
+    recnet::declare(find(&config.name)?, config, features, classes, &builder)?;
+    Ok(builder.declared())
+}
+
+/// The width whose parameter count comes nearest to `budget`, among the multiples of 8 that the model's
+/// head rule allows.
+pub fn width_for_budget(
+    config: &ModelConfig,
+    features: usize,
+    classes: usize,
+    budget: usize,
+) -> anyhow::Result<usize> {
+    let mut best: Option<(usize, usize)> = None;
+    for width in (8..=8192).step_by(8) {
+        let candidate = ModelConfig { width, ..config.clone() };
+        // A width that the head rule cannot divide is no candidate.
+        let Ok(count) = count_parameters(&candidate, features, classes) else { continue };
+        let miss = count.abs_diff(budget);
+        if best.is_none_or(|(least, _)| miss < least) {
+            best = Some((miss, width));
+        } else if count > 2 * budget {
+            break;
+        }
+    }
+    match best {
+        Some((miss, width)) if miss <= budget / 2 => Ok(width),
+        _ => bail_input!(
+            "no width of {} with {} layers comes near {budget} parameters; change --budget or --layers",
+            config.name,
+            config.layers
+        ),
+    }
+}

@@ -76,37 +76,55 @@ struct Spec {
     placed: OnceLock<Placed>,
 }
 
-/// A handle to one named parameter; cheap to clone.
+/// A handle to one named parameter, or to some of its rows; cheap to clone.
 #[derive(Clone)]
-pub struct Param(Arc<Spec>);
+pub struct Param {
+    spec: Arc<Spec>,
+    rows: Option<(usize, usize)>,
+}
 
 impl Param {
     fn placed(&self) -> &Placed {
-        self.0.placed.get().expect("a parameter is used after Builder::finish")
+        self.spec.placed.get().expect("a parameter is used after Builder::finish")
+    }
+
+    /// Rows `start..start + len` of the first dimension, sharing value and gradient with the whole: a
+    /// layer can keep PyTorch's fused weight and still treat its parts one by one.
+    pub fn rows(&self, start: usize, len: usize) -> Param {
+        assert!(self.rows.is_none() && start + len <= self.spec.shape[0], "rows of {}", self.spec.name);
+        Param { spec: self.spec.clone(), rows: Some((start, len)) }
+    }
+
+    fn view(&self, whole: &Tensor) -> Tensor {
+        match self.rows {
+            None => whole.clone(),
+            Some((start, len)) => whole.narrow(0, start, len).expect("checked when the rows were taken"),
+        }
     }
 
     /// The full name, as in the PyTorch state_dict.
     pub fn name(&self) -> &str {
-        &self.0.name
+        &self.spec.name
     }
 
+    /// The shape of the whole parameter.
     pub fn shape(&self) -> &[usize] {
-        &self.0.shape
+        &self.spec.shape
     }
 
     /// False for buffers that a checkpoint holds but training leaves alone.
     pub fn trained(&self) -> bool {
-        self.0.trained
+        self.spec.trained
     }
 
     /// A view of the current value, outside the graph.
     pub fn value(&self) -> Tensor {
-        self.placed().value.clone()
+        self.view(&self.placed().value)
     }
 
     /// A view of the gradient summed up since the last [`ParamStore::zero_grad`].
     pub fn grad(&self) -> Tensor {
-        self.placed().grad.clone()
+        self.view(&self.placed().grad)
     }
 
     /// The variable that makes the tape reach nodes whose only inputs are parameters.
@@ -213,10 +231,16 @@ impl Builder {
 
     fn add(&self, name: &str, shape: &[usize], init: Init, trained: bool) -> Param {
         let name = format!("{}{name}", self.prefix);
-        let param =
-            Param(Arc::new(Spec { name, shape: shape.to_vec(), init, trained, placed: OnceLock::new() }));
+        let spec = Spec { name, shape: shape.to_vec(), init, trained, placed: OnceLock::new() };
+        let param = Param { spec: Arc::new(spec), rows: None };
         self.specs.lock().unwrap().push(param.clone());
         param
+    }
+
+    /// Number of trained values declared so far.
+    pub fn declared(&self) -> usize {
+        let specs = self.specs.lock().unwrap();
+        specs.iter().filter(|p| p.trained()).map(|p| p.shape().iter().product::<usize>()).sum()
     }
 
     /// Lays the declared parameters out, trained ones first, and draws their values from `seed`.
@@ -225,11 +249,11 @@ impl Builder {
     pub fn finish(self, seed: u64, dtype: DType, device: &Device) -> Result<ParamStore> {
         let params = std::mem::take(&mut *self.specs.lock().unwrap());
         let (trained, buffers): (Vec<_>, Vec<_>) = params.into_iter().partition(Param::trained);
-        let count: usize = trained.iter().map(|p| p.0.shape.iter().product::<usize>()).sum();
+        let count: usize = trained.iter().map(|p| p.spec.shape.iter().product::<usize>()).sum();
         let mut values = Vec::new();
         for param in trained.iter().chain(&buffers) {
             let mut stream = Stream::new(seed, param.name());
-            values.extend(param.0.init.draw(param.shape(), || stream.next_f64()));
+            values.extend(param.spec.init.draw(param.shape(), || stream.next_f64()));
         }
         let total = values.len();
         let flat = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
@@ -237,14 +261,14 @@ impl Builder {
         let anchor = Var::zeros(1, DType::F32, device)?.as_tensor().clone();
         let mut offset = 0;
         for param in trained.iter().chain(&buffers) {
-            let n: usize = param.0.shape.iter().product();
-            let shape = Shape::from(param.0.shape.clone());
+            let n: usize = param.spec.shape.iter().product();
+            let shape = Shape::from(param.spec.shape.clone());
             let placed = Placed {
                 value: flat.narrow(0, offset, n)?.reshape(shape.clone())?,
                 grad: grad.narrow(0, offset, n)?.reshape(shape)?,
                 anchor: anchor.clone(),
             };
-            if param.0.placed.set(placed).is_err() {
+            if param.spec.placed.set(placed).is_err() {
                 candle_core::bail!("parameter {} was laid out twice", param.name())
             }
             offset += n;

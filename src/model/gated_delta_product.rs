@@ -1,0 +1,16 @@
+//! Gated DeltaProduct: several Householder steps per token, so that the transition is a product of them.
+//!
+//! Siems et al., "DeltaProduct: improving state-tracking in linear RNNs via Householder products",
+//! arXiv 2502.10297, section 3. Parameters are those of `fla.layers.GatedDeltaProduct` with
+//! `expand_v = 2`; as there, beta reaches 2 (negative eigenvalues).
+
+use super::Model;
+use super::gated_delta_net::GatedDelta;
+
+pub(super) const MODEL: Model = Model {
+    name: "gated_delta_product",
+    recurrence: "S = a prod_j (I - beta_j k_j^T k_j) S + ..",
+    reference: "Siems et al. 2025, arXiv 2502.10297",
+    build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, dims.householders, 2.0))),
+    state_size: |dims| Some(2 * dims.width * dims.head_dim()),
+};

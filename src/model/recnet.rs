@@ -1,0 +1,184 @@
+//! The authors' stack: encoder, residual blocks with post-norm, decoder.
+//!
+//! x = encoder(u); for each layer x = LayerNorm(x + dropout(mixer(x))); logits = decoder(x).
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::{Builder, Call, Dims, Init, LayerState, Mixer, Model, Param, ParamStore, find};
+use crate::config::ModelConfig;
+use crate::ops::dropout::Dropout;
+use crate::ops::{Arg, embedding, linear, residual_norm};
+
+const NORM_EPS: f64 = 1e-5;
+
+/// What goes in.
+pub enum Input<'a> {
+    /// u32 [B, T]: the symbol shown at each step; anything from the number of features on is a blank.
+    Ids(&'a Tensor),
+    /// [B, T, features].
+    Dense(&'a Tensor),
+}
+
+/// Where dropout masks come from: the same for a batch and for its micro-batches, on every device.
+#[derive(Clone, Copy, Debug)]
+pub struct DropoutKey {
+    pub p: f64,
+    /// From the run's seed and the update.
+    pub key: [u32; 2],
+    /// Index inside the batch of the first sample given.
+    pub first: u32,
+}
+
+/// How a forward pass is meant.
+#[derive(Clone, Default)]
+pub struct Context {
+    /// Set while training.
+    pub dropout: Option<DropoutKey>,
+    /// Set to evaluate a sequence in pieces; start with `Some(State::default())`.
+    pub state: Option<State>,
+}
+
+impl Context {
+    /// For sequences that come in pieces: each forward pass goes on where the last one ended.
+    pub fn streaming() -> Self {
+        Self { dropout: None, state: Some(State::default()) }
+    }
+}
+
+/// What all layers carry from one piece to the next.
+#[derive(Clone, Default)]
+pub struct State(Vec<LayerState>);
+
+/// A stack of mixers with its parameters.
+pub struct RecNet {
+    config: ModelConfig,
+    features: usize,
+    classes: usize,
+    encoder: (Param, Param),
+    layers: Vec<(Box<dyn Mixer>, Param, Param)>,
+    decoder: (Param, Param),
+    params: ParamStore,
+}
+
+/// The parts of a stack, declared but without values.
+pub(super) struct Declared {
+    encoder: (Param, Param),
+    layers: Vec<(Box<dyn Mixer>, Param, Param)>,
+    decoder: (Param, Param),
+}
+
+pub(super) fn declare(
+    model: &Model,
+    config: &ModelConfig,
+    features: usize,
+    classes: usize,
+    builder: &Builder,
+) -> anyhow::Result<Declared> {
+    let dims = Dims::new(config)?;
+    let width = dims.width;
+    let affine = |name: &str, rows: usize, columns: usize| {
+        let b = builder.push(name);
+        let weight = b.param("weight", &[rows, columns], Init::linear(columns));
+        (weight, b.param("bias", &[rows], Init::linear(columns)))
+    };
+    let encoder = affine("encoder", width, features);
+    let mut layers = Vec::with_capacity(config.layers);
+    for l in 0..config.layers {
+        let mixer = (model.build)(&dims, &builder.push("layers").push(l))?;
+        let norm = builder.push("norms").push(l);
+        let weight = norm.param("weight", &[width], Init::Const(1.0));
+        layers.push((mixer, weight, norm.param("bias", &[width], Init::Const(0.0))));
+    }
+    let decoder = affine("decoder", classes, width);
+    Ok(Declared { encoder, layers, decoder })
+}
+
+impl RecNet {
+    /// Builds the configured model with fresh parameters drawn from `seed`.
+    pub fn new(
+        config: &ModelConfig,
+        features: usize,
+        classes: usize,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
+        Self::with_model(find(&config.name)?, config, features, classes, seed, dtype, device)
+    }
+
+    /// [`RecNet::new`] with a model that need not be in the registry.
+    pub fn with_model(
+        model: &Model,
+        config: &ModelConfig,
+        features: usize,
+        classes: usize,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
+        let builder = Builder::new();
+        let Declared { encoder, layers, decoder } = declare(model, config, features, classes, &builder)?;
+        let params = builder.finish(seed, dtype, device)?;
+        Ok(Self { config: config.clone(), features, classes, encoder, layers, decoder, params })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Width of the input.
+    pub fn features(&self) -> usize {
+        self.features
+    }
+
+    pub fn classes(&self) -> usize {
+        self.classes
+    }
+
+    pub fn params(&self) -> &ParamStore {
+        &self.params
+    }
+
+    /// Weight [classes, width] and bias [classes] of the last linear layer.
+    pub fn decoder(&self) -> (&Param, &Param) {
+        (&self.decoder.0, &self.decoder.1)
+    }
+
+    /// Takes weights by name; every name and shape must match.
+    pub fn load(&self, tensors: &HashMap<String, Tensor>) -> anyhow::Result<()> {
+        self.params.load(tensors)?;
+        self.layers.iter().try_for_each(|(mixer, _, _)| mixer.check_weights())
+    }
+
+    /// The last layer's output, [B, T, width].
+    pub fn hidden(&self, input: Input, context: &mut Context) -> Result<Tensor> {
+        let (weight, bias) = &self.encoder;
+        let mut x = match input {
+            Input::Ids(ids) => embedding::embedding(ids, weight, bias)?,
+            Input::Dense(u) => linear::linear(u, weight, Some(Arg::from(bias)))?,
+        };
+        if let Some(State(layers)) = &mut context.state {
+            layers.resize_with(self.layers.len(), LayerState::default);
+        }
+        for (l, (mixer, weight, bias)) in self.layers.iter().enumerate() {
+            // Two sites a layer: what the mixer drops inside, and what the residual branch drops.
+            let dropout = |site: usize| {
+                let DropoutKey { p, key, first } = context.dropout?;
+                (p > 0.0).then_some(Dropout { p, key, site: site as u32, first })
+            };
+            let (inside, branch) = (dropout(2 * l), dropout(2 * l + 1));
+            let slots = context.state.as_mut().map(|State(layers)| &mut layers[l]);
+            let y = mixer.forward(&x, &mut Call::new(inside, slots))?;
+            x = residual_norm::residual_dropout_layer_norm(&y, &x, weight, bias, NORM_EPS, branch)?;
+        }
+        Ok(x)
+    }
+
+    /// [B, T, classes].
+    pub fn logits(&self, input: Input, context: &mut Context) -> Result<Tensor> {
+        let (weight, bias) = &self.decoder;
+        linear::linear(&self.hidden(input, context)?, weight, Some(Arg::from(bias)))
+    }
+}

@@ -1,0 +1,137 @@
+//! The softmax-attention baseline: rotary positions, RMS-normed queries and keys, SwiGLU.
+//!
+//! Vaswani et al., arXiv 1706.03762; Su et al., arXiv 2104.09864 (rotary); Shazeer, arXiv 2002.05202
+//! (SwiGLU, here with a trained slope). The block has residuals of its own; the stack around it adds its
+//! input once more, as in the authors' released code.
+
+use candle_core::{Result, Tensor};
+
+use super::{Builder, Call, Dims, Init, Mixer, Model, Param};
+use crate::bail_input;
+use crate::ops::Arg;
+use crate::ops::attention::{causal_attention, qk_norm_rope};
+use crate::ops::dropout::dropout;
+use crate::ops::linear::linear;
+use crate::ops::norms::{RmsEps, rms_norm};
+use crate::ops::swiglu::swiglu;
+
+pub(super) const MODEL: Model = Model {
+    name: "transformer",
+    recurrence: "keeps every key and value",
+    reference: "Vaswani et al. 2017, arXiv 1706.03762",
+    build: |dims, builder| Ok(Box::new(Transformer::new(dims, builder)?)),
+    state_size: |_| None,
+};
+
+/// The norms add this to the root mean square, outside the root.
+const RMS_EPS: f64 = 1e-8;
+
+struct Affine {
+    weight: Param,
+    bias: Param,
+}
+
+impl Affine {
+    fn new(builder: &Builder, name: &str, rows: usize, columns: usize) -> Self {
+        let b = builder.push(name);
+        Self {
+            weight: b.param("weight", &[rows, columns], Init::linear(columns)),
+            bias: b.param("bias", &[rows], Init::linear(columns)),
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        linear(x, &self.weight, Some(Arg::from(&self.bias)))
+    }
+}
+
+struct Transformer {
+    heads: usize,
+    head_dim: usize,
+    rope_base: f64,
+    inv_freq: Param,
+    q: Affine,
+    k: Affine,
+    v: Affine,
+    out: Affine,
+    q_norm: Param,
+    k_norm: Param,
+    out_norm: Param,
+    up: Affine,
+    down: Affine,
+    beta: Param,
+}
+
+fn inverse_frequencies(base: f64, head_dim: usize) -> Vec<f64> {
+    (0..head_dim / 2).map(|i| base.powf(-((2 * i) as f64) / head_dim as f64)).collect()
+}
+
+impl Transformer {
+    fn new(dims: &Dims, builder: &Builder) -> anyhow::Result<Self> {
+        let (width, head_dim) = (dims.width, dims.head_dim());
+        if !head_dim.is_multiple_of(2) {
+            bail_input!(
+                "model.width is {width} with {} heads, a head dim of {head_dim}: the transformer's rotary \
+                 embedding needs an even one",
+                dims.heads
+            )
+        }
+        let norm = |name: &str, n: usize| builder.push(name).param("weight", &[n], Init::Const(1.0));
+        let frequencies = inverse_frequencies(dims.rope_base, head_dim);
+        Ok(Self {
+            heads: dims.heads,
+            head_dim,
+            rope_base: dims.rope_base,
+            inv_freq: builder.push("rotary").buffer("inv_freq", &[head_dim / 2], Init::Values(frequencies)),
+            q: Affine::new(builder, "q_proj", width, width),
+            k: Affine::new(builder, "k_proj", width, width),
+            v: Affine::new(builder, "v_proj", width, width),
+            out: Affine::new(builder, "out_proj", width, width),
+            q_norm: norm("q_norm", head_dim),
+            k_norm: norm("k_norm", head_dim),
+            out_norm: norm("out_norm", width),
+            up: Affine::new(builder, "linear1", 8 * width, width),
+            down: Affine::new(builder, "linear2", width, 4 * width),
+            beta: builder.param("beta", &[1], Init::Const(1.0)),
+        })
+    }
+}
+
+impl Mixer for Transformer {
+    fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
+        let (batch, steps, width) = x.dims3()?;
+        let per_head = (batch, steps, self.heads, self.head_dim);
+        let past = call.recall(0).zip(call.recall(1));
+        let offset = past.as_ref().map_or(0, |(k, _)| k.dims()[1]);
+        let q = qk_norm_rope(&self.q.forward(x)?.reshape(per_head)?, &self.q_norm, self.rope_base, offset)?;
+        let k = qk_norm_rope(&self.k.forward(x)?.reshape(per_head)?, &self.k_norm, self.rope_base, offset)?;
+        let v = self.v.forward(x)?.reshape(per_head)?;
+        let (k, v) = match past {
+            Some((past_k, past_v)) => (Tensor::cat(&[&past_k, &k], 1)?, Tensor::cat(&[&past_v, &v], 1)?),
+            None => (k, v),
+        };
+        let o = causal_attention(&q, &k, &v, (self.head_dim as f64).powf(-0.5))?;
+        call.keep(0, k);
+        call.keep(1, v);
+        let o = self.out.forward(&o.reshape((batch, steps, width))?)?;
+        let h = (x + rms_norm(&o, &self.out_norm, RMS_EPS, RmsEps::Outside)?)?;
+        let mut y = self.down.forward(&swiglu(&self.up.forward(&h)?, &self.beta)?)?;
+        if let Some(mask) = &call.dropout {
+            y = dropout(&y, mask)?;
+        }
+        h + y
+    }
+
+    fn check_weights(&self) -> anyhow::Result<()> {
+        let loaded = self.inv_freq.value().to_dtype(candle_core::DType::F64)?.to_vec1::<f64>()?;
+        let own = inverse_frequencies(self.rope_base, self.head_dim);
+        if loaded.iter().zip(&own).any(|(a, b)| !((a - b).abs() <= 1e-4 * b)) {
+            bail_input!(
+                "{} in the weights does not belong to model.rope_base {}",
+                self.inv_freq.name(),
+                self.rope_base
+            )
+        }
+        Ok(())
+    }
+}
