@@ -5,6 +5,7 @@ mod common;
 use candle_core::{DType, Result, Tensor, Var};
 use common::*;
 use selectivbench::ops::delta::gated_delta_rule;
+use selectivbench::ops::ssd::ssd;
 
 /// The bounds on relative RMS errors against the golden tensors.
 const BOUNDS: [(DType, f64); 2] = [(DType::F64, 1e-10), (DType::F32, 1e-5)];
@@ -98,8 +99,31 @@ fn run_delta(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
     gated_delta_rule(&x[0], &x[1], &x[2], &x[3], Some((&x[4]).into()), 0.7, Some((&x[5]).into()))
 }
 
+fn run_ssd(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
+    ssd(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], &x[6], Some((&x[7]).into()))
+}
+
 fn cases() -> Vec<Case> {
     vec![
+        Case {
+            name: "ssd",
+            inputs: vec!["x", "dt", "a_log", "b", "c", "d", "dt_bias", "state"],
+            timed: vec![true, true, false, true, true, false, false, false],
+            make: |b, t, k, v| {
+                let (heads, groups) = (4, 2);
+                vec![
+                    noise(1, &[b, t, heads, v]),
+                    noise(2, &[b, t, heads]),
+                    noise(3, &[heads]),
+                    noise(4, &[b, t, groups, k]),
+                    noise(5, &[b, t, groups, k]),
+                    noise(6, &[heads]),
+                    noise(7, &[heads]),
+                    noise(8, &[b, heads, v, k]),
+                ]
+            },
+            run: run_ssd,
+        },
         Case {
             name: "delta_rule",
             inputs: vec!["q", "k", "v", "beta", "state"],
@@ -147,6 +171,15 @@ fn gated_delta_golden() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// The golden file has A = −exp(a_log) and its gradient; capitals as in Mamba-2.
+#[test]
+fn ssd_golden() -> Result<()> {
+    let names = ["x", "dt", "A", "B", "C", "D", "dt_bias", "h0"];
+    check_golden("op_ssd", &names, as_is, |x| {
+        ssd(&x[0], &x[1], &x[2].neg()?.log()?, &x[3], &x[4], &x[5], &x[6], Some((&x[7]).into()))
+    })
 }
 
 #[test]
