@@ -1,0 +1,103 @@
+//! What the recurrences share: views of one head, rows of a fixed width, and the spacing of checkpoints.
+//!
+//! A state lives in rows of [`LANES`] numbers, padded with zeros, so that every inner loop has a constant
+//! length and vectorises whatever the head dims are (9, 81, 96, …).
+
+use std::ops::Deref;
+
+use candle_core::{Layout, Result, Storage, Tensor};
+
+use super::real::{Real, slice_of};
+
+/// Steps between two states that the forward pass keeps; the backward pass computes those between again.
+pub const CHUNK: usize = 64;
+
+/// Numbers in one row of a state.
+pub const LANES: usize = 32;
+
+/// One row of a state.
+pub type Lanes<F> = [F; LANES];
+
+/// The [T, D] rows of one head in a [B, T, H, D] array.
+#[derive(Clone, Copy)]
+pub struct Rows<'a, F> {
+    data: &'a [F],
+    stride: usize,
+    width: usize,
+}
+
+impl<'a, F: Real> Rows<'a, F> {
+    /// The rows of batch entry `b` and head `h`.
+    pub fn head(data: &'a [F], (b, h): (usize, usize), (t, heads, d): (usize, usize, usize)) -> Self {
+        let stride = heads * d;
+        Self { data: &data[b * t * stride..(b + 1) * t * stride][h * d..], stride, width: d }
+    }
+
+    /// Row `t`.
+    #[inline(always)]
+    pub fn at(&self, t: usize) -> &'a [F] {
+        &self.data[t * self.stride..][..self.width]
+    }
+
+    /// The single number in row `t` of an array with D = 1.
+    #[inline(always)]
+    pub fn one(&self, t: usize) -> F {
+        self.data[t * self.stride]
+    }
+}
+
+/// Columns `at..at + N` of a row; zeros beyond its end.
+#[inline(always)]
+pub fn load<F: Real, const N: usize>(row: &[F], at: usize) -> [F; N] {
+    match row[at..].first_chunk::<N>() {
+        Some(full) => *full,
+        None => {
+            let mut lanes = [F::zero(); N];
+            lanes[..row.len() - at].copy_from_slice(&row[at..]);
+            lanes
+        }
+    }
+}
+
+/// Puts lanes back into columns `at..at + N` of a row, as far as the row goes.
+#[inline(always)]
+pub fn store<F: Real, const N: usize>(lanes: &[F; N], row: &mut [F], at: usize) {
+    let n = N.min(row.len() - at);
+    row[at..at + n].copy_from_slice(&lanes[..n]);
+}
+
+/// Sum over the lanes, pairwise. `N` is a power of two.
+#[inline(always)]
+pub fn sum<F: Real, const N: usize>(mut lanes: [F; N]) -> F {
+    let mut width = N / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = lanes[i] + lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The gradient of an output; zeros where the output took no part in the loss.
+pub fn grad_or_zeros(grad: &Option<Tensor>, like: &[usize], arg: &Tensor) -> Result<Tensor> {
+    match grad {
+        Some(grad) => Ok(grad.clone()),
+        None => Tensor::zeros(like, arg.dtype(), arg.device()),
+    }
+}
+
+/// Fails unless argument `name` of operation `op` has the shape `want`.
+pub fn expect_shape(op: &str, name: &str, tensor: &Tensor, want: &[usize]) -> Result<()> {
+    if tensor.dims() != want {
+        candle_core::bail!("{op}: expected {name} of shape {want:?}, got {:?}", tensor.dims())
+    }
+    Ok(())
+}
+
+/// The elements of an argument that may be absent; `guard` is what `Tensor::storage_and_layout` gave.
+pub fn slice_of_option<'a, F: Real>(
+    guard: &'a Option<(impl Deref<Target = Storage>, &'a Layout)>,
+) -> Result<Option<&'a [F]>> {
+    guard.as_ref().map(|(storage, layout)| slice_of(storage, layout)).transpose()
+}
