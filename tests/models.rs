@@ -85,8 +85,7 @@ fn stacks_agree_with_the_pytorch_models() -> Result<()> {
         let golden = Golden::open(&format!("model_{}", model.name));
         for dtype in [DType::F64, DType::F32] {
             let what = format!("{} in {dtype:?}", model.name);
-            let net =
-                RecNet::new(&config(model.name, 64, 2, 16), 11, 30, 1, dtype, &Device::Cpu).unwrap();
+            let net = RecNet::new(&config(model.name, 64, 2, 16), 11, 30, 1, dtype, &Device::Cpu).unwrap();
             net.load(&params_of(&golden)).unwrap();
             let x = Var::from_tensor(&golden.f64("x").to_dtype(dtype)?)?;
             let logits = no_grad(|| net.logits(Input::Dense(&x), &mut Context::default()))?;
@@ -147,10 +146,8 @@ fn every_parameter_gets_a_gradient() -> Result<()> {
             steps,
             elements: steps / 3,
         };
-        let mut context = Context {
-            dropout: Some(DropoutKey { p: 0.2, key: [1, 2], first: 0 }),
-            ..Context::default()
-        };
+        let mut context =
+            Context { dropout: Some(DropoutKey { p: 0.2, key: [1, 2], first: 0 }), ..Context::default() };
         let hidden = net.hidden(Input::Ids(&symbols(batch, steps, 7)?), &mut context)?;
         let (weight, bias) = net.decoder();
         let out = head_cross_entropy(&hidden, weight, bias, &targets, (batch * steps) as f64)?;

@@ -79,8 +79,7 @@ impl Mixer for GatedDelta {
         let beta = sigmoid(&beta, self.beta_scale)?;
         let g = decay_gate(&linear(x, &self.decay, None)?, &self.a_log, &self.dt_bias)?;
         let scale = (k_dim as f64).powf(-0.5);
-        let (o, state) =
-            gated_delta_rule(&q, &k, &v, &beta, Some(Arg::from(&g)), scale, call.recall_arg(3))?;
+        let (o, state) = gated_delta_rule(&q, &k, &v, &beta, Some(Arg::from(&g)), scale, call.recall_arg(3))?;
         call.keep(3, state);
         let o = o.reshape((batch, t, 2 * width))?;
         let gate = linear(x, &self.gate, None)?;

@@ -50,8 +50,7 @@ impl Mamba2 {
         let in_proj = builder.push("in_proj");
         let in_proj = in_proj.param("weight", &[2 * inner + 2 * n + heads, width], Init::linear(width));
         let conv = builder.push("conv1d");
-        let conv_weight =
-            conv.param("weight", &[inner + 2 * n, 1, dims.conv], Init::linear(dims.conv));
+        let conv_weight = conv.param("weight", &[inner + 2 * n, 1, dims.conv], Init::linear(dims.conv));
         let conv_bias = conv.param("bias", &[inner + 2 * n], Init::linear(dims.conv));
         // The convolution is depthwise: each part can have its own rows of it.
         let part = |start: usize, len: usize| Part {
@@ -94,8 +93,7 @@ impl Mixer for Mamba2 {
         let b = part(1, &self.b)?.reshape((batch, steps, 1, self.state))?;
         let c = part(2, &self.c)?.reshape((batch, steps, 1, self.state))?;
         let dt = linear(u, &self.dt, None)?;
-        let (y, state) =
-            ssd(&x, &dt, &self.a_log, &b, &c, &self.d, &self.dt_bias, call.recall_arg(3))?;
+        let (y, state) = ssd(&x, &dt, &self.a_log, &b, &c, &self.d, &self.dt_bias, call.recall_arg(3))?;
         call.keep(3, state);
         let y = y.reshape((batch, steps, 2 * width))?;
         let z = linear(u, &self.z, None)?;

@@ -18,6 +18,7 @@ pub mod optim;
 pub mod philox;
 pub mod real;
 pub mod residual_norm;
+pub mod rows;
 pub mod scan;
 pub mod selective_scan;
 pub mod ssd;

@@ -1,1 +1,124 @@
-//! TO BE WRITTEN
+//! Short convolution along time, one filter per channel, then SiLU.
+
+mod reference;
+
+use candle_core::{Device, Result, Tensor};
+
+use self::reference::Shape;
+use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use crate::{dispatch, slices};
+
+/// y_t = silu(bias + Σ_j w_j ⊙ x_{t-W+1+j}), and the last W−1 inputs.
+///
+/// x [B, T, D], weight [D, W] or [D, 1, W] with `weight[:, W-1]` on the current step, bias [D], state
+/// [B, W−1, D]: the inputs before the first step, zeros if absent. Gives (y [B, T, D], final state
+/// [B, W−1, D]). A sequence fed in pieces, each with the final state of the one before, gives the same
+/// bits as in one piece. Source: `causal_conv1d_fn` of causal-conv1d with activation "silu".
+pub fn causal_conv1d_silu(
+    x: impl Into<Arg>,
+    weight: impl Into<Arg>,
+    bias: Option<Arg>,
+    state: Option<Arg>,
+) -> Result<(Tensor, Tensor)> {
+    let (x, weight) = (x.into(), weight.into());
+    let (batch, steps, width) = x.shape().dims3()?;
+    let elements = weight.shape().elem_count();
+    if weight.shape().dims().first() != Some(&width) || elements == 0 || elements % width != 0 {
+        candle_core::bail!(
+            "causal_conv1d: x has {width} channels, but the weight has shape {:?}; expected [{width}, W]",
+            weight.shape()
+        )
+    }
+    let taps = elements / width;
+    if let Some(bias) = &bias
+        && bias.shape().elem_count() != width
+    {
+        candle_core::bail!("causal_conv1d: the bias has shape {:?}, expected [{width}]", bias.shape())
+    }
+    if let Some(state) = &state
+        && state.shape().dims() != [batch, taps - 1, width]
+    {
+        candle_core::bail!(
+            "causal_conv1d: the state has shape {:?}, expected [{batch}, {}, {width}]",
+            state.shape(),
+            taps - 1
+        )
+    }
+    let node = CausalConv1d {
+        shape: Shape { batch, steps, width, taps },
+        bias: bias.as_ref().map(|_| 2),
+        state: state.as_ref().map(|_| 2 + bias.iter().count()),
+    };
+    let args: Vec<Arg> = [x, weight].into_iter().chain(bias).chain(state).collect();
+    let mut out = apply(node, &args)?.into_iter();
+    match (out.next(), out.next()) {
+        (Some(y), Some(state)) => Ok((y, state)),
+        _ => unreachable!("the node has two outputs"),
+    }
+}
+
+struct CausalConv1d {
+    shape: Shape,
+    /// Where the optional arguments stand.
+    bias: Option<usize>,
+    state: Option<usize>,
+}
+
+impl Node for CausalConv1d {
+    fn name(&self) -> &'static str {
+        "causal_conv1d"
+    }
+
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        let Shape { batch, steps, width, taps } = self.shape;
+        let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
+        let outputs = dispatch!(args[0].dtype(), F => {
+            slices!(F; x = &args[0], w = &args[1], bias = bias, state = state);
+            let input = self.input(x, w, bias, state);
+            vec![
+                Value::cpu(reference::forward(self.shape, input), (batch, steps, width)),
+                Value::cpu(reference::final_state(self.shape, input), (batch, taps - 1, width)),
+            ]
+        });
+        Ok(Forward { outputs, saved: vec![] })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let args = &run.args;
+        let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
+        let zeros = |grad: &Option<Tensor>, shape: (usize, usize, usize)| match grad {
+            Some(grad) => Ok(grad.clone()),
+            None => Tensor::zeros(shape, args[0].dtype(), &Device::Cpu),
+        };
+        let Shape { batch, steps, width, taps } = self.shape;
+        let dy = zeros(&grads[0], (batch, steps, width))?;
+        let dfinal = zeros(&grads[1], (batch, taps - 1, width))?;
+        dispatch!(args[0].dtype(), F => {
+            slices!(F; x = &args[0], w = &args[1], bias = bias, state = state, dy = &dy, dfinal = &dfinal);
+            let grads = reference::backward(self.shape, self.input(x, w, bias, state), dy, dfinal);
+            let mut out = vec![
+                Some(Tensor::from_vec(grads.x, args[0].shape(), &Device::Cpu)?),
+                Some(Tensor::from_vec(grads.weight, args[1].shape(), &Device::Cpu)?),
+            ];
+            if let Some(i) = self.bias {
+                out.push(Some(Tensor::from_vec(grads.bias, args[i].shape(), &Device::Cpu)?));
+            }
+            if let Some(i) = self.state {
+                out.push(Some(Tensor::from_vec(grads.state, args[i].shape(), &Device::Cpu)?));
+            }
+            Ok(out)
+        })
+    }
+}
+
+impl CausalConv1d {
+    fn input<'a, F>(
+        &self,
+        x: &'a [F],
+        weight: &'a [F],
+        bias: &'a [F],
+        state: &'a [F],
+    ) -> reference::Input<'a, F> {
+        reference::Input { x, weight, bias: self.bias.map(|_| bias), state: self.state.map(|_| state) }
+    }
+}

@@ -1,0 +1,291 @@
+//! The dense operations: against golden vectors, plain loops, and central differences in f64.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use selectivbench::ops::philox::{philox4x32, unit_f32};
+use selectivbench::ops::tape::{Arg, no_grad};
+
+/// The tensors of a golden file, by name.
+fn golden(path: &str) -> HashMap<String, Tensor> {
+    let path = format!("{}/tests/golden/{path}.safetensors", env!("CARGO_MANIFEST_DIR"));
+    candle_core::safetensors::load(&path, &Device::Cpu).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn values(x: &Tensor) -> Vec<f64> {
+    x.to_dtype(DType::F64).and_then(|x| x.flatten_all()).and_then(|x| x.to_vec1()).unwrap()
+}
+
+/// √(Σ (a−b)² / Σ b²).
+fn rel_rms(got: &Tensor, want: &Tensor) -> f64 {
+    assert_eq!(got.elem_count(), want.elem_count(), "{:?} against {:?}", got.shape(), want.shape());
+    let (got, want) = (values(got), values(want));
+    let error: f64 = got.iter().zip(&want).map(|(a, b)| (a - b) * (a - b)).sum();
+    let scale: f64 = want.iter().map(|b| b * b).sum();
+    if error == 0.0 { 0.0 } else { (error / scale.max(f64::MIN_POSITIVE)).sqrt() }
+}
+
+/// Roughly normal numbers, the same for the same `salt`.
+fn random(shape: impl Into<candle_core::Shape>, salt: u32) -> Tensor {
+    let shape = shape.into();
+    let values: Vec<f64> = (0..shape.elem_count() as u32)
+        .map(|i| {
+            let x = philox4x32([i, 0, 0, salt], [17, 4]);
+            (x.iter().map(|&x| unit_f32(x) as f64).sum::<f64>() - 2.0) * 3f64.sqrt()
+        })
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// Σ over all outputs of output · weight, with weights that differ everywhere.
+fn loss(outputs: &[Tensor]) -> Result<Tensor> {
+    let mut total = Tensor::zeros((), outputs[0].dtype(), &Device::Cpu)?;
+    for (i, output) in outputs.iter().enumerate() {
+        if output.elem_count() > 0 {
+            let weight = random(output.shape(), 900 + i as u32).to_dtype(output.dtype())?;
+            total = (total + (output * weight)?.sum_all()?)?;
+        }
+    }
+    Ok(total)
+}
+
+/// The gradient of [`loss`] for every input.
+fn gradients(inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>) -> Vec<Tensor> {
+    let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let grads = loss(&f(&tensors).unwrap()).unwrap().backward().unwrap();
+    tensors.iter().map(|x| grads.get(x).cloned().unwrap_or_else(|| x.zeros_like().unwrap())).collect()
+}
+
+/// Every gradient of `f` against central differences.
+fn check_gradients(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>) {
+    const STEP: f64 = 1e-4;
+    let grads = gradients(inputs, &f);
+    for (i, (input, grad)) in inputs.iter().zip(&grads).enumerate() {
+        assert_eq!(grad.shape(), input.shape(), "{name}: shape of gradient {i}");
+        let base = values(input);
+        let (got, stride) = (values(grad), base.len().div_ceil(60).max(1));
+        let scale = got.iter().fold(1e-3, |m: f64, g| m.max(g.abs()));
+        // All of a small input, every few of a large one.
+        for k in (0..base.len()).step_by(stride) {
+            let at = |delta: f64| {
+                let mut moved = base.clone();
+                moved[k] += delta;
+                let mut inputs = inputs.to_vec();
+                inputs[i] = Tensor::from_vec(moved, input.shape(), &Device::Cpu).unwrap();
+                no_grad(|| loss(&f(&inputs).unwrap()).unwrap().to_scalar::<f64>().unwrap())
+            };
+            let want = (8.0 * (at(STEP) - at(-STEP)) - (at(2.0 * STEP) - at(-2.0 * STEP))) / (12.0 * STEP);
+            assert!(
+                (got[k] - want).abs() < 1e-7 * scale,
+                "{name}: input {i} element {k}: {} against {want} by differences",
+                got[k]
+            );
+        }
+    }
+}
+
+/// The bits of all results must not depend on the number of threads.
+fn check_threads(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + Sync) {
+    let inputs: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(DType::F32).unwrap()).collect();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let outputs = f(&inputs).unwrap();
+            let grads = gradients(&inputs, &f);
+            outputs.iter().chain(&grads).flat_map(values).map(f64::to_bits).collect::<Vec<_>>()
+        })
+    };
+    let one = run(1);
+    for threads in [2, 3, 7] {
+        assert!(one == run(threads), "{name}: {threads} threads give other bits than one");
+    }
+}
+
+fn arg(x: &Tensor) -> Arg {
+    Arg::from(x)
+}
+
+mod linear {
+    use super::*;
+    use selectivbench::ops::linear::linear;
+
+    #[test]
+    fn matches_candle_matmul() {
+        for (rows, i, o) in [(1, 1, 1), (1, 81, 5), (3, 9, 81), (65, 5, 9), (256, 64, 3), (1300, 81, 81)] {
+            let (x, w, b) = (random((rows, i), 1), random((o, i), 2), random(o, 3));
+            let want = x.matmul(&w.t().unwrap()).unwrap().broadcast_add(&b).unwrap();
+            assert!(rel_rms(&linear(&x, &w, Some(arg(&b))).unwrap(), &want) < 1e-14);
+            let single = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+            let got = linear(&single(&x), &single(&w), Some(arg(&single(&b)))).unwrap();
+            assert!(rel_rms(&got, &want) < 1e-6);
+        }
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (b, t, i, o) in [(1, 1, 1, 1), (2, 3, 5, 9), (1, 63, 9, 5), (2, 65, 3, 81), (3, 700, 2, 2)] {
+            let inputs = [random((b, t, i), 1), random((o, i), 2), random(o, 3)];
+            check_gradients("linear", &inputs, |x| Ok(vec![linear(&x[0], &x[1], Some(arg(&x[2])))?]));
+            check_gradients("linear without bias", &inputs[..2], |x| Ok(vec![linear(&x[0], &x[1], None)?]));
+        }
+    }
+
+    #[test]
+    fn threads_and_batch_do_not_matter() {
+        let inputs = [random((5, 1111, 81), 1), random((160, 81), 2), random(160, 3)];
+        check_threads("linear", &inputs, |x| Ok(vec![linear(&x[0], &x[1], Some(arg(&x[2])))?]));
+        // k = 1100 is summed in several parts.
+        let (x, w) = (random((2, 300, 1100), 1), random((9, 1100), 2));
+        let (x, w) = (x.to_dtype(DType::F32).unwrap(), w.to_dtype(DType::F32).unwrap());
+        let whole = linear(&x, &w, None).unwrap();
+        for (start, len) in [(0, 1), (17, 2), (43, 257), (299, 1)] {
+            let piece = linear(&x.narrow(1, start, len).unwrap(), &w, None).unwrap();
+            assert_eq!(values(&piece), values(&whole.narrow(1, start, len).unwrap()));
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_named() {
+        let error = linear(&random((2, 4), 1), &random((3, 5), 2), None).unwrap_err().to_string();
+        assert!(error.contains("takes 5 inputs"), "{error}");
+    }
+}
+
+mod embedding {
+    use super::*;
+    use selectivbench::ops::embedding::embedding;
+
+    fn ids(batch: usize, steps: usize, vocab: u32) -> Tensor {
+        let ids: Vec<u32> = (0..(batch * steps) as u32)
+            .map(|i| if i % 3 == 2 { u32::MAX } else { (i * 7) % vocab })
+            .collect();
+        Tensor::from_vec(ids, (batch, steps), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn equals_the_one_hot_product() {
+        let (ids, w, b) = (ids(3, 65, 5), random((9, 5), 1), random(9, 2));
+        let one_hot: Vec<f64> = ids
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<u32>()
+            .unwrap()
+            .iter()
+            .flat_map(|&id| (0..5).map(move |v| (v == id) as u8 as f64))
+            .collect();
+        let one_hot = Tensor::from_vec(one_hot, (3, 65, 5), &Device::Cpu).unwrap();
+        let want = selectivbench::ops::linear::linear(&one_hot, &w, Some(arg(&b))).unwrap();
+        assert!(rel_rms(&embedding(&ids, &w, &b).unwrap(), &want) < 1e-15);
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (b, t) in [(1, 1), (2, 3), (2, 63), (3, 1500)] {
+            let ids = ids(b, t, 5);
+            let inputs = [random((9, 5), 1), random(9, 2)];
+            check_gradients("embedding", &inputs, |x| Ok(vec![embedding(&ids, &x[0], &x[1])?]));
+        }
+        let ids = ids(3, 3000, 41);
+        let inputs = [random((81, 41), 1), random(81, 2)];
+        check_threads("embedding", &inputs, |x| Ok(vec![embedding(&ids, &x[0], &x[1])?]));
+    }
+}
+
+mod causal_conv1d {
+    use super::*;
+    use selectivbench::ops::causal_conv1d::causal_conv1d_silu;
+
+    #[test]
+    fn matches_golden() {
+        let g = golden("tensors/op_causal_conv1d_silu");
+        for (dtype, tolerance) in [(DType::F64, 1e-10), (DType::F32, 1e-5)] {
+            let get = |name: &str| g[name].to_dtype(dtype).unwrap();
+            let vars = ["in.x", "in.w", "in.b"].map(|name| Var::from_tensor(&get(name)).unwrap());
+            let [x, w, b] = vars.each_ref().map(|v| v.as_tensor());
+            let (o, state) = causal_conv1d_silu(x, w, Some(arg(b)), None).unwrap();
+            let loss = |y: &Tensor, w: &str| (y * get(w)).unwrap().sum_all().unwrap();
+            let grads = (loss(&o, "w.o") + loss(&state, "w.final_state")).unwrap().backward().unwrap();
+            for (name, got) in [
+                ("out.o", &o),
+                ("out.final_state", &state),
+                ("grad.x", grads.get(x).unwrap()),
+                ("grad.w", grads.get(w).unwrap()),
+                ("grad.b", grads.get(b).unwrap()),
+            ] {
+                let error = rel_rms(got, &g[name]);
+                println!("causal_conv1d_silu {dtype:?} {name}: {error:.1e}");
+                assert!(error < tolerance, "{name} in {dtype:?}: {error:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (b, t, d, w) in
+            [(1, 1, 5, 4), (2, 2, 9, 4), (2, 3, 3, 4), (1, 63, 5, 4), (2, 65, 9, 4), (2, 7, 3, 2)]
+        {
+            let inputs = [random((b, t, d), 1), random((d, 1, w), 2), random(d, 3), random((b, w - 1, d), 4)];
+            let both = |(y, state)| vec![y, state];
+            check_gradients("causal_conv1d", &inputs, |x| {
+                causal_conv1d_silu(&x[0], &x[1], Some(arg(&x[2])), Some(arg(&x[3]))).map(both)
+            });
+            check_gradients("causal_conv1d, x and weight", &inputs[..2], |x| {
+                causal_conv1d_silu(&x[0], &x[1], None, None).map(both)
+            });
+            check_gradients("causal_conv1d, final state", &inputs[..3], |x| {
+                Ok(vec![causal_conv1d_silu(&x[0], &x[1], Some(arg(&x[2])), None)?.1])
+            });
+        }
+        let inputs = [random((3, 300, 81), 1), random((81, 4), 2), random(81, 3)];
+        check_threads("causal_conv1d", &inputs, |x| {
+            causal_conv1d_silu(&x[0], &x[1], Some(arg(&x[2])), None).map(|(y, s)| vec![y, s])
+        });
+    }
+
+    #[test]
+    fn one_tap_has_an_empty_state() {
+        let inputs = [random((2, 5, 3), 1), random((3, 1), 2)];
+        let (y, state) = causal_conv1d_silu(&inputs[0], &inputs[1], None, None).unwrap();
+        assert_eq!((y.dims(), state.dims()), (&[2, 5, 3][..], &[2, 0, 3][..]));
+        check_gradients("causal_conv1d, one tap", &inputs, |x| {
+            Ok(vec![causal_conv1d_silu(&x[0], &x[1], None, None)?.0])
+        });
+    }
+
+    #[test]
+    fn pieces_give_the_same_bits() {
+        let single = |x: Tensor| x.to_dtype(DType::F32).unwrap();
+        let (x, w, b) = (single(random((2, 65, 9), 1)), single(random((9, 4), 2)), single(random(9, 3)));
+        let (whole, last) = causal_conv1d_silu(&x, &w, Some(arg(&b)), None).unwrap();
+        let (mut at, mut state, mut pieces) = (0, None, vec![]);
+        for len in [1, 1, 2, 3, 17, 41] {
+            let x = x.narrow(1, at, len).unwrap();
+            let (y, next) = causal_conv1d_silu(&x, &w, Some(arg(&b)), state.as_ref().map(arg)).unwrap();
+            pieces.push(y);
+            state = Some(next);
+            at += len;
+        }
+        assert_eq!(values(&Tensor::cat(&pieces, 1).unwrap()), values(&whole));
+        assert_eq!(values(&state.unwrap()), values(&last));
+    }
+}
+
+mod l2norm {
+    use super::*;
+    use selectivbench::ops::l2norm::l2norm;
+
+    #[test]
+    fn value_and_gradient() {
+        let x = random((3, 5, 9), 1);
+        let want =
+            x.broadcast_div(&(x.sqr().unwrap().sum_keepdim(2).unwrap() + 1e-6).unwrap().sqrt().unwrap());
+        assert!(rel_rms(&l2norm(&x).unwrap(), &want.unwrap()) < 1e-15);
+        for d in [2, 5, 9, 81] {
+            check_gradients("l2norm", &[random((2, 3, d), 1)], |x| Ok(vec![l2norm(&x[0])?]));
+        }
+        let zero = Tensor::zeros((1, 4), DType::F64, &Device::Cpu).unwrap();
+        assert_eq!(values(&l2norm(&zero).unwrap()), [0.0; 4]);
+        check_threads("l2norm", &[random((700, 9), 1)], |x| Ok(vec![l2norm(&x[0])?]));
+    }
+}
