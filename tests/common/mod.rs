@@ -22,6 +22,15 @@ impl Golden {
         tensor.to_dtype(dtype).expect("a float tensor")
     }
 
+    /// The tensor called `name`, in f64.
+    pub fn f64(&self, name: &str) -> Tensor {
+        self.get(name, DType::F64)
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// The input `in.<name>`, in `dtype`.
     pub fn input(&self, name: &str, dtype: DType) -> Tensor {
         self.get(&format!("in.{name}"), dtype)
