@@ -5,6 +5,7 @@ mod common;
 use candle_core::{DType, Result, Tensor, Var};
 use common::*;
 use selectivbench::ops::delta::gated_delta_rule;
+use selectivbench::ops::selective_scan::selective_scan;
 use selectivbench::ops::ssd::ssd;
 
 /// The bounds on relative RMS errors against the golden tensors.
@@ -103,8 +104,48 @@ fn run_ssd(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
     ssd(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], &x[6], Some((&x[7]).into()))
 }
 
+fn scan_inputs(batch: usize, steps: usize, n: usize, channels: usize) -> Vec<Tensor> {
+    vec![
+        noise(1, &[batch, steps, channels]),
+        noise(2, &[batch, steps, channels]),
+        noise(3, &[channels, n]),
+        noise(4, &[batch, steps, n]),
+        noise(5, &[batch, steps, n]),
+        noise(6, &[channels]),
+        noise(7, &[batch, steps, channels]),
+        noise(8, &[channels]),
+        noise(9, &[batch, channels, n]),
+    ]
+}
+
+fn run_scan(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
+    let (z, state) = (Some((&x[6]).into()), Some((&x[8]).into()));
+    selective_scan(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], z, &x[7], state)
+}
+
 fn cases() -> Vec<Case> {
     vec![
+        Case {
+            name: "selective_scan",
+            inputs: vec!["u", "delta", "a_log", "b", "c", "d", "z", "delta_bias", "state"],
+            timed: vec![true, true, false, true, true, false, true, false, false],
+            make: scan_inputs,
+            run: run_scan,
+        },
+        Case {
+            name: "selective_scan without a gate",
+            inputs: vec!["u", "delta", "a_log", "b", "c", "d", "delta_bias", "state"],
+            timed: vec![true, true, false, true, true, false, false, false],
+            make: |b, t, k, v| {
+                let mut inputs = scan_inputs(b, t, k, v);
+                inputs.remove(6);
+                inputs
+            },
+            run: |x| {
+                let state = Some((&x[7]).into());
+                selective_scan(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], None, &x[6], state)
+            },
+        },
         Case {
             name: "ssd",
             inputs: vec!["x", "dt", "a_log", "b", "c", "d", "dt_bias", "state"],
@@ -179,6 +220,21 @@ fn ssd_golden() -> Result<()> {
     let names = ["x", "dt", "A", "B", "C", "D", "dt_bias", "h0"];
     check_golden("op_ssd", &names, as_is, |x| {
         ssd(&x[0], &x[1], &x[2].neg()?.log()?, &x[3], &x[4], &x[5], &x[6], Some((&x[7]).into()))
+    })
+}
+
+/// The golden file is time-last and has A = −exp(a_log) and its gradient.
+#[test]
+fn selective_scan_golden() -> Result<()> {
+    let names = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0"];
+    let time_second = |name: &str, x: Tensor| match name {
+        "u" | "delta" | "z" | "B" | "C" | "o" => x.transpose(1, 2)?.contiguous(),
+        _ => Ok(x),
+    };
+    check_golden("op_selective_scan", &names, time_second, |x| {
+        let mut x = x.to_vec();
+        x[2] = x[2].neg()?.log()?;
+        run_scan(&x)
     })
 }
 
