@@ -5,6 +5,9 @@ mod common;
 use candle_core::{DType, Result, Tensor, Var};
 use common::*;
 use selectivbench::ops::delta::gated_delta_rule;
+use selectivbench::ops::gates;
+use selectivbench::ops::gla::gla;
+use selectivbench::ops::selective_scan::selective_scan;
 use selectivbench::ops::ssd::ssd;
 
 /// The bounds on relative RMS errors against the golden tensors.
@@ -103,8 +106,65 @@ fn run_ssd(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
     ssd(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], &x[6], Some((&x[7]).into()))
 }
 
+fn scan_inputs(batch: usize, steps: usize, n: usize, channels: usize) -> Vec<Tensor> {
+    vec![
+        noise(1, &[batch, steps, channels]),
+        noise(2, &[batch, steps, channels]),
+        noise(3, &[channels, n]),
+        noise(4, &[batch, steps, n]),
+        noise(5, &[batch, steps, n]),
+        noise(6, &[channels]),
+        noise(7, &[batch, steps, channels]),
+        noise(8, &[channels]),
+        noise(9, &[batch, channels, n]),
+    ]
+}
+
+fn run_scan(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
+    let (z, state) = (Some((&x[6]).into()), Some((&x[8]).into()));
+    selective_scan(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], z, &x[7], state)
+}
+
+fn gla_inputs(batch: usize, steps: usize, k: usize, v: usize) -> Vec<Tensor> {
+    vec![
+        noise(1, &[batch, steps, HEADS, k]),
+        noise(2, &[batch, steps, HEADS, k]),
+        noise(3, &[batch, steps, HEADS, v]),
+        log_decay(noise(4, &[batch, steps, HEADS, k]), 0.3),
+        noise(5, &[batch, HEADS, k, v]),
+    ]
+}
+
 fn cases() -> Vec<Case> {
     vec![
+        Case {
+            name: "gla",
+            inputs: vec!["q", "k", "v", "gk", "state"],
+            timed: vec![true, true, true, true, false],
+            make: gla_inputs,
+            run: |x| gla(&x[0], &x[1], &x[2], &x[3], 0.7, Some((&x[4]).into())),
+        },
+        Case {
+            name: "selective_scan",
+            inputs: vec!["u", "delta", "a_log", "b", "c", "d", "z", "delta_bias", "state"],
+            timed: vec![true, true, false, true, true, false, true, false, false],
+            make: scan_inputs,
+            run: run_scan,
+        },
+        Case {
+            name: "selective_scan without a gate",
+            inputs: vec!["u", "delta", "a_log", "b", "c", "d", "delta_bias", "state"],
+            timed: vec![true, true, false, true, true, false, false, false],
+            make: |b, t, k, v| {
+                let mut inputs = scan_inputs(b, t, k, v);
+                inputs.remove(6);
+                inputs
+            },
+            run: |x| {
+                let state = Some((&x[7]).into());
+                selective_scan(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], None, &x[6], state)
+            },
+        },
         Case {
             name: "ssd",
             inputs: vec!["x", "dt", "a_log", "b", "c", "d", "dt_bias", "state"],
@@ -182,13 +242,238 @@ fn ssd_golden() -> Result<()> {
     })
 }
 
+/// The golden file is time-last and has A = −exp(a_log) and its gradient.
+#[test]
+fn selective_scan_golden() -> Result<()> {
+    let names = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0"];
+    let time_second = |name: &str, x: Tensor| match name {
+        "u" | "delta" | "z" | "B" | "C" | "o" => x.transpose(1, 2)?.contiguous(),
+        _ => Ok(x),
+    };
+    check_golden("op_selective_scan", &names, time_second, |x| {
+        let mut x = x.to_vec();
+        x[2] = x[2].neg()?.log()?;
+        run_scan(&x)
+    })
+}
+
+#[test]
+fn gla_golden() -> Result<()> {
+    check_golden("op_gla", &["q", "k", "v", "gk", "h0"], as_is, |x| {
+        gla(&x[0], &x[1], &x[2], &x[3], 0.25, Some((&x[4]).into()))
+    })
+}
+
+/// One decay per head is gated linear attention with the decay repeated over K.
+#[test]
+fn simple_gla_golden() -> Result<()> {
+    check_golden("op_simple_gla", &["q", "k", "v", "g", "h0"], as_is, |x| {
+        let gk = x[3].unsqueeze(3)?.broadcast_as(x[0].shape())?;
+        gla(&x[0], &x[1], &x[2], &gk, 0.25, Some((&x[4]).into()))
+    })
+}
+
+const SHAPES: [(usize, usize, usize, usize); 4] = [(1, 1, 3, 2), (2, 4, 5, 9), (1, 67, 2, 3), (1, 3, 17, 40)];
+
 #[test]
 fn gradients_equal_finite_differences() {
     for case in cases() {
-        for (batch, steps, k, v) in [(1, 1, 3, 2), (2, 4, 5, 9), (1, 67, 2, 3)] {
-            let inputs = (case.make)(batch, steps, k, v);
+        for (batch, steps, k, v) in SHAPES {
             println!("{} B {batch} T {steps} K {k} V {v}", case.name);
+            let inputs = (case.make)(batch, steps, k, v);
             check_gradients(&case.inputs, &inputs, 1e-7, |x| (case.run)(x).map(both));
         }
     }
+    let gate = [noise(1, &[2, 5, 3]), noise(2, &[3]), noise(3, &[3])];
+    check_gradients(&["a", "a_log", "dt_bias"], &gate, 1e-7, |x| {
+        Ok(vec![gates::decay_gate(&x[0], &x[1], &x[2])?])
+    });
+    check_gradients(&["x"], &gate[..1], 1e-7, |x| {
+        Ok(vec![gates::sigmoid(&x[0], 2.0)?, gates::log_sigmoid(&x[0], 16.0)?])
+    });
+}
+
+/// The loss may use either output alone, and the initial state may be absent.
+#[test]
+fn outputs_are_differentiable_one_by_one() {
+    for case in cases() {
+        let inputs = (case.make)(2, 3, 3, 4);
+        check_gradients(&case.inputs, &inputs, 1e-7, |x| (case.run)(x).map(|out| vec![out.0]));
+        // The final state does not depend on what only reads it: the gradient is zero, or there is none.
+        let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+        let args: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let state = (case.run)(&args).unwrap().1;
+        let grads = state.sum_all().unwrap().backward().unwrap();
+        let last = grads.get(args.last().unwrap()).unwrap();
+        assert!(values(last).iter().any(|&g| g != 0.0), "{}", case.name);
+        assert!(values(grads.get(&args[0]).unwrap()).iter().all(|g| g.is_finite()), "{}", case.name);
+    }
+}
+
+fn in_f32(inputs: &[Tensor]) -> Vec<Tensor> {
+    inputs.iter().map(|x| x.to_dtype(DType::F32).unwrap()).collect()
+}
+
+/// f32 against f64, outputs and every gradient, at lengths around the chunk and odd dims.
+#[test]
+fn single_precision_is_close_to_double() -> Result<()> {
+    let shapes = [1, 2, 15, 16, 17, 63, 64, 65, 130].map(|t| (1, t, 5, 9));
+    for case in cases() {
+        for (batch, steps, k, v) in
+            shapes.into_iter().chain([(3, 17, 9, 5), (1, 65, 81, 33), (3, 65, 16, 81)])
+        {
+            let inputs = (case.make)(batch, steps, k, v);
+            let (wide_out, wide) = run_with_grads(&inputs, |x| (case.run)(x).map(both))?;
+            let (out, grads) = run_with_grads(&in_f32(&inputs), |x| (case.run)(x).map(both))?;
+            let what = format!("{} B {batch} T {steps} K {k} V {v}", case.name);
+            for (i, (out, want)) in out.iter().zip(&wide_out).enumerate() {
+                assert_close(&format!("{what} output {i}"), out, want, 1e-5);
+            }
+            for ((name, grad), want) in case.inputs.iter().zip(&grads).zip(&wide) {
+                assert_close(&format!("{what} gradient of {name}"), grad, want, 1e-5);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A sequence fed in pieces, the state carried over, gives the bits of the sequence in one piece.
+#[test]
+fn pieces_give_the_bits_of_one_piece() -> Result<()> {
+    for case in cases() {
+        let inputs = in_f32(&(case.make)(2, 130, 7, 35));
+        let (whole, last) = (case.run)(&inputs)?;
+        let mut state = inputs.last().unwrap().clone();
+        let mut outputs = vec![];
+        let mut start = 0;
+        for piece in [1, 2, 61, 64, 2] {
+            let mut part: Vec<Tensor> = inputs
+                .iter()
+                .zip(&case.timed)
+                .map(|(x, &timed)| match timed {
+                    true => {
+                        let per_step = x.dim(1)? / 130;
+                        x.narrow(1, start * per_step, piece * per_step)?.contiguous()
+                    }
+                    false => Ok(x.clone()),
+                })
+                .collect::<Result<_>>()?;
+            *part.last_mut().unwrap() = state;
+            let (o, next) = (case.run)(&part)?;
+            outputs.push(o);
+            state = next;
+            start += piece;
+        }
+        assert_eq!(start, 130);
+        assert_same_bits(case.name, &Tensor::cat(&outputs, 1)?, &whole);
+        assert_same_bits(case.name, &state, &last);
+    }
+    Ok(())
+}
+
+/// Outputs and gradients do not depend on the number of threads, nor on recording for a backward pass.
+#[test]
+fn thread_count_does_not_matter() -> Result<()> {
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    for case in cases() {
+        let inputs = in_f32(&(case.make)(3, 70, 6, 70));
+        let run = || run_with_grads(&inputs, |x| (case.run)(x).map(both));
+        let (one, three) = (pool(1).install(run)?, pool(3).install(run)?);
+        let bare = (case.run)(&inputs)?;
+        for (a, b) in one.0.iter().chain(&one.1).zip(three.0.iter().chain(&three.1)) {
+            assert_same_bits(case.name, a, b);
+        }
+        assert_same_bits(case.name, &one.0[0], &bare.0);
+    }
+    Ok(())
+}
+
+/// DeltaProduct is the delta rule on a sequence n times as long: g at a token's first step, q at its last.
+#[test]
+fn product_equals_the_expanded_delta_rule() -> Result<()> {
+    let (n, batch, steps, k, v) = (3, 2, 30, 5, 9);
+    let x = delta_inputs(n, batch, steps, k, v);
+    let (o, state) = run_delta(&x)?;
+    let zeros = |x: &Tensor| x.zeros_like();
+    let spread = |x: &Tensor, place: usize| -> Result<Tensor> {
+        let parts = (0..n).map(|j| if j == place { Ok(x.clone()) } else { zeros(x) });
+        let stacked = Tensor::stack(&parts.collect::<Result<Vec<_>>>()?, 2)?;
+        let mut dims = x.dims().to_vec();
+        dims[1] *= n;
+        stacked.reshape(dims)
+    };
+    let mut expanded = x.clone();
+    expanded[0] = spread(&x[0], n - 1)?;
+    expanded[4] = spread(&x[4], 0)?;
+    let (long, long_state) = run_delta(&expanded)?;
+    let read = long.reshape((batch, steps, n, HEADS, v))?.narrow(2, n - 1, 1)?.squeeze(2)?;
+    assert_close("outputs", &o, &read, 1e-13);
+    assert_close("final state", &state, &long_state, 1e-13);
+    Ok(())
+}
+
+/// Blank stretches give runs of nearly and of exactly equal keys; with β near 2 errors must not build up.
+#[test]
+fn runs_of_equal_keys_stay_exact() -> Result<()> {
+    let (steps, k, v) = (640, 64, 32);
+    let common = noise(1, &[1, 1, HEADS, k]);
+    // Half the sequence has keys that are 95 % common, half repeats one key in long runs.
+    let own = (noise(2, &[1, steps / 2, HEADS, k]) * 0.05)?;
+    let similar = own.broadcast_add(&(&common * 0.95)?)?;
+    let runs = noise(3, &[1, steps / 128, 1, HEADS, k]).broadcast_as((1, steps / 128, 64, HEADS, k))?;
+    let key = unit_rows(Tensor::cat(&[similar, runs.reshape((1, steps / 2, HEADS, k))?], 1)?);
+    let key = key.to_dtype(DType::F32)?.to_dtype(DType::F64)?;
+    let beta = Tensor::full(1.9f32, (1, steps, HEADS), key.device())?.to_dtype(DType::F64)?;
+    let g = (Tensor::ones((1, steps, HEADS), DType::F64, key.device())? * -1e-3)?.to_dtype(DType::F32)?;
+    let inputs = [
+        unit_rows(noise(4, &[1, steps, HEADS, k])).to_dtype(DType::F32)?.to_dtype(DType::F64)?,
+        key,
+        noise(5, &[1, steps, HEADS, v]),
+        beta,
+        g.to_dtype(DType::F64)?,
+        noise(6, &[1, HEADS, k, v]),
+    ];
+    for gated in [false, true] {
+        let run = |x: &[Tensor]| {
+            let g = gated.then(|| (&x[4]).into());
+            let (o, state) = gated_delta_rule(&x[0], &x[1], &x[2], &x[3], g, 0.125, Some((&x[5]).into()))?;
+            // Keeps an unused gate in the graph.
+            Ok(vec![(o + x[4].sum_all()?.broadcast_as((1, steps, HEADS, v))?)?, state])
+        };
+        let (wide_out, wide) = run_with_grads(&inputs, run)?;
+        let (out, grads) = run_with_grads(&in_f32(&inputs), run)?;
+        for (got, want) in out.iter().chain(&grads).zip(wide_out.iter().chain(&wide)) {
+            println!("equal keys, gated {gated}: {:.1e}", relative_rms(got, want));
+            assert_close("equal keys", got, want, 1e-5);
+        }
+    }
+    Ok(())
+}
+
+/// Closed gates, down to a log decay of −20 a step and beyond: finite, and as in double precision.
+#[test]
+fn strong_decays_are_stable() -> Result<()> {
+    for decay in [0.0, -11.5, -20.0, -200.0] {
+        let mut inputs = gla_inputs(2, 70, 16, 8);
+        let mask = noise(9, inputs[3].dims()).gt(0.0)?.to_dtype(DType::F64)?;
+        inputs[3] = (mask * decay)?;
+        let run = |x: &[Tensor]| gla(&x[0], &x[1], &x[2], &x[3], 0.25, Some((&x[4]).into())).map(both);
+        let (wide_out, wide) = run_with_grads(&inputs, run)?;
+        let (out, grads) = run_with_grads(&in_f32(&inputs), run)?;
+        for (got, want) in out.iter().chain(&grads).zip(wide_out.iter().chain(&wide)) {
+            assert_close(&format!("log decay {decay}"), got, want, 1e-5);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn wrong_shapes_are_named() {
+    let x = delta_inputs(1, 1, 4, 3, 5);
+    let wrong = noise(1, &[1, 4, HEADS, 4]);
+    let error = gated_delta_rule(&x[0], &wrong, &x[2], &x[3], None, 1.0, None).unwrap_err().to_string();
+    assert!(
+        error.contains("gated_delta_rule: expected k of shape [1, 4, 2, 3], got [1, 4, 2, 4]"),
+        "{error}"
+    );
 }

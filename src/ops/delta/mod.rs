@@ -135,8 +135,9 @@ impl Node for GatedDeltaRule {
                 Value::cpu(o, (batch, steps, heads, value)),
                 Value::cpu(state, (batch, heads, key, value)),
             ];
+            let count = checkpoints.len();
             let saved = match save {
-                true => vec![Tensor::new(checkpoints, &Device::Cpu)?],
+                true => vec![Tensor::from_vec(checkpoints, count, &Device::Cpu)?],
                 false => vec![],
             };
             Ok(Forward { outputs, saved })

@@ -116,8 +116,9 @@ impl Node for SsdNode {
                 Value::cpu(y, (batch, steps, heads, dim)),
                 Value::cpu(state, (batch, heads, dim, states)),
             ];
+            let count = checkpoints.len();
             let saved = match save {
-                true => vec![Tensor::new(checkpoints, &Device::Cpu)?],
+                true => vec![Tensor::from_vec(checkpoints, count, &Device::Cpu)?],
                 false => vec![],
             };
             Ok(Forward { outputs, saved })
