@@ -289,3 +289,151 @@ mod l2norm {
         check_threads("l2norm", &[random((700, 9), 1)], |x| Ok(vec![l2norm(&x[0])?]));
     }
 }
+
+mod norms {
+    use super::*;
+    use selectivbench::ops::norms::{GateOrder, RmsEps, gated_rms_norm, layer_norm, rms_norm};
+
+    /// x / √(mean x²) over groups of `n`, with the epsilon inside or outside.
+    fn plain_rms(x: &Tensor, n: usize, eps: f64, place: RmsEps) -> Tensor {
+        let x2 = x.reshape(((), n)).unwrap();
+        let square = (x2.sqr().unwrap().sum_keepdim(1).unwrap() / n as f64).unwrap();
+        let root = match place {
+            RmsEps::Inside => (square + eps).unwrap().sqrt().unwrap(),
+            RmsEps::Outside => (square.sqrt().unwrap() + eps).unwrap(),
+        };
+        x2.broadcast_div(&root).unwrap().reshape(x.shape()).unwrap()
+    }
+
+    fn times_weight(x: &Tensor, w: &Tensor) -> Tensor {
+        let n = w.elem_count();
+        x.reshape(((), n)).unwrap().broadcast_mul(w).unwrap().reshape(x.shape()).unwrap()
+    }
+
+    #[test]
+    fn layer_norm_value_and_gradient() {
+        let (x, w, b) = (random((3, 5, 81), 1), random(81, 2), random(81, 3));
+        let centred = x.broadcast_sub(&x.mean_keepdim(2).unwrap()).unwrap();
+        let want = plain_rms(&centred, 81, 1e-5, RmsEps::Inside);
+        let want = want.broadcast_mul(&w).unwrap().broadcast_add(&b).unwrap();
+        assert!(rel_rms(&layer_norm(&x, &w, &b, 1e-5).unwrap(), &want) < 1e-14);
+        for (t, d) in [(1, 5), (2, 9), (3, 81), (63, 3), (65, 2)] {
+            let inputs = [random((2, t, d), 1), random(d, 2), random(d, 3)];
+            check_gradients("layer_norm", &inputs, |x| Ok(vec![layer_norm(&x[0], &x[1], &x[2], 1e-3)?]));
+        }
+        check_threads("layer_norm", &[random((3, 300, 9), 1), w_of(9), w_of(9)], |x| {
+            Ok(vec![layer_norm(&x[0], &x[1], &x[2], 1e-5)?])
+        });
+    }
+
+    fn w_of(n: usize) -> Tensor {
+        random(n, 7)
+    }
+
+    #[test]
+    fn rms_norm_value_and_gradient() {
+        for (place, eps) in [(RmsEps::Inside, 1e-5), (RmsEps::Outside, 1e-2)] {
+            for (t, groups, n) in [(1, 1, 5), (2, 3, 9), (3, 2, 81), (65, 1, 3)] {
+                let (x, w) = (random((2, t, groups * n), 1), w_of(n));
+                let want = times_weight(&plain_rms(&x, n, eps, place), &w);
+                assert!(rel_rms(&rms_norm(&x, &w, eps, place).unwrap(), &want) < 1e-14);
+                check_gradients("rms_norm", &[x, w], |x| Ok(vec![rms_norm(&x[0], &x[1], eps, place)?]));
+            }
+        }
+        let zero = Var::zeros((1, 4), DType::F64, &Device::Cpu).unwrap();
+        let y = rms_norm(zero.as_tensor(), &w_of(4), 1e-8, RmsEps::Outside).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert!(values(grads.get(zero.as_tensor()).unwrap()).iter().all(|g| g.is_finite()));
+        check_threads("rms_norm", &[random((3, 300, 18), 1), w_of(9)], |x| {
+            Ok(vec![rms_norm(&x[0], &x[1], 1e-5, RmsEps::Inside)?])
+        });
+    }
+
+    #[test]
+    fn gated_rms_norm_value_and_gradient() {
+        for order in [GateOrder::AfterNorm, GateOrder::BeforeNorm] {
+            for (t, groups, n) in [(1, 1, 5), (2, 3, 9), (3, 1, 81), (65, 2, 3)] {
+                let m = groups * n;
+                let (x, z, w) = (random((2, t, m), 1), random((2, t, m), 2), w_of(n));
+                let gate = z.silu().unwrap();
+                let want = match order {
+                    GateOrder::AfterNorm => {
+                        (times_weight(&plain_rms(&x, n, 1e-5, RmsEps::Inside), &w) * gate).unwrap()
+                    }
+                    GateOrder::BeforeNorm => {
+                        times_weight(&plain_rms(&(&x * gate).unwrap(), n, 1e-5, RmsEps::Inside), &w)
+                    }
+                };
+                assert!(rel_rms(&gated_rms_norm(&x, &z, &w, 1e-5, order).unwrap(), &want) < 1e-14);
+                check_gradients("gated_rms_norm", &[x, z, w], |x| {
+                    Ok(vec![gated_rms_norm(&x[0], &x[1], &x[2], 1e-2, order)?])
+                });
+            }
+            let inputs = [random((3, 300, 18), 1), random((3, 300, 18), 2), w_of(9)];
+            check_threads("gated_rms_norm", &inputs, |x| {
+                Ok(vec![gated_rms_norm(&x[0], &x[1], &x[2], 1e-5, order)?])
+            });
+        }
+    }
+}
+
+mod dropout {
+    use super::*;
+    use selectivbench::ops::dropout::{Dropout, dropout};
+    use selectivbench::ops::norms::layer_norm;
+    use selectivbench::ops::residual_norm::residual_dropout_layer_norm;
+
+    const DROPOUT: Dropout = Dropout { p: 0.2, key: [5, 6], site: 3, first: 10 };
+
+    #[test]
+    fn the_mask_is_a_function_of_position() {
+        let x = random((2, 65, 9), 1);
+        let y = values(&dropout(&x, &DROPOUT).unwrap());
+        for (i, (y, x)) in y.iter().zip(values(&x)).enumerate() {
+            let (b, t, c) = (i / (65 * 9), i / 9 % 65, i % 9);
+            let bits = philox4x32([c as u32 / 4, t as u32, 10 + b as u32, 3], [5, 6])[c % 4];
+            let want = if unit_f32(bits) >= 0.2 { x * (1.0 / 0.8) } else { 0.0 };
+            assert_eq!(*y, want, "{b} {t} {c}");
+        }
+        let second = dropout(&x.narrow(0, 1, 1).unwrap(), &Dropout { first: 11, ..DROPOUT }).unwrap();
+        assert_eq!(values(&second), y[65 * 9..]);
+    }
+
+    #[test]
+    fn keeps_the_mean_and_the_rate() {
+        let ones = Tensor::ones((4, 200, 81), DType::F32, &Device::Cpu).unwrap();
+        let y = values(&dropout(&ones, &DROPOUT).unwrap());
+        let kept = y.iter().filter(|&&y| y > 0.0).count() as f64 / y.len() as f64;
+        assert!((kept - 0.8).abs() < 0.005, "{kept}");
+        assert!(dropout(&ones, &Dropout { p: 1.0, ..DROPOUT }).is_err());
+        let all = dropout(&ones, &Dropout { p: 0.0, ..DROPOUT }).unwrap();
+        assert_eq!(values(&all), values(&ones));
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (t, d) in [(1, 5), (2, 9), (3, 81), (65, 2)] {
+            check_gradients("dropout", &[random((2, t, d), 1)], |x| Ok(vec![dropout(&x[0], &DROPOUT)?]));
+        }
+    }
+
+    #[test]
+    fn residual_norm_is_its_parts() {
+        let inputs = |t, d| [random((2, t, d), 1), random((2, t, d), 2), random(d, 3), random(d, 4)];
+        for mask in [None, Some(DROPOUT)] {
+            let [branch, residual, w, b] = inputs(65, 81);
+            let dropped = mask.map_or(branch.clone(), |mask| dropout(&branch, &mask).unwrap());
+            let want = layer_norm(&(dropped + &residual).unwrap(), &w, &b, 1e-5).unwrap();
+            let got = residual_dropout_layer_norm(&branch, &residual, &w, &b, 1e-5, mask).unwrap();
+            assert!(rel_rms(&got, &want) < 1e-15);
+            for (t, d) in [(1, 5), (2, 9), (3, 81), (63, 3)] {
+                check_gradients("residual_norm", &inputs(t, d), |x| {
+                    Ok(vec![residual_dropout_layer_norm(&x[0], &x[1], &x[2], &x[3], 1e-3, mask)?])
+                });
+            }
+            check_threads("residual_norm", &inputs(300, 81), |x| {
+                Ok(vec![residual_dropout_layer_norm(&x[0], &x[1], &x[2], &x[3], 1e-5, mask)?])
+            });
+        }
+    }
+}
