@@ -437,3 +437,173 @@ mod dropout {
         }
     }
 }
+
+mod head {
+    use super::*;
+    use selectivbench::ops::head::{PAD, Targets, Vote, head_cross_entropy, loss_and_votes};
+    use selectivbench::ops::linear::linear;
+
+    /// Windows of one to four steps; the sequences end with up to two steps of padding.
+    fn targets(batch: usize, steps: usize, classes: usize) -> Targets {
+        let (mut labels, mut element, mut elements) = (vec![], vec![], 1);
+        for b in 0..batch {
+            let (mut e, mut left) = (0, 1);
+            for t in 0..steps {
+                if left == 0 {
+                    e += 1;
+                    left = 1 + (b * 5 + t * 7) % 4;
+                }
+                left -= 1;
+                labels.push(((b * 3 + e * 11) % classes) as u32);
+                element.push(if t > 0 && t + b % 3 >= steps { PAD } else { e as u32 });
+                elements = elements.max(e + 1);
+            }
+        }
+        Targets { labels, element, batch, steps, elements }
+    }
+
+    fn piece(all: &Targets, start: usize, len: usize) -> Targets {
+        let cut = |x: &[u32]| -> Vec<u32> {
+            x.chunks(all.steps).flat_map(|row| row[start..start + len].to_vec()).collect()
+        };
+        Targets { labels: cut(&all.labels), element: cut(&all.element), steps: len, ..all.clone() }
+    }
+
+    /// Loss and votes by the plain definition.
+    fn plain(logits: &Tensor, targets: &Targets) -> (f64, Vec<u32>) {
+        let classes = logits.dim(2).unwrap();
+        let mut sums = vec![vec![0.0; classes]; targets.batch * targets.elements];
+        let mut seen = vec![false; sums.len()];
+        let mut loss = 0.0;
+        for (row, logits) in values(logits).chunks(classes).enumerate() {
+            if targets.element[row] == PAD {
+                continue;
+            }
+            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = logits.iter().map(|x| (x - max).exp()).sum();
+            loss += total.ln() + max - logits[targets.labels[row] as usize];
+            let window = row / targets.steps * targets.elements + targets.element[row] as usize;
+            seen[window] = true;
+            for (sum, x) in sums[window].iter_mut().zip(logits) {
+                *sum += (x - max).exp() / total;
+            }
+        }
+        let vote = |(sum, seen): (&Vec<f64>, bool)| match seen {
+            true => (0..classes).rev().max_by(|&a, &b| sum[a].total_cmp(&sum[b])).unwrap() as u32,
+            false => u32::MAX,
+        };
+        (loss, sums.iter().zip(seen).map(vote).collect())
+    }
+
+    #[test]
+    fn golden_losses_and_votes() {
+        let metrics = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/data/metrics.json"));
+        let metrics: serde_json::Value = serde_json::from_slice(&metrics.unwrap()).unwrap();
+        let mut seen = 0;
+        for case in metrics["cases"].as_array().unwrap() {
+            if case["kind"] != "classify" {
+                continue;
+            }
+            seen += 1;
+            let name = case["name"].as_str().unwrap();
+            let g = golden(&format!("data/metrics/{name}"));
+            let (batch, elements, steps) = g["gap_mask"].dims3().unwrap();
+            let (gaps, mask) = (values(&g["gap_mask"]), values(&g["mask"]));
+            let element = (0..batch * steps).map(|row| {
+                let (b, t) = (row / steps, row % steps);
+                let inside = |e: &usize| gaps[(b * elements + e) * steps + t] == 1.0;
+                match mask[row] == 1.0 {
+                    true => (0..elements).find(inside).unwrap() as u32,
+                    false => PAD,
+                }
+            });
+            let labels = values(&g["labels"]).iter().map(|&l| l as u32).collect();
+            let targets = Targets { labels, element: element.collect(), batch, steps, elements };
+            let valid = targets.element.iter().filter(|&&e| e != PAD).count() as f64;
+            let (loss, votes) = loss_and_votes(&g["logits"], &targets).unwrap();
+            let want = case["loss"]["value"].as_f64().unwrap();
+            let error = (loss / valid - want).abs() / want;
+            println!("{name}: loss differs by {error:.1e}");
+            assert!(error < 1e-12, "{name}: {} against {want}", loss / valid);
+            for (vote, want) in votes.iter().zip(values(&g["predicted_class"])) {
+                // An element without steps has no vote here; there it counts as class 0.
+                assert_eq!(if *vote == u32::MAX { 0.0 } else { *vote as f64 }, want, "{name}");
+            }
+        }
+        assert_eq!(seen, 4);
+    }
+
+    #[test]
+    fn equals_the_plain_definition() {
+        for (b, t, d, c) in [(1, 1, 5, 1), (1, 2, 9, 2), (3, 63, 9, 26), (5, 400, 5, 81), (2, 1100, 3, 5)] {
+            let (x, w, bias) = (random((b, t, d), 1), random((c, d), 2), random(c, 3));
+            let targets = targets(b, t, c);
+            let logits = linear(&x, &w, Some(arg(&bias))).unwrap();
+            let (loss, votes) = plain(&logits, &targets);
+            let got = head_cross_entropy(&x, &w, &bias, &targets, 7.0).unwrap();
+            assert!((got.loss_sum - loss).abs() < 1e-12 * loss.max(1.0));
+            assert!((got.loss.to_scalar::<f64>().unwrap() - loss / 7.0).abs() < 1e-12 * loss.max(1.0));
+            assert_eq!(got.votes, votes);
+            assert_eq!(loss_and_votes(&logits, &targets).unwrap().1, votes);
+        }
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (b, t, d, c) in [(1, 1, 5, 3), (2, 3, 9, 2), (3, 65, 5, 40), (3, 800, 2, 5)] {
+            let inputs = [random((b, t, d), 1), random((c, d), 2), random(c, 3)];
+            let targets = targets(b, t, c);
+            // Squared, so that the incoming gradient is not one.
+            check_gradients("head", &inputs, |x| {
+                Ok(vec![head_cross_entropy(&x[0], &x[1], &x[2], &targets, 3.0)?.loss.sqr()?])
+            });
+        }
+        let inputs = [random((5, 700, 9), 1), random((81, 9), 2), random(81, 3)];
+        let targets = targets(5, 700, 81);
+        check_threads("head", &inputs, |x| {
+            Ok(vec![head_cross_entropy(&x[0], &x[1], &x[2], &targets, 3.0)?.loss])
+        });
+    }
+
+    #[test]
+    fn pieces_vote_as_one() {
+        let single = |x: Tensor| x.to_dtype(DType::F32).unwrap();
+        let (b, t, d, c) = (3, 701, 9, 26);
+        let (x, w, bias) = (single(random((b, t, d), 1)), single(random((c, d), 2)), single(random(c, 3)));
+        let all = targets(b, t, c);
+        let whole = no_grad(|| head_cross_entropy(&x, &w, &bias, &all, 1.0)).unwrap();
+        for salt in 0..4 {
+            let mut vote = Vote::new(b, c);
+            let (mut at, mut i) = (0, 0);
+            while at < t {
+                let bits = philox4x32([i, 0, 0, salt], [3, 3])[0] as usize;
+                let len = (1 + bits % [3, 40, 300, 700][salt as usize]).min(t - at);
+                vote.feed(&x.narrow(1, at, len).unwrap(), &w, &bias, &piece(&all, at, len)).unwrap();
+                at += len;
+                i += 1;
+            }
+            let (votes, loss, steps) = vote.finish();
+            assert_eq!(votes, whole.votes);
+            assert_eq!(loss, whole.loss_sum);
+            assert_eq!(steps, all.element.iter().filter(|&&e| e != PAD).count());
+        }
+    }
+
+    #[test]
+    fn a_label_that_is_no_class_is_refused() {
+        let mut targets = targets(1, 3, 2);
+        targets.labels[1] = 2;
+        let result =
+            head_cross_entropy(&random((1, 3, 4), 1), &random((2, 4), 2), &random(2, 3), &targets, 1.0);
+        assert!(result.err().unwrap().to_string().contains("label 2 of 2 classes"));
+    }
+
+    #[test]
+    fn nan_reaches_the_loss() {
+        let (mut x, targets) = (values(&random((1, 3, 4), 1)), targets(1, 3, 2));
+        x[5] = f64::NAN;
+        let x = Tensor::from_vec(x, (1, 3, 4), &Device::Cpu).unwrap();
+        let out = head_cross_entropy(&x, &random((2, 4), 2), &random(2, 3), &targets, 1.0).unwrap();
+        assert!(out.loss_sum.is_nan());
+    }
+}
