@@ -289,3 +289,321 @@ mod l2norm {
         check_threads("l2norm", &[random((700, 9), 1)], |x| Ok(vec![l2norm(&x[0])?]));
     }
 }
+
+mod norms {
+    use super::*;
+    use selectivbench::ops::norms::{GateOrder, RmsEps, gated_rms_norm, layer_norm, rms_norm};
+
+    /// x / √(mean x²) over groups of `n`, with the epsilon inside or outside.
+    fn plain_rms(x: &Tensor, n: usize, eps: f64, place: RmsEps) -> Tensor {
+        let x2 = x.reshape(((), n)).unwrap();
+        let square = (x2.sqr().unwrap().sum_keepdim(1).unwrap() / n as f64).unwrap();
+        let root = match place {
+            RmsEps::Inside => (square + eps).unwrap().sqrt().unwrap(),
+            RmsEps::Outside => (square.sqrt().unwrap() + eps).unwrap(),
+        };
+        x2.broadcast_div(&root).unwrap().reshape(x.shape()).unwrap()
+    }
+
+    fn times_weight(x: &Tensor, w: &Tensor) -> Tensor {
+        let n = w.elem_count();
+        x.reshape(((), n)).unwrap().broadcast_mul(w).unwrap().reshape(x.shape()).unwrap()
+    }
+
+    #[test]
+    fn layer_norm_value_and_gradient() {
+        let (x, w, b) = (random((3, 5, 81), 1), random(81, 2), random(81, 3));
+        let centred = x.broadcast_sub(&x.mean_keepdim(2).unwrap()).unwrap();
+        let want = plain_rms(&centred, 81, 1e-5, RmsEps::Inside);
+        let want = want.broadcast_mul(&w).unwrap().broadcast_add(&b).unwrap();
+        assert!(rel_rms(&layer_norm(&x, &w, &b, 1e-5).unwrap(), &want) < 1e-14);
+        for (t, d) in [(1, 5), (2, 9), (3, 81), (63, 3), (65, 2)] {
+            let inputs = [random((2, t, d), 1), random(d, 2), random(d, 3)];
+            check_gradients("layer_norm", &inputs, |x| Ok(vec![layer_norm(&x[0], &x[1], &x[2], 1e-3)?]));
+        }
+        check_threads("layer_norm", &[random((3, 300, 9), 1), w_of(9), w_of(9)], |x| {
+            Ok(vec![layer_norm(&x[0], &x[1], &x[2], 1e-5)?])
+        });
+    }
+
+    fn w_of(n: usize) -> Tensor {
+        random(n, 7)
+    }
+
+    #[test]
+    fn rms_norm_value_and_gradient() {
+        for (place, eps) in [(RmsEps::Inside, 1e-5), (RmsEps::Outside, 1e-2)] {
+            for (t, groups, n) in [(1, 1, 5), (2, 3, 9), (3, 2, 81), (65, 1, 3)] {
+                let (x, w) = (random((2, t, groups * n), 1), w_of(n));
+                let want = times_weight(&plain_rms(&x, n, eps, place), &w);
+                assert!(rel_rms(&rms_norm(&x, &w, eps, place).unwrap(), &want) < 1e-14);
+                check_gradients("rms_norm", &[x, w], |x| Ok(vec![rms_norm(&x[0], &x[1], eps, place)?]));
+            }
+        }
+        let zero = Var::zeros((1, 4), DType::F64, &Device::Cpu).unwrap();
+        let y = rms_norm(zero.as_tensor(), &w_of(4), 1e-8, RmsEps::Outside).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert!(values(grads.get(zero.as_tensor()).unwrap()).iter().all(|g| g.is_finite()));
+        check_threads("rms_norm", &[random((3, 300, 18), 1), w_of(9)], |x| {
+            Ok(vec![rms_norm(&x[0], &x[1], 1e-5, RmsEps::Inside)?])
+        });
+    }
+
+    #[test]
+    fn gated_rms_norm_value_and_gradient() {
+        for order in [GateOrder::AfterNorm, GateOrder::BeforeNorm] {
+            for (t, groups, n) in [(1, 1, 5), (2, 3, 9), (3, 1, 81), (65, 2, 3)] {
+                let m = groups * n;
+                let (x, z, w) = (random((2, t, m), 1), random((2, t, m), 2), w_of(n));
+                let gate = z.silu().unwrap();
+                let want = match order {
+                    GateOrder::AfterNorm => {
+                        (times_weight(&plain_rms(&x, n, 1e-5, RmsEps::Inside), &w) * gate).unwrap()
+                    }
+                    GateOrder::BeforeNorm => {
+                        times_weight(&plain_rms(&(&x * gate).unwrap(), n, 1e-5, RmsEps::Inside), &w)
+                    }
+                };
+                assert!(rel_rms(&gated_rms_norm(&x, &z, &w, 1e-5, order).unwrap(), &want) < 1e-14);
+                check_gradients("gated_rms_norm", &[x, z, w], |x| {
+                    Ok(vec![gated_rms_norm(&x[0], &x[1], &x[2], 1e-2, order)?])
+                });
+            }
+            let inputs = [random((3, 300, 18), 1), random((3, 300, 18), 2), w_of(9)];
+            check_threads("gated_rms_norm", &inputs, |x| {
+                Ok(vec![gated_rms_norm(&x[0], &x[1], &x[2], 1e-5, order)?])
+            });
+        }
+    }
+}
+
+mod dropout {
+    use super::*;
+    use selectivbench::ops::dropout::{Dropout, dropout};
+    use selectivbench::ops::norms::layer_norm;
+    use selectivbench::ops::residual_norm::residual_dropout_layer_norm;
+
+    const DROPOUT: Dropout = Dropout { p: 0.2, key: [5, 6], site: 3, first: 10 };
+
+    #[test]
+    fn the_mask_is_a_function_of_position() {
+        let x = random((2, 65, 9), 1);
+        let y = values(&dropout(&x, &DROPOUT).unwrap());
+        for (i, (y, x)) in y.iter().zip(values(&x)).enumerate() {
+            let (b, t, c) = (i / (65 * 9), i / 9 % 65, i % 9);
+            let bits = philox4x32([c as u32 / 4, t as u32, 10 + b as u32, 3], [5, 6])[c % 4];
+            let want = if unit_f32(bits) >= 0.2 { x * (1.0 / 0.8) } else { 0.0 };
+            assert_eq!(*y, want, "{b} {t} {c}");
+        }
+        let second = dropout(&x.narrow(0, 1, 1).unwrap(), &Dropout { first: 11, ..DROPOUT }).unwrap();
+        assert_eq!(values(&second), y[65 * 9..]);
+    }
+
+    #[test]
+    fn keeps_the_mean_and_the_rate() {
+        let ones = Tensor::ones((4, 200, 81), DType::F32, &Device::Cpu).unwrap();
+        let y = values(&dropout(&ones, &DROPOUT).unwrap());
+        let kept = y.iter().filter(|&&y| y > 0.0).count() as f64 / y.len() as f64;
+        assert!((kept - 0.8).abs() < 0.005, "{kept}");
+        assert!(dropout(&ones, &Dropout { p: 1.0, ..DROPOUT }).is_err());
+        let all = dropout(&ones, &Dropout { p: 0.0, ..DROPOUT }).unwrap();
+        assert_eq!(values(&all), values(&ones));
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (t, d) in [(1, 5), (2, 9), (3, 81), (65, 2)] {
+            check_gradients("dropout", &[random((2, t, d), 1)], |x| Ok(vec![dropout(&x[0], &DROPOUT)?]));
+        }
+    }
+
+    #[test]
+    fn residual_norm_is_its_parts() {
+        let inputs = |t, d| [random((2, t, d), 1), random((2, t, d), 2), random(d, 3), random(d, 4)];
+        for mask in [None, Some(DROPOUT)] {
+            let [branch, residual, w, b] = inputs(65, 81);
+            let dropped = mask.map_or(branch.clone(), |mask| dropout(&branch, &mask).unwrap());
+            let want = layer_norm(&(dropped + &residual).unwrap(), &w, &b, 1e-5).unwrap();
+            let got = residual_dropout_layer_norm(&branch, &residual, &w, &b, 1e-5, mask).unwrap();
+            assert!(rel_rms(&got, &want) < 1e-15);
+            for (t, d) in [(1, 5), (2, 9), (3, 81), (63, 3)] {
+                check_gradients("residual_norm", &inputs(t, d), |x| {
+                    Ok(vec![residual_dropout_layer_norm(&x[0], &x[1], &x[2], &x[3], 1e-3, mask)?])
+                });
+            }
+            check_threads("residual_norm", &inputs(300, 81), |x| {
+                Ok(vec![residual_dropout_layer_norm(&x[0], &x[1], &x[2], &x[3], 1e-5, mask)?])
+            });
+        }
+    }
+}
+
+mod head {
+    use super::*;
+    use selectivbench::ops::head::{PAD, Targets, Vote, head_cross_entropy, loss_and_votes};
+    use selectivbench::ops::linear::linear;
+
+    /// Windows of one to four steps; the sequences end with up to two steps of padding.
+    fn targets(batch: usize, steps: usize, classes: usize) -> Targets {
+        let (mut labels, mut element, mut elements) = (vec![], vec![], 1);
+        for b in 0..batch {
+            let (mut e, mut left) = (0, 1);
+            for t in 0..steps {
+                if left == 0 {
+                    e += 1;
+                    left = 1 + (b * 5 + t * 7) % 4;
+                }
+                left -= 1;
+                labels.push(((b * 3 + e * 11) % classes) as u32);
+                element.push(if t > 0 && t + b % 3 >= steps { PAD } else { e as u32 });
+                elements = elements.max(e + 1);
+            }
+        }
+        Targets { labels, element, batch, steps, elements }
+    }
+
+    fn piece(all: &Targets, start: usize, len: usize) -> Targets {
+        let cut = |x: &[u32]| -> Vec<u32> {
+            x.chunks(all.steps).flat_map(|row| row[start..start + len].to_vec()).collect()
+        };
+        Targets { labels: cut(&all.labels), element: cut(&all.element), steps: len, ..all.clone() }
+    }
+
+    /// Loss and votes by the plain definition.
+    fn plain(logits: &Tensor, targets: &Targets) -> (f64, Vec<u32>) {
+        let classes = logits.dim(2).unwrap();
+        let mut sums = vec![vec![0.0; classes]; targets.batch * targets.elements];
+        let mut seen = vec![false; sums.len()];
+        let mut loss = 0.0;
+        for (row, logits) in values(logits).chunks(classes).enumerate() {
+            if targets.element[row] == PAD {
+                continue;
+            }
+            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = logits.iter().map(|x| (x - max).exp()).sum();
+            loss += total.ln() + max - logits[targets.labels[row] as usize];
+            let window = row / targets.steps * targets.elements + targets.element[row] as usize;
+            seen[window] = true;
+            for (sum, x) in sums[window].iter_mut().zip(logits) {
+                *sum += (x - max).exp() / total;
+            }
+        }
+        let vote = |(sum, seen): (&Vec<f64>, bool)| match seen {
+            true => (0..classes).rev().max_by(|&a, &b| sum[a].total_cmp(&sum[b])).unwrap() as u32,
+            false => u32::MAX,
+        };
+        (loss, sums.iter().zip(seen).map(vote).collect())
+    }
+
+    #[test]
+    fn golden_losses_and_votes() {
+        let metrics = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/data/metrics.json"));
+        let metrics: serde_json::Value = serde_json::from_slice(&metrics.unwrap()).unwrap();
+        let mut seen = 0;
+        for case in metrics["cases"].as_array().unwrap() {
+            if case["kind"] != "classify" {
+                continue;
+            }
+            seen += 1;
+            let name = case["name"].as_str().unwrap();
+            let g = golden(&format!("data/metrics/{name}"));
+            let (batch, elements, steps) = g["gap_mask"].dims3().unwrap();
+            let (gaps, mask) = (values(&g["gap_mask"]), values(&g["mask"]));
+            let element = (0..batch * steps).map(|row| {
+                let (b, t) = (row / steps, row % steps);
+                let inside = |e: &usize| gaps[(b * elements + e) * steps + t] == 1.0;
+                match mask[row] == 1.0 {
+                    true => (0..elements).find(inside).unwrap() as u32,
+                    false => PAD,
+                }
+            });
+            let labels = values(&g["labels"]).iter().map(|&l| l as u32).collect();
+            let targets = Targets { labels, element: element.collect(), batch, steps, elements };
+            let valid = targets.element.iter().filter(|&&e| e != PAD).count() as f64;
+            let (loss, votes) = loss_and_votes(&g["logits"], &targets).unwrap();
+            let want = case["loss"]["value"].as_f64().unwrap();
+            let error = (loss / valid - want).abs() / want;
+            println!("{name}: loss differs by {error:.1e}");
+            assert!(error < 1e-12, "{name}: {} against {want}", loss / valid);
+            for (vote, want) in votes.iter().zip(values(&g["predicted_class"])) {
+                // An element without steps has no vote here; there it counts as class 0.
+                assert_eq!(if *vote == u32::MAX { 0.0 } else { *vote as f64 }, want, "{name}");
+            }
+        }
+        assert_eq!(seen, 4);
+    }
+
+    #[test]
+    fn equals_the_plain_definition() {
+        for (b, t, d, c) in [(1, 1, 5, 1), (1, 2, 9, 2), (3, 63, 9, 26), (5, 400, 5, 81), (2, 1100, 3, 5)] {
+            let (x, w, bias) = (random((b, t, d), 1), random((c, d), 2), random(c, 3));
+            let targets = targets(b, t, c);
+            let logits = linear(&x, &w, Some(arg(&bias))).unwrap();
+            let (loss, votes) = plain(&logits, &targets);
+            let got = head_cross_entropy(&x, &w, &bias, &targets, 7.0).unwrap();
+            assert!((got.loss_sum - loss).abs() < 1e-12 * loss.max(1.0));
+            assert!((got.loss.to_scalar::<f64>().unwrap() - loss / 7.0).abs() < 1e-12 * loss.max(1.0));
+            assert_eq!(got.votes, votes);
+            assert_eq!(loss_and_votes(&logits, &targets).unwrap().1, votes);
+        }
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (b, t, d, c) in [(1, 1, 5, 3), (2, 3, 9, 2), (3, 65, 5, 40), (3, 800, 2, 5)] {
+            let inputs = [random((b, t, d), 1), random((c, d), 2), random(c, 3)];
+            let targets = targets(b, t, c);
+            // Squared, so that the incoming gradient is not one.
+            check_gradients("head", &inputs, |x| {
+                Ok(vec![head_cross_entropy(&x[0], &x[1], &x[2], &targets, 3.0)?.loss.sqr()?])
+            });
+        }
+        let inputs = [random((5, 700, 9), 1), random((81, 9), 2), random(81, 3)];
+        let targets = targets(5, 700, 81);
+        check_threads("head", &inputs, |x| {
+            Ok(vec![head_cross_entropy(&x[0], &x[1], &x[2], &targets, 3.0)?.loss])
+        });
+    }
+
+    #[test]
+    fn pieces_vote_as_one() {
+        let single = |x: Tensor| x.to_dtype(DType::F32).unwrap();
+        let (b, t, d, c) = (3, 701, 9, 26);
+        let (x, w, bias) = (single(random((b, t, d), 1)), single(random((c, d), 2)), single(random(c, 3)));
+        let all = targets(b, t, c);
+        let whole = no_grad(|| head_cross_entropy(&x, &w, &bias, &all, 1.0)).unwrap();
+        for salt in 0..4 {
+            let mut vote = Vote::new(b, c);
+            let (mut at, mut i) = (0, 0);
+            while at < t {
+                let bits = philox4x32([i, 0, 0, salt], [3, 3])[0] as usize;
+                let len = (1 + bits % [3, 40, 300, 700][salt as usize]).min(t - at);
+                vote.feed(&x.narrow(1, at, len).unwrap(), &w, &bias, &piece(&all, at, len)).unwrap();
+                at += len;
+                i += 1;
+            }
+            let (votes, loss, steps) = vote.finish();
+            assert_eq!(votes, whole.votes);
+            assert_eq!(loss, whole.loss_sum);
+            assert_eq!(steps, all.element.iter().filter(|&&e| e != PAD).count());
+        }
+    }
+
+    #[test]
+    fn a_label_that_is_no_class_is_refused() {
+        let mut targets = targets(1, 3, 2);
+        targets.labels[1] = 2;
+        let result =
+            head_cross_entropy(&random((1, 3, 4), 1), &random((2, 4), 2), &random(2, 3), &targets, 1.0);
+        assert!(result.err().unwrap().to_string().contains("label 2 of 2 classes"));
+    }
+
+    #[test]
+    fn nan_reaches_the_loss() {
+        let (mut x, targets) = (values(&random((1, 3, 4), 1)), targets(1, 3, 2));
+        x[5] = f64::NAN;
+        let x = Tensor::from_vec(x, (1, 3, 4), &Device::Cpu).unwrap();
+        let out = head_cross_entropy(&x, &random((2, 4), 2), &random(2, 3), &targets, 1.0).unwrap();
+        assert!(out.loss_sum.is_nan());
+    }
+}
