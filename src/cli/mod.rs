@@ -1,1 +1,1 @@
-//! TO BE WRITTEN
+//! The command line: one file per subcommand.

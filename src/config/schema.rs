@@ -170,6 +170,24 @@ pub struct ModelConfig {
     pub rope_base: f64,
 }
 
+impl ModelConfig {
+    /// The number of heads; `auto` is the authors' rule: 4 up to width 512, then the first of 4, 8, 16, …
+    /// that divides the width into heads of at most 128.
+    pub fn heads(&self) -> usize {
+        let rule = || {
+            if self.width <= 512 {
+                return 4;
+            }
+            let heads = |h: &usize| self.width.is_multiple_of(*h) && self.width / h <= 128;
+            (2..20).map(|k| 1 << k).find(heads).unwrap_or(4)
+        };
+        match self.heads {
+            Auto::Value(heads) => heads,
+            Auto::Auto(_) => rule(),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrainPreset {
