@@ -607,3 +607,243 @@ mod head {
         assert!(out.loss_sum.is_nan());
     }
 }
+
+mod swiglu {
+    use super::*;
+    use selectivbench::ops::swiglu::swiglu;
+
+    #[test]
+    fn value_and_gradient() {
+        let (x, beta) = (random((2, 3, 18), 1), random(1, 2));
+        let (a, b) = (x.narrow(2, 0, 9).unwrap(), x.narrow(2, 9, 9).unwrap());
+        let gate = (a.broadcast_mul(&beta).unwrap().neg().unwrap().exp().unwrap() + 1.0).unwrap();
+        let want = ((a / gate).unwrap() * b).unwrap();
+        assert!(rel_rms(&swiglu(&x, &beta).unwrap(), &want) < 1e-14);
+        for (t, n) in [(1, 5), (2, 9), (65, 3)] {
+            let inputs = [random((2, t, 2 * n), 1), random(1, 2)];
+            check_gradients("swiglu", &inputs, |x| Ok(vec![swiglu(&x[0], &x[1])?]));
+        }
+        check_threads("swiglu", &[random((3, 300, 18), 1), random(1, 2)], |x| {
+            Ok(vec![swiglu(&x[0], &x[1])?])
+        });
+        assert!(swiglu(&random((2, 3), 1), &beta).is_err());
+    }
+}
+
+mod attention {
+    use super::*;
+    use selectivbench::ops::attention::{causal_attention, qk_norm_rope};
+
+    /// Scores of every pair, in f64.
+    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Tensor {
+        let (b, t, h, d) = q.dims4().unwrap();
+        let (_, s, _, e) = v.dims4().unwrap();
+        let (q, k, v) = (values(q), values(k), values(v));
+        let mut out = vec![0.0; b * t * h * e];
+        for (b, h_, t_) in (0..b * h * t).map(|i| (i / (h * t), i / t % h, i % t)) {
+            let score = |j: usize| -> f64 {
+                (0..d).map(|c| q[((b * t + t_) * h + h_) * d + c] * k[((b * s + j) * h + h_) * d + c]).sum()
+            };
+            let weights: Vec<f64> = (0..s - t + t_ + 1).map(|j| (scale * score(j)).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            for (j, weight) in weights.iter().enumerate() {
+                for c in 0..e {
+                    out[((b * t + t_) * h + h_) * e + c] +=
+                        weight / total * v[((b * s + j) * h + h_) * e + c];
+                }
+            }
+        }
+        Tensor::from_vec(out, (b, t, h, e), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn matches_the_plain_softmax() {
+        for (b, t, s, h, d, e) in [
+            (1, 1, 1, 1, 1, 1),
+            (2, 3, 3, 2, 9, 5),
+            (1, 63, 65, 3, 8, 8),
+            (2, 65, 65, 2, 81, 81),
+            (1, 2, 300, 2, 5, 5),
+            (1, 260, 391, 1, 4, 6),
+        ] {
+            let (q, k, v) = (random((b, t, h, d), 1), random((b, s, h, d), 2), random((b, s, h, e), 3));
+            let want = plain(&q, &k, &v, 0.7);
+            assert!(rel_rms(&causal_attention(&q, &k, &v, 0.7).unwrap(), &want) < 1e-13);
+            let single = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+            let got = causal_attention(&single(&q), &single(&k), &single(&v), 0.7).unwrap();
+            assert!(rel_rms(&got, &want) < 2e-6);
+        }
+    }
+
+    #[test]
+    fn large_scores_do_not_overflow() {
+        let big = |salt| (random((1, 200, 1, 4), salt) * 60.0).unwrap().to_dtype(DType::F32).unwrap();
+        let out = causal_attention(&big(1), &big(2), &big(3), 1.0).unwrap();
+        assert!(values(&out).iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        for (b, t, s, h, d, e) in [(1, 1, 1, 1, 2, 2), (2, 3, 5, 2, 5, 9), (1, 65, 130, 2, 3, 2)] {
+            let inputs = [random((b, t, h, d), 1), random((b, s, h, d), 2), random((b, s, h, e), 3)];
+            check_gradients("attention", &inputs, |x| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5)?]));
+        }
+        let inputs = [1, 2, 3].map(|salt| random((2, 200, 3, 9), salt));
+        check_threads("attention", &inputs, |x| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5)?]));
+        assert!(
+            causal_attention(&inputs[0], &random((2, 3, 3, 9), 1), &random((2, 3, 3, 9), 1), 1.0).is_err()
+        );
+    }
+
+    #[test]
+    fn norm_and_rotation() {
+        let (x, w) = (random((2, 5, 3, 8), 1), random(8, 2));
+        let (xs, ws) = (values(&x), values(&w));
+        let mut want = vec![];
+        for (row, x) in xs.chunks(8).enumerate() {
+            let position = (7 + row / 3 % 5) as f64;
+            let rms = (x.iter().map(|x| x * x).sum::<f64>() / 8.0).sqrt() + 1e-8;
+            let x: Vec<f64> = x.iter().zip(&ws).map(|(x, w)| x / rms * w).collect();
+            let angle = |i: usize| position * 1000f64.powf(-(2.0 * (i % 4) as f64) / 8.0);
+            want.extend((0..4).map(|i| x[i] * angle(i).cos() + x[i + 4] * angle(i).sin()));
+            want.extend((0..4).map(|i| -x[i] * angle(i).sin() + x[i + 4] * angle(i).cos()));
+        }
+        let want = Tensor::from_vec(want, x.shape(), &Device::Cpu).unwrap();
+        assert!(rel_rms(&qk_norm_rope(&x, &w, 1000.0, 7).unwrap(), &want) < 1e-14);
+        for (t, d) in [(1, 2), (3, 10), (65, 4)] {
+            let inputs = [random((2, t, 3, d), 1), random(d, 2)];
+            check_gradients("qk_norm_rope", &inputs, |x| Ok(vec![qk_norm_rope(&x[0], &x[1], 1000.0, 3)?]));
+        }
+        let inputs = [random((2, 200, 3, 10), 1), random(10, 2)];
+        check_threads("qk_norm_rope", &inputs, |x| Ok(vec![qk_norm_rope(&x[0], &x[1], 1000.0, 0)?]));
+        let error = qk_norm_rope(&random((1, 1, 1, 9), 1), &random(9, 2), 1000.0, 0).unwrap_err();
+        assert!(error.to_string().contains("even head dimension, got 9"), "{error}");
+    }
+}
+
+mod optim {
+    use super::*;
+    use selectivbench::ops::optim::{AdamStep, clip_scale, global_norm};
+
+    fn step(decoupled: bool, weight_decay: f64) -> AdamStep {
+        AdamStep {
+            lr: 0.1,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay,
+            decoupled,
+            step: 1,
+            grad_scale: 1.0,
+        }
+    }
+
+    /// Constant gradients: both corrected moments are exact, so every update moves by lr·g/(|g| + eps).
+    #[test]
+    fn constant_gradients_move_by_the_learning_rate() {
+        let flat = |x: [f64; 3]| Tensor::from_vec(x.to_vec(), 3, &Device::Cpu).unwrap();
+        let (value, grad) = (flat([1.0, 2.0, 3.0]), flat([0.5, -4.0, 0.0]));
+        let (m, v) = (value.zeros_like().unwrap(), value.zeros_like().unwrap());
+        for k in 1..=3 {
+            AdamStep { step: k, ..step(false, 0.0) }.apply(&value, &grad, &m, &v).unwrap();
+            let moved = 0.1 * k as f64;
+            for (got, want) in values(&value).iter().zip([1.0 - moved, 2.0 + moved, 3.0]) {
+                assert!((got - want).abs() < 1e-8, "{got} {want}");
+            }
+        }
+        // The same with AdamW: values shrink by 1 − lr·decay first.
+        let (value, m, v) = (flat([1.0, 2.0, 3.0]), m.zeros_like().unwrap(), v.zeros_like().unwrap());
+        step(true, 0.5).apply(&value, &grad, &m, &v).unwrap();
+        for (got, want) in values(&value).iter().zip([0.95 - 0.1, 1.9 + 0.1, 2.85]) {
+            assert!((got - want).abs() < 1e-8, "{got} {want}");
+        }
+        assert!(AdamStep { step: 0, ..step(false, 0.0) }.apply(&value, &grad, &m, &v).is_err());
+    }
+
+    #[test]
+    fn many_updates_match_plain_f64() {
+        const N: usize = 40_001;
+        for (dtype, tolerance) in [(DType::F64, 1e-14), (DType::F32, 1e-6)] {
+            for (decoupled, decay) in [(false, 0.0), (false, 0.01), (true, 0.01)] {
+                // Views of a longer buffer, as the parameters are.
+                let buffer = random(N + 7, 1).to_dtype(dtype).unwrap();
+                let value = buffer.narrow(0, 3, N).unwrap();
+                let (mut x, rest) = (values(&value), values(&buffer.narrow(0, N + 3, 4).unwrap()));
+                let (m, v) = (value.zeros_like().unwrap(), value.zeros_like().unwrap());
+                let (mut mx, mut vx) = (vec![0.0; N], vec![0.0; N]);
+                for k in 1..=5 {
+                    let grad = random(N, 10 + k).to_dtype(dtype).unwrap();
+                    let rule = AdamStep { step: k as u64, grad_scale: 0.3, ..step(decoupled, decay) };
+                    rule.apply(&value, &grad, &m, &v).unwrap();
+                    for (i, g) in values(&grad).iter().enumerate() {
+                        let mut g = 0.3 * g;
+                        if decoupled {
+                            x[i] -= 0.1 * decay * x[i];
+                        } else {
+                            g += decay * x[i];
+                        }
+                        mx[i] = 0.9 * mx[i] + 0.1 * g;
+                        vx[i] = 0.999 * vx[i] + 0.001 * g * g;
+                        let (mh, vh) =
+                            (mx[i] / (1.0 - 0.9f64.powi(k as i32)), vx[i] / (1.0 - 0.999f64.powi(k as i32)));
+                        x[i] -= 0.1 * mh / (vh.sqrt() + 1e-8);
+                    }
+                }
+                let error = rel_rms(&value, &Tensor::from_vec(x, N, &Device::Cpu).unwrap());
+                println!("adam {dtype:?} decoupled {decoupled} decay {decay}: {error:.1e}");
+                assert!(error < tolerance, "{error:e}");
+                assert_eq!(values(&buffer.narrow(0, N + 3, 4).unwrap()), rest);
+            }
+        }
+    }
+
+    #[test]
+    fn norm_and_clipping() {
+        let x = random(100_003, 1);
+        let want = values(&x).iter().map(|x| x * x).sum::<f64>().sqrt();
+        let norm = |threads, x: &Tensor| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| global_norm(x).unwrap())
+        };
+        assert!((norm(1, &x) / want - 1.0).abs() < 1e-13);
+        assert_eq!(norm(1, &x).to_bits(), norm(5, &x).to_bits());
+        let huge = Tensor::full(1e30f32, 10, &Device::Cpu).unwrap();
+        assert!((global_norm(&huge).unwrap() / (1e30 * 10f64.sqrt()) - 1.0).abs() < 1e-6);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let x = Tensor::new(&[1.0, bad, 2.0], &Device::Cpu).unwrap();
+            assert!(!global_norm(&x).unwrap().is_finite());
+        }
+        assert_eq!(clip_scale(0.5, 1.0), 1.0);
+        assert!((clip_scale(4.0, 1.0) - 1.0 / 4.000001).abs() < 1e-15);
+        assert!(clip_scale(f64::NAN, 1.0).is_nan());
+    }
+}
+
+/// Operations without a gradient would cut the graph silently; only the adapter may use them, where
+/// nothing is recorded.
+#[test]
+fn nothing_cuts_the_graph_silently() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = vec![root.join("Cargo.toml")];
+    let mut folders = vec![root.join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { folders.push(path) } else { files.push(path) }
+        }
+    }
+    assert!(files.len() > 10);
+    for file in files {
+        let text = std::fs::read_to_string(&file).unwrap_or_default();
+        let adapter = file.ends_with("src/ops/tape.rs");
+        for word in
+            ["candle_nn", "candle-nn", ".softmax", "apply_op1_no_bwd", "apply_op2_no_bwd", "apply_op3_no_bwd"]
+        {
+            assert!(
+                !text.contains(word) || adapter && word.starts_with("apply_op"),
+                "{word} in {}",
+                file.display()
+            );
+        }
+    }
+}

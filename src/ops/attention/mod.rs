@@ -1,1 +1,83 @@
-//! TO BE WRITTEN
+//! Softmax attention of the transformer: normed and rotated queries and keys, then causal attention.
+
+mod reference;
+mod rope;
+
+use candle_core::{Device, Result, Tensor};
+
+use self::reference::Shape;
+use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use crate::{dispatch, slices};
+
+pub use rope::qk_norm_rope;
+
+/// softmax(scale · q kᵀ + causal mask) v, per head.
+///
+/// q [B, T, H, D], k [B, S, H, D], v [B, S, H, V] with S ≥ T; gives [B, T, H, V]. Query t sees the keys
+/// 0 ..= S−T+t, so k and v may hold a cache of earlier steps. Scores exist for one tile of queries and
+/// keys at a time; the backward pass forms them again from the saved log-sum-exp.
+/// Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
+pub fn causal_attention(
+    q: impl Into<Arg>,
+    k: impl Into<Arg>,
+    v: impl Into<Arg>,
+    scale: f64,
+) -> Result<Tensor> {
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let (batch, steps, heads, dim) = q.shape().dims4()?;
+    let (_, keys, _, values) = v.shape().dims4()?;
+    if k.shape().dims() != [batch, keys, heads, dim] || v.shape().dims()[..3] != [batch, keys, heads] {
+        candle_core::bail!(
+            "attention: q {:?}, k {:?} and v {:?} do not fit together",
+            q.shape(),
+            k.shape(),
+            v.shape()
+        )
+    }
+    if keys < steps {
+        candle_core::bail!("attention: {keys} keys for {steps} queries; every query needs its own key")
+    }
+    let shape = Shape { batch, steps, keys, heads, dim, values };
+    Ok(apply(CausalAttention { shape, scale }, &[q, k, v])?.remove(0))
+}
+
+struct CausalAttention {
+    shape: Shape,
+    scale: f64,
+}
+
+impl Node for CausalAttention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
+        let Shape { batch, steps, heads, values, .. } = self.shape;
+        dispatch!(args[0].dtype(), F => {
+            slices!(F; q = &args[0], k = &args[1], v = &args[2]);
+            let (o, lse) = reference::forward(self.shape, q, k, v, self.scale as F);
+            let saved = match save {
+                true => vec![
+                    Tensor::from_slice(&o, (batch, steps, heads, values), &Device::Cpu)?,
+                    Tensor::from_vec(lse, (batch, steps, heads), &Device::Cpu)?,
+                ],
+                false => vec![],
+            };
+            Ok(Forward { outputs: vec![Value::cpu(o, (batch, steps, heads, values))], saved })
+        })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let (args, Some(dout)) = (&run.args, &grads[0]) else { return Ok(vec![None; 3]) };
+        dispatch!(dout.dtype(), F => {
+            slices!(F; q = &args[0], k = &args[1], v = &args[2]);
+            slices!(F; o = &run.saved[0], lse = &run.saved[1], dout = dout);
+            let grads = reference::backward(self.shape, (q, k, v), (o, lse), dout, self.scale as F);
+            grads
+                .into_iter()
+                .zip(args)
+                .map(|(grad, arg)| Ok(Some(Tensor::from_vec(grad, arg.shape(), &Device::Cpu)?)))
+                .collect()
+        })
+    }
+}
