@@ -60,7 +60,7 @@ impl Real for f32 {
             .fma(r, 8.333_452e-3)
             .fma(r, 4.166_579_6e-2)
             .fma(r, 1.666_666_5e-1)
-            .fma(r, 5.000_000_1e-1);
+            .fma(r, 5e-1);
         let p = (p * r).fma(r, r) + 1.0;
         // 2ⁿ in two factors: n reaches 128, where one factor would overflow.
         let n = shifted.to_bits().wrapping_sub(12_582_912.0f32.to_bits()) as i32;
@@ -119,7 +119,7 @@ pub fn dot<F: Real>(a: &[F], b: &[F]) -> F {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] = lanes[i] + lanes[i + width];
+            lanes[i] += lanes[i + width];
         }
         width /= 2;
     }
@@ -233,7 +233,7 @@ pub fn sum_in_order<F: Real>(parts: &[&[F]]) -> Vec<F> {
     let mut sum = parts.first().map(|part| part.to_vec()).unwrap_or_default();
     for part in parts.iter().skip(1) {
         for (s, &x) in sum.iter_mut().zip(*part) {
-            *s = *s + x;
+            *s += x;
         }
     }
     sum

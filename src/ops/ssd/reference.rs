@@ -263,7 +263,7 @@ impl<F: Real> Ssd<'_, F> {
                         d_scale[t] = x.fma(d_scaled, d_scale[t]);
                         d_skip += (x * dy).as_f64();
                     }
-                    d_log_decay[t] = d_log_decay[t] + decay * sum(d_decay);
+                    d_log_decay[t] += decay * sum(d_decay);
                 }
             }
         }
