@@ -185,7 +185,7 @@ impl InplaceOp2 for AddAssign {
                 candle_core::bail!("add_assign: expected contiguous tensors")
             };
             for (d, &s) in dst[d0..d1].iter_mut().zip(&src[s0..s1]) {
-                *d = *d + s;
+                *d += s;
             }
             Ok(())
         }

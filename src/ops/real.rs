@@ -49,7 +49,10 @@ impl Real for f32 {
     fn exp_fast(self) -> Self {
         // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts (Cody and Waite), then a polynomial.
         let x = self.clamp(-87.336_54, 88.722_83);
-        let n = (x * std::f32::consts::LOG2_E).fma(1.0, 12_582_912.0) - 12_582_912.0;
+        // Adding 1.5 · 2²³ leaves the nearest integer in the low bits: no conversion, which would not
+        // vectorise.
+        let shifted = x.fma(std::f32::consts::LOG2_E, 12_582_912.0);
+        let n = shifted - 12_582_912.0;
         let r = n.fma(-0.693_359_4, x);
         let r = n.fma(2.121_944_4e-4, r);
         let p = 1.987_569_1e-4f32
@@ -57,22 +60,16 @@ impl Real for f32 {
             .fma(r, 8.333_452e-3)
             .fma(r, 4.166_579_6e-2)
             .fma(r, 1.666_666_5e-1)
-            .fma(r, 5.000_000_1e-1);
+            .fma(r, 5e-1);
         let p = (p * r).fma(r, r) + 1.0;
         // 2ⁿ in two factors: n reaches 128, where one factor would overflow.
-        let n = n as i32;
+        let n = shifted.to_bits().wrapping_sub(12_582_912.0f32.to_bits()) as i32;
         let half = n >> 1;
-        let scale = |k: i32| f32::from_bits(((k + 127) as u32) << 23);
-        let y = p * scale(half) * scale(n - half);
-        if self.is_nan() {
-            self
-        } else if self < -103.972_08 {
-            0.0
-        } else if self > 88.722_83 {
-            f32::INFINITY
-        } else {
-            y
-        }
+        let scale = |k: i32| f32::from_bits((k.wrapping_add(127) as u32) << 23);
+        let y = p * scale(half) * scale(n.wrapping_sub(half));
+        let y = if self < -103.972_08 { 0.0 } else { y };
+        let y = if self > 88.722_83 { f32::INFINITY } else { y };
+        if self.is_nan() { self } else { y }
     }
     #[inline(always)]
     fn fma(self, a: Self, b: Self) -> Self {
@@ -122,7 +119,7 @@ pub fn dot<F: Real>(a: &[F], b: &[F]) -> F {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] = lanes[i] + lanes[i + width];
+            lanes[i] += lanes[i + width];
         }
         width /= 2;
     }
@@ -236,7 +233,7 @@ pub fn sum_in_order<F: Real>(parts: &[&[F]]) -> Vec<F> {
     let mut sum = parts.first().map(|part| part.to_vec()).unwrap_or_default();
     for part in parts.iter().skip(1) {
         for (s, &x) in sum.iter_mut().zip(*part) {
-            *s = *s + x;
+            *s += x;
         }
     }
     sum

@@ -72,7 +72,7 @@ pub fn sum<F: Real, const N: usize>(mut lanes: [F; N]) -> F {
     let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] = lanes[i] + lanes[i + width];
+            lanes[i] += lanes[i + width];
         }
         width /= 2;
     }

@@ -236,7 +236,7 @@ impl<F: Real> Delta<'_, F> {
                 let decay = head.decay(t);
                 let d_read: Lanes<F> = load::<F, LANES>(d_o.at(t), column).map(|x| self.scale * x);
                 for (dq, s) in grads.q[t * keys..][..keys].iter_mut().zip(&*after) {
-                    *dq = *dq + sum(std::array::from_fn::<F, LANES, _>(|l| s[l] * d_read[l]));
+                    *dq += sum(std::array::from_fn::<F, LANES, _>(|l| s[l] * d_read[l]));
                 }
                 // The gradient of a read is a write.
                 let last_key = (t + 1) * sub - 1;
@@ -249,8 +249,7 @@ impl<F: Real> Delta<'_, F> {
                     let error = errors[j - first * sub];
                     let u = error.map(|e| beta * e);
                     let d_error = du.map(|x| beta * x);
-                    grads.beta[j] =
-                        grads.beta[j] + sum(std::array::from_fn::<F, LANES, _>(|l| du[l] * error[l]));
+                    grads.beta[j] += sum(std::array::from_fn::<F, LANES, _>(|l| du[l] * error[l]));
                     store(&d_error, &mut grads.v[j * self.value..][..self.value], column);
                     let dk = &mut grads.k[j * keys..][..keys];
                     if j > t * sub {
@@ -262,7 +261,7 @@ impl<F: Real> Delta<'_, F> {
                                 lanes[l] = ds[l] * u[l] - s[l] * d_error[l];
                                 ds[l] = (-k).fma(d_error[l], ds[l]);
                             }
-                            *dk = *dk + sum(lanes);
+                            *dk += sum(lanes);
                         }
                     } else {
                         let mut d_decay = [F::zero(); LANES];
@@ -275,9 +274,9 @@ impl<F: Real> Delta<'_, F> {
                                 d_decay[l] = d.fma(s, d_decay[l]);
                                 ds[l] = decay * d;
                             }
-                            *dk = *dk + sum(lanes);
+                            *dk += sum(lanes);
                         }
-                        grads.g[t] = grads.g[t] + sum(d_decay);
+                        grads.g[t] += sum(d_decay);
                     }
                 }
             }

@@ -202,9 +202,9 @@ impl<F: Real> Gla<'_, F> {
                         lanes[2][l] = ds[i][l] * before[i][l];
                     }
                     let [q, k, g] = lanes.map(sum);
-                    dq[i] = dq[i] + q;
-                    dk[i] = dk[i] + k;
-                    dg[i] = dg[i] + g;
+                    dq[i] += q;
+                    dk[i] += k;
+                    dg[i] += g;
                 }
                 store(&dv, &mut grads.v[t * self.value..][..self.value], column);
             }

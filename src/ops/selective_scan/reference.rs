@@ -189,7 +189,7 @@ impl<F: Real> SelectiveScan<'_, F> {
                     }
                     if let Some(z) = group.z {
                         for (y, &z) in y.iter_mut().zip(&z.at(t)[first..]) {
-                            *y = *y * silu(z);
+                            *y *= silu(z);
                         }
                     }
                 }
@@ -316,7 +316,7 @@ impl<F: Real> SelectiveScan<'_, F> {
                         if let Some(z) = group.z {
                             let z = z.at(t)[first + own];
                             dz[index] = dy * plain[at * rows + i] * silu_grad(z);
-                            dy = dy * silu(z);
+                            dy *= silu(z);
                         }
                         let (dt, u) = (group.dt[index], group.u.at(t)[first + own]);
                         let x = dt * u;
@@ -351,7 +351,7 @@ impl<F: Real> SelectiveScan<'_, F> {
         }
         // A = −exp(a_log) is its own derivative by a_log.
         for (da, a) in da.as_flattened_mut().iter_mut().zip(group.a.as_flattened()) {
-            *da = *da * *a;
+            *da *= *a;
         }
         GroupGrads {
             u: du,

@@ -164,7 +164,7 @@ impl<F: Real> Ssd<'_, F> {
                         .map(|heads| sum_in_order(&heads.iter().map(part).collect::<Vec<_>>()))
                         .collect()
                 };
-                let shared = (grouped(|part| &part.b), grouped(|part| &part.c));
+                let shared = Shared { b: grouped(|part| &part.b), c: grouped(|part| &part.c) };
                 for part in &mut parts {
                     part.b = Vec::new();
                     part.c = Vec::new();
@@ -177,9 +177,9 @@ impl<F: Real> Ssd<'_, F> {
             let rows: Vec<&[F]> = parts.iter().flat_map(|(heads, _)| heads.iter().map(part)).collect();
             scatter_heads(&rows, (self.steps, heads, d))
         };
-        let groups_of = |part: fn(&(Vec<Vec<F>>, Vec<Vec<F>>)) -> &Vec<Vec<F>>| {
+        let groups_of = |part: fn(&Shared<F>) -> &[Vec<F>]| {
             let rows: Vec<&[F]> =
-                parts.iter().flat_map(|(_, shared)| part(shared).iter().map(Vec::as_slice)).collect();
+                parts.iter().flat_map(|(_, shared)| part(shared)).map(Vec::as_slice).collect();
             scatter_heads(&rows, (self.steps, groups, self.states))
         };
         let per_head = |part: fn(&HeadGrads<F>) -> f64| -> Vec<F> {
@@ -189,8 +189,8 @@ impl<F: Real> Ssd<'_, F> {
             x: heads_of(|part| &part.x, self.dim),
             dt: heads_of(|part| &part.dt, 1),
             a_log: per_head(|part| part.a_log),
-            b: groups_of(|shared| &shared.0),
-            c: groups_of(|shared| &shared.1),
+            b: groups_of(|shared| &shared.b),
+            c: groups_of(|shared| &shared.c),
             d: per_head(|part| part.d),
             dt_bias: per_head(|part| part.dt_bias),
             state: parts.iter().flat_map(|(heads, _)| heads.iter().flat_map(|h| &h.state)).copied().collect(),
@@ -263,7 +263,7 @@ impl<F: Real> Ssd<'_, F> {
                         d_scale[t] = x.fma(d_scaled, d_scale[t]);
                         d_skip += (x * dy).as_f64();
                     }
-                    d_log_decay[t] = d_log_decay[t] + decay * sum(d_decay);
+                    d_log_decay[t] += decay * sum(d_decay);
                 }
             }
         }
@@ -304,4 +304,10 @@ struct HeadGrads<F> {
     d: f64,
     dt_bias: f64,
     state: Vec<F>,
+}
+
+/// Gradients of B and C of one batch entry, by group.
+struct Shared<F> {
+    b: Vec<Vec<F>>,
+    c: Vec<Vec<F>>,
 }
