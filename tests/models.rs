@@ -117,7 +117,8 @@ fn stacks_agree_with_the_pytorch_models() -> Result<()> {
             let error = relative_rms(grads.get(&x).unwrap(), &golden.f64("grad.x"));
             assert!(error < tolerance(dtype), "{what}: gradient of x is off by {error:.1e}");
             check_grads(&what, net.params(), &golden, tolerance(dtype))?;
-            let norm = net.params().gradient().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
+            let norm =
+                net.params().gradient().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
             let want = golden.f64("grad_norm").sum_all()?.to_scalar::<f64>()?;
             assert!((norm / want - 1.0).abs() < tolerance(dtype), "{what}: norm {norm}, not {want}");
         }

@@ -1,1 +1,263 @@
-//! TO BE WRITTEN
+//! The benchmark: grammars, the samples drawn from them, and how well any model could do.
+//!
+//! # Two profiles
+//!
+//! `split: as-released` draws what the authors' generator draws, bit for bit. Sample i comes from
+//! `default_rng(seed · i)`; test samples are the first training samples. Where the released code leaves
+//! the streams of gaps and noise to its worker processes, sample i seeds numpy's global generator and
+//! PyTorch's with `seed · i mod 2³²`, as its own on-the-fly mode does with the former.
+//!
+//! `split: held-out`, the default, uses the same grammar and one stream for each (seed, part, purpose,
+//! index): PCG64 over the seed sequence of the five words [seed low, seed high, tag, index low, index
+//! high], where the tag is different for every part and purpose. Five words are never the entropy of an
+//! as-released sample (a product of two 64-bit numbers has at most four), and no two of them are equal.
+//! Noise is drawn by position with Philox: counter [channel / 4, step, index low, index high], key from
+//! the hash of the words (seed, tag), so that a GPU can draw the same.
+
+pub mod batch;
+pub mod grammar;
+pub mod oracle;
+pub mod rng;
+pub mod sampler;
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+pub use batch::{BLANK, Batch, PAD};
+pub use grammar::Grammar;
+
+use crate::config::{GapLaw, Split, TaskConfig};
+use crate::ops::philox::{philox4x32, unit_f32};
+use batch::{Delay, GapRule, GapStream, Steps};
+use grammar::GrammarConfig;
+use rng::{Mt19937, Pcg64, SeedSequence};
+use sampler::Sampler;
+
+/// A part of the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Train,
+    Validation,
+    Test,
+}
+
+/// What a stream of the held-out profile is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    Strings,
+    Gaps,
+    Noise,
+}
+
+/// Entropy words of a held-out stream; different for different arguments.
+pub fn held_out_words(seed: u64, part: Part, purpose: Purpose, index: u64) -> [u32; 5] {
+    let tag = 0x5eb0_0000 | (part as u32) << 4 | purpose as u32;
+    [seed as u32, (seed >> 32) as u32, tag, index as u32, (index >> 32) as u32]
+}
+
+/// A configured task: its grammar, and any of its samples.
+pub struct Task {
+    config: TaskConfig,
+    seed: u64,
+    sampler: Sampler,
+    ceiling: std::sync::OnceLock<f64>,
+}
+
+impl Task {
+    /// Generates the grammar. Fails with a message for the user where no grammar or string is possible.
+    pub fn new(config: &TaskConfig, seed: u64) -> anyhow::Result<Self> {
+        let grammar = Grammar::generate(&GrammarConfig {
+            vocab: config.vocab(),
+            ambiguities: config.ambiguities,
+            depth: config.depth(),
+            density: config.density,
+            start_states: config.start_states,
+            seed,
+        })?;
+        let sampler = Sampler::new(grammar, config.length, config.string.min, config.max_string())?;
+        Ok(Self { config: config.clone(), seed, sampler, ceiling: Default::default() })
+    }
+
+    pub fn config(&self) -> &TaskConfig {
+        &self.config
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    pub fn grammar(&self) -> &Grammar {
+        self.sampler.grammar()
+    }
+
+    pub fn sampler(&self) -> &Sampler {
+        &self.sampler
+    }
+
+    /// Width of the input.
+    pub fn features(&self) -> usize {
+        self.config.vocab()
+    }
+
+    /// Number of states to tell apart.
+    pub fn classes(&self) -> usize {
+        self.grammar().states()
+    }
+
+    /// The states of sample `index`.
+    pub fn states(&self, part: Part, index: u64) -> anyhow::Result<Vec<u32>> {
+        let mut rng = match self.config.split {
+            Split::AsReleased => Pcg64::new(u128::from(self.seed) * u128::from(index)),
+            Split::HeldOut => Pcg64::from_words(&held_out_words(self.seed, part, Purpose::Strings, index)),
+        };
+        self.sampler.sample(&mut rng)
+    }
+
+    /// The gaps of a part; `gap` replaces the fixed gap of validation and test.
+    pub fn gap_rule(&self, part: Part, gap: Option<f64>) -> GapRule {
+        let config = &self.config.gap;
+        let delay = match (part, config.law) {
+            (Part::Train, GapLaw::Fixed) => Delay::Fixed(config.high),
+            (Part::Train, GapLaw::Uniform) => Delay::Uniform(config.low, config.high),
+            (Part::Train, GapLaw::Lognormal) => {
+                Delay::Lognormal { mu: config.mu, sigma: config.sigma, low: config.low, high: config.high }
+            }
+            _ => Delay::Fixed(gap.unwrap_or(self.config.test_gap)),
+        };
+        GapRule { kind: config.kind, start: config.start, probability: config.probability, delay }
+    }
+
+    fn gap_stream(&self, part: Part, index: u64) -> GapStream {
+        match self.config.split {
+            Split::HeldOut => {
+                GapStream::HeldOut(Pcg64::from_words(&held_out_words(self.seed, part, Purpose::Gaps, index)))
+            }
+            Split::AsReleased => {
+                // One draw for every element that a gap can follow, from sample to sample.
+                let draws = self.config.length.saturating_sub(self.config.gap.start) as u128;
+                let mut chance = Pcg64::new(self.seed.into());
+                chance.advance(draws * u128::from(index));
+                GapStream::AsReleased { chance, numpy: Mt19937::from_u32(self.released_seed(index)) }
+            }
+        }
+    }
+
+    /// What the released code seeds a sample's 32-bit generators with.
+    fn released_seed(&self, index: u64) -> u32 {
+        self.seed.wrapping_mul(index) as u32
+    }
+
+    /// The noise of one sample, [steps, features].
+    fn noise(&self, part: Part, index: u64, steps: usize) -> Vec<f32> {
+        let features = self.features();
+        let level = self.config.noise as f32;
+        match self.config.split {
+            Split::AsReleased => {
+                let mut torch = Mt19937::from_u32(self.released_seed(index));
+                (0..steps * features).map(|_| torch.torch_rand() * level).collect()
+            }
+            Split::HeldOut => {
+                let [seed_low, seed_high, tag, ..] = held_out_words(self.seed, part, Purpose::Noise, 0);
+                let [key] = SeedSequence::new(&[seed_low, seed_high, tag]).state::<1>();
+                let key = [key as u32, (key >> 32) as u32];
+                let mut out = Vec::with_capacity(steps * features);
+                for t in 0..steps {
+                    for group in 0..features.div_ceil(4) {
+                        let counter = [group as u32, t as u32, index as u32, (index >> 32) as u32];
+                        let lanes = philox4x32(counter, key);
+                        let wanted = (features - 4 * group).min(4);
+                        out.extend(lanes[..wanted].iter().map(|&bits| unit_f32(bits) * level));
+                    }
+                }
+                out
+            }
+        }
+    }
+
+    /// Samples `first..first + count` of a part; `gap` replaces the fixed gap of validation and test.
+    ///
+    /// Samples are made in parallel; each depends on its index alone.
+    pub fn batch(&self, part: Part, first: u64, count: usize, gap: Option<f64>) -> anyhow::Result<Batch> {
+        let rule = self.gap_rule(part, gap);
+        let samples: Vec<Steps> = (first..first + count as u64)
+            .into_par_iter()
+            .map(|index| {
+                let states = self.states(part, index)?;
+                Ok(batch::expand(self.grammar(), &states, &rule, &mut self.gap_stream(part, index)))
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let noise = |i: usize, steps: usize| self.noise(part, first + i as u64, steps);
+        let noise =
+            (self.config.noise != 0.0).then_some(&noise as &(dyn Fn(usize, usize) -> Vec<f32> + Sync));
+        Ok(Batch::assemble(&samples, self.features(), first, noise))
+    }
+
+    /// Samples `first..total` of a part in batches, made ahead on a thread of their own.
+    ///
+    /// The last batch may be short. Dropping the stream ends its thread.
+    pub fn stream(self: &Arc<Self>, part: Part, first: u64, total: u64, batch: usize) -> BatchStream {
+        /// Batches that wait to be taken.
+        const AHEAD: usize = 4;
+        let (send, batches) = sync_channel(AHEAD);
+        let task = self.clone();
+        std::thread::spawn(move || {
+            let mut at = first;
+            while at < total {
+                let count = (total - at).min(batch as u64);
+                let made = task.batch(part, at, count as usize, None);
+                let failed = made.is_err();
+                if send.send(made).is_err() || failed {
+                    return;
+                }
+                at += count;
+            }
+        });
+        BatchStream { batches }
+    }
+
+    /// The accuracy of an observer that knows the grammar; see [`oracle::ceiling`].
+    pub fn ceiling(&self) -> f64 {
+        *self.ceiling.get_or_init(|| oracle::ceiling(self).0)
+    }
+
+    /// SHA-256 over what decides the data: grammar and configuration.
+    pub fn data_hash(&self) -> anyhow::Result<String> {
+        let mut hash = Sha256::new();
+        hash.update(self.grammar().transitions_text());
+        hash.update(serde_json::to_string(&(self.seed, &self.config))?);
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+/// Batches in the order of their samples.
+pub struct BatchStream {
+    batches: Receiver<anyhow::Result<Batch>>,
+}
+
+impl Iterator for BatchStream {
+    type Item = anyhow::Result<Batch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.batches.recv().ok()
+    }
+}
+
+impl TaskConfig {
+    /// Symbols, `#` included.
+    pub fn vocab(&self) -> usize {
+        self.vocab.or(self.ambiguities + 1)
+    }
+
+    /// States of an ambiguous letter.
+    pub fn depth(&self) -> usize {
+        self.depth.or(self.ambiguities)
+    }
+
+    /// Longest accepted string.
+    pub fn max_string(&self) -> usize {
+        self.string.max.or(self.length)
+    }
+}
