@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
 use crate::bail_input;
-use crate::config::{Auto, Config, ModelConfig};
+use crate::config::{Auto, MOST_SIZE, ModelConfig, count};
 use crate::model::{self, Dims, MODELS};
 
 /// Lists the models with their parameter counts and state sizes.
@@ -44,7 +44,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         Some(path) => crate::config::load::load(path, &[])?,
         None => crate::config::load::defaults(),
     };
-    let (features, classes) = sizes(&config);
+    let (features, classes) = (config.task.vocab(), config.task.states());
     let base = ModelConfig {
         width: args.width.unwrap_or(config.model.width),
         layers: args.layers.unwrap_or(config.model.layers),
@@ -53,9 +53,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         ..config.model
     };
     for (flag, value) in [("--width", base.width), ("--layers", base.layers), ("--state", base.state)] {
-        if value == 0 {
-            bail_input!("{flag} is 0; it must be at least 1")
-        }
+        count(flag, value, 1..=MOST_SIZE)?;
     }
     let budget = match args.budget {
         Some(budget) if budget >= 1.0 && budget <= 1e12 => Some(budget as usize),
@@ -136,14 +134,6 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         base.layers, base.state
     );
     Ok(())
-}
-
-/// Input features and classes of a configured task, without generating its grammar.
-fn sizes(config: &Config) -> (usize, usize) {
-    let task = &config.task;
-    let vocab = task.vocab();
-    let letters = vocab - 1;
-    (vocab, letters - task.ambiguities + task.ambiguities * task.depth() + 1)
 }
 
 /// 1234567 as "1,234,567".
