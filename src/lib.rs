@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod device;
 pub mod error;
 pub mod model;
 pub mod ops;

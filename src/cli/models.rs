@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
 use crate::bail_input;
-use crate::config::{Auto, MOST_SIZE, ModelConfig, count};
+use crate::config::{Auto, MOST_LAYERS, MOST_SIZE, ModelConfig, count};
 use crate::model::{self, Dims, MODELS};
 
 /// Lists the models with their parameter counts and state sizes.
@@ -52,9 +52,9 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         heads: Auto::AUTO,
         ..config.model
     };
-    for (flag, value) in [("--width", base.width), ("--layers", base.layers), ("--state", base.state)] {
-        count(flag, value, 1..=MOST_SIZE)?;
-    }
+    count("--width", base.width, 1..=MOST_SIZE)?;
+    count("--layers", base.layers, 1..=MOST_LAYERS)?;
+    count("--state", base.state, 1..=MOST_SIZE)?;
     let budget = match args.budget {
         Some(budget) if budget >= 1.0 && budget <= 1e12 => Some(budget as usize),
         Some(budget) => bail_input!("--budget is {budget}; it must be between 1 and 1e12 parameters"),
@@ -95,7 +95,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
     }
 
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header([
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
         "model",
         "width",
         "heads",
@@ -137,7 +137,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
 }
 
 /// 1234567 as "1,234,567".
-fn grouped(n: usize) -> String {
+pub(super) fn grouped(n: usize) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -11,7 +11,10 @@ use crate::task::grammar::{LETTERS, MAX_DEPTH};
 /// Timesteps of the longest sequence.
 const MOST_STEPS: usize = 1 << 24;
 
-/// Largest width, state size, number of layers, …
+/// Layers of the deepest model.
+pub(crate) const MOST_LAYERS: usize = 1024;
+
+/// Largest width, state size, vocabulary, …
 pub(crate) const MOST_SIZE: usize = 1 << 16;
 
 /// Trained values of the largest model.
@@ -153,7 +156,7 @@ impl TaskConfig {
 impl ModelConfig {
     fn check(&self, features: usize, classes: usize) -> anyhow::Result<()> {
         model::find(&self.name)?;
-        count("model.layers", self.layers, 1..=MOST_SIZE)?;
+        count("model.layers", self.layers, 1..=MOST_LAYERS)?;
         count("model.width", self.width, 1..=MOST_SIZE)?;
         count("model.state", self.state, 1..=MOST_SIZE)?;
         count("model.heads", self.heads(), 1..=MOST_SIZE)?;

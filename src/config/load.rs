@@ -74,7 +74,7 @@ pub fn parse(text: &str, origin: &str, sets: &[String]) -> anyhow::Result<Config
 
 /// The configuration of an empty file.
 pub fn defaults() -> Config {
-    Config::preset(TaskPreset::Task1ModelSize).resolved()
+    Config::of(TaskPreset::Task1ModelSize)
 }
 
 impl Config {

@@ -8,5 +8,5 @@ pub mod load;
 mod presets;
 pub mod schema;
 
-pub(crate) use check::{MOST_SIZE, count};
+pub(crate) use check::{MOST_LAYERS, MOST_SIZE, count};
 pub use schema::*;

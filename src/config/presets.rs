@@ -3,6 +3,11 @@
 use super::*;
 
 impl Config {
+    /// A task preset with everything else at its default, complete.
+    pub fn of(preset: TaskPreset) -> Self {
+        Self::preset(preset).resolved()
+    }
+
     /// All fields as the preset sets them, `auto` where a value follows from other fields.
     pub(super) fn preset(preset: TaskPreset) -> Self {
         Self {
