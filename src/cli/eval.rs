@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -201,16 +201,13 @@ impl Row {
 }
 
 fn table(rows: &[Row], split: Option<Split>) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header([
-        "checkpoint", "model", "split", "gap", "timesteps", "samples", "accuracy", "ceiling", "loss",
-        "tokens/s",
-    ]);
-    for column in 3..=9 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    let mut table = super::table(
+        &[
+            "checkpoint", "model", "split", "gap", "timesteps", "samples", "accuracy", "ceiling", "loss",
+            "tokens/s",
+        ],
+        3..10,
+    );
     for row in rows {
         let evaluation = &row.evaluation;
         table.add_row([

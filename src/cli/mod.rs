@@ -12,6 +12,7 @@ mod transfer;
 use std::io::Write;
 
 use clap::{Parser, Subcommand};
+use comfy_table::{CellAlignment, Table, presets};
 
 use crate::bad_input;
 
@@ -73,4 +74,16 @@ pub(crate) fn print(text: impl std::fmt::Display) -> anyhow::Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         result => Ok(result?),
     }
+}
+
+/// A table with these columns, those in `numbers` flush right.
+pub(crate) fn table(columns: &[&str], numbers: std::ops::Range<usize>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(columns);
+    for column in numbers {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
 }

@@ -307,7 +307,6 @@ impl Run<'_> {
                     return Err(self.stop(true)?);
                 }
                 Checkpoint::save(&self.checkpoint_path(), self.config, self.trainer.net(), step)?;
-                pending_evaluation = false;
             }
             if interrupt::asked() {
                 return Err(self.stop(false)?);

@@ -1,0 +1,3 @@
+#[derive(clap::Args, Debug)]
+pub struct DataArgs {}
+pub fn run(_: DataArgs) -> anyhow::Result<()> { Ok(()) }
