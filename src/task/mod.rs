@@ -261,14 +261,3 @@ impl TaskConfig {
         self.string.max.or(self.length)
     }
 }
-impl Task {
-    pub fn ceiling_at(&self, _gap: f64) -> f64 { 1.0 }
-    pub fn samples(&self, part: Part, first: u64, count: usize, gap: Option<f64>) -> anyhow::Result<Samples> {
-        Ok(Samples(Some(self.batch(part, first, count, gap)?)))
-    }
-}
-pub struct Samples(Option<Batch>);
-impl Samples {
-    pub fn steps(&self) -> usize { self.0.as_ref().map_or(0, |b| b.steps) }
-    pub fn next_window(&mut self, _len: usize) -> Option<Batch> { self.0.take() }
-}
