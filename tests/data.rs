@@ -155,7 +155,9 @@ fn mixed_calls_share_one_buffered_half() {
 fn advance_is_as_many_draws() {
     for draws in [0, 1, 2, 3, 150, 200, 12_345] {
         let (mut stepped, mut jumped) = (Pcg64::new(7), Pcg64::new(7));
-        (0..draws).for_each(|_| drop(stepped.random()));
+        for _ in 0..draws {
+            stepped.random();
+        }
         jumped.advance(draws);
         assert_eq!(stepped.raw(), jumped.raw());
     }
@@ -302,8 +304,10 @@ fn grammars_are_the_authors() {
                 assert_eq!(Some(u64::from(grammar.label(state))), want, "{name}");
             }
         } else {
-            let want = list(&entry["first_states"]);
-            assert_eq!(names[..want.len()], want.iter().map(text).collect::<Vec<_>>());
+            // the first three and the last three
+            let want: Vec<&str> = list(&entry["first_states"]).iter().map(text).collect();
+            assert_eq!(names[..3], want[..3], "{name}");
+            assert_eq!(names[names.len() - 3..], want[3..], "{name}");
         }
         let probabilities = entry.get("next_symbol_probs").or(entry.get("next_symbol_probs_sample"));
         for (state, want) in probabilities.unwrap().as_object().unwrap() {
