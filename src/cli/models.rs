@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
 use crate::bail_input;
-use crate::config::{Auto, Config, ModelConfig};
+use crate::config::{Auto, MOST_LAYERS, MOST_SIZE, ModelConfig, count};
 use crate::model::{self, Dims, MODELS};
 
 /// Lists the models with their parameter counts and state sizes.
@@ -44,7 +44,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         Some(path) => crate::config::load::load(path, &[])?,
         None => crate::config::load::defaults(),
     };
-    let (features, classes) = sizes(&config);
+    let (features, classes) = (config.task.vocab(), config.task.states());
     let base = ModelConfig {
         width: args.width.unwrap_or(config.model.width),
         layers: args.layers.unwrap_or(config.model.layers),
@@ -52,11 +52,9 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         heads: Auto::AUTO,
         ..config.model
     };
-    for (flag, value) in [("--width", base.width), ("--layers", base.layers), ("--state", base.state)] {
-        if value == 0 {
-            bail_input!("{flag} is 0; it must be at least 1")
-        }
-    }
+    count("--width", base.width, 1..=MOST_SIZE)?;
+    count("--layers", base.layers, 1..=MOST_LAYERS)?;
+    count("--state", base.state, 1..=MOST_SIZE)?;
     let budget = match args.budget {
         Some(budget) if budget >= 1.0 && budget <= 1e12 => Some(budget as usize),
         Some(budget) => bail_input!("--budget is {budget}; it must be between 1 and 1e12 parameters"),
@@ -97,7 +95,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
     }
 
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header([
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
         "model",
         "width",
         "heads",
@@ -138,16 +136,8 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Input features and classes of a configured task, without generating its grammar.
-fn sizes(config: &Config) -> (usize, usize) {
-    let task = &config.task;
-    let vocab = task.vocab();
-    let letters = vocab - 1;
-    (vocab, letters - task.ambiguities + task.ambiguities * task.depth() + 1)
-}
-
 /// 1234567 as "1,234,567".
-fn grouped(n: usize) -> String {
+pub(super) fn grouped(n: usize) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -76,6 +76,8 @@ pub struct TaskConfig {
     pub gap: GapConfig,
     /// Gap after every element in validation and test.
     pub test_gap: f64,
+    /// Fixed gaps at which the final test is repeated.
+    pub eval_gaps: Vec<f64>,
     /// Upper end of the uniform noise added to every input value.
     pub noise: f64,
     pub split: Split,
@@ -260,6 +262,8 @@ pub struct TrainConfig {
     pub eval_chunk: usize,
     /// Updates between two exact resume points.
     pub save_every: usize,
+    /// Updates between two lines of training metrics.
+    pub log_every: usize,
     pub precision: Precision,
     pub emulate: Emulate,
 }

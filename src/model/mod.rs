@@ -91,10 +91,18 @@ pub struct Dims {
 impl Dims {
     pub fn new(config: &ModelConfig) -> anyhow::Result<Self> {
         let heads = config.heads();
-        if config.width == 0 || heads == 0 || !config.width.is_multiple_of(heads) {
+        if heads == 0 || !divides(config) {
+            let width = config.width;
+            let works = |width: &usize| divides(&ModelConfig { width: *width, ..config.clone() });
+            let near: Vec<String> =
+                [(1..width).rev().find(works), (width + 1..=2 * width + heads).find(works)]
+                    .iter()
+                    .flatten()
+                    .map(usize::to_string)
+                    .collect();
             bail_input!(
-                "model.width is {} and model.heads is {heads}, but the width must be a multiple of the heads",
-                config.width
+                "model.width is {width} and model.heads is {heads}, but the width must be a multiple of the heads; the                  nearest widths are {}",
+                near.join(" and ")
             )
         }
         Ok(Self {
@@ -111,6 +119,11 @@ impl Dims {
     pub fn head_dim(&self) -> usize {
         self.width / self.heads
     }
+}
+
+/// Whether the width can be cut into the heads, which may follow from the width.
+fn divides(config: &ModelConfig) -> bool {
+    config.width > 0 && config.width.is_multiple_of(config.heads().max(1))
 }
 
 /// What a mixer may use beside its input.

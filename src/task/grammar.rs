@@ -13,6 +13,9 @@ const ATTEMPTS: usize = 100_000;
 /// Letters that symbols can be.
 pub const LETTERS: usize = 52;
 
+/// States of a letter at most: the authors' names of states have at most three characters.
+pub const MAX_DEPTH: usize = 100;
+
 /// What a grammar is drawn from.
 #[derive(Clone, Copy, Debug)]
 pub struct GrammarConfig {
@@ -65,8 +68,8 @@ impl Grammar {
                 "task.ambiguities is {ambiguities}, but task.vocab {vocab} has only {letters} letters"
             )
         }
-        if ambiguities > 0 && !(1..=100).contains(&depth) {
-            bail_input!("task.depth is {depth}; it must be between 1 and 100")
+        if ambiguities > 0 && !(1..=MAX_DEPTH).contains(&depth) {
+            bail_input!("task.depth is {depth}; it must be between 1 and {MAX_DEPTH}")
         }
         let states = letters - ambiguities + ambiguities * depth + 1;
         if start_states == 0 || start_states > states {

@@ -1,0 +1,55 @@
+//! `selectivbench devices`: what there is to compute on.
+
+use candle_core::utils::cuda_is_available;
+use serde_json::json;
+
+use crate::device::{NO_CUDA, parse_device};
+
+/// Lists the devices that --device can name.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Examples:
+  selectivbench devices
+  selectivbench devices --json")]
+pub struct DevicesArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: DevicesArgs) -> anyhow::Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = rayon::current_num_threads();
+    let simd = simd();
+    // GPUs are numbered from 0 without holes.
+    let gpus = match cuda_is_available() {
+        true => (0..).take_while(|index| parse_device(&format!("cuda:{index}")).is_ok()).count(),
+        false => 0,
+    };
+    if args.json {
+        let mut list = vec![json!({ "name": "cpu", "cores": cores, "threads": threads, "simd": simd })];
+        list.extend((0..gpus).map(|index| json!({ "name": format!("cuda:{index}") })));
+        let all = json!({ "devices": list, "cuda": cuda_is_available() });
+        println!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(());
+    }
+    let simd = if simd.is_empty() { "no SIMD beyond the baseline".to_string() } else { simd.join(" ") };
+    println!("cpu     {cores} cores, {threads} threads, {simd}");
+    for index in 0..gpus {
+        println!("cuda:{index}");
+    }
+    if !cuda_is_available() {
+        println!("{NO_CUDA}");
+    } else if gpus == 0 {
+        println!("no GPU was found");
+    }
+    Ok(())
+}
+
+/// The instruction sets that this build was compiled for.
+fn simd() -> Vec<&'static str> {
+    macro_rules! compiled_for {
+        ($($feature:tt)*) => { [$(($feature, cfg!(target_feature = $feature))),*] };
+    }
+    let sets = compiled_for!("sse4.2" "avx" "avx2" "fma" "f16c" "avx512f" "avx512bf16" "neon" "sve");
+    sets.into_iter().filter_map(|(name, has)| has.then_some(name)).collect()
+}

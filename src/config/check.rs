@@ -1,0 +1,248 @@
+//! What a configuration may hold: every range, and the sentence that says what would be right.
+
+use std::ops::RangeInclusive;
+
+use super::*;
+use crate::bail_input;
+use crate::model;
+use crate::task::batch::TIMESTEP;
+use crate::task::grammar::{LETTERS, MAX_DEPTH};
+
+/// Timesteps of the longest sequence.
+const MOST_STEPS: usize = 1 << 24;
+
+/// Layers of the deepest model.
+pub(crate) const MOST_LAYERS: usize = 1024;
+
+/// Largest width, state size, vocabulary, …
+pub(crate) const MOST_SIZE: usize = 1 << 16;
+
+/// Trained values of the largest model.
+const MOST_PARAMETERS: usize = 100_000_000_000;
+
+impl Config {
+    /// Updates of the run: one pass over the training samples.
+    pub fn updates(&self) -> usize {
+        self.task.samples.train.div_ceil(self.train.batch)
+    }
+
+    /// Fails on the first field that cannot be used. `train.precision` is left to the device.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.task.check(self.seed)?;
+        self.model.check(self.task.vocab(), self.task.states())?;
+        self.train.check()?;
+        let (warmup, updates) = (self.train.warmup, self.updates());
+        if warmup > updates as f64 {
+            bail_input!(
+                "train.warmup is {warmup} updates, but the run has only {updates} ({} samples in batches of {}); \
+                 set train.warmup to {updates} or less",
+                self.task.samples.train,
+                self.train.batch
+            )
+        }
+        Ok(())
+    }
+
+    /// The same with every `auto` replaced, except for those that depend on the device.
+    pub(super) fn resolved(mut self) -> Self {
+        let heads = self.model.heads();
+        let task = &mut self.task;
+        (task.vocab, task.depth) = (Auto::Value(task.vocab()), Auto::Value(task.depth()));
+        task.string.max = Auto::Value(task.max_string());
+        self.model.heads = Auto::Value(heads);
+        self
+    }
+}
+
+impl TaskConfig {
+    /// Letters of the grammar: the symbols without `#`, of which there are at most 52.
+    pub fn letters(&self) -> usize {
+        self.vocab().saturating_sub(1).min(LETTERS)
+    }
+
+    /// States of the grammar, `#` included: the classes to tell apart.
+    pub fn states(&self) -> usize {
+        self.letters() - self.ambiguities + self.ambiguities * self.depth() + 1
+    }
+
+    fn check(&self, seed: u64) -> anyhow::Result<()> {
+        let Self { ambiguities, string, gap, samples, .. } = self;
+        count("task.ambiguities", *ambiguities, 0..=LETTERS)?;
+        let vocab = self.vocab();
+        count("task.vocab", vocab, 2..=MOST_SIZE)?;
+        if *ambiguities > self.letters() {
+            bail_input!(
+                "task.ambiguities is {ambiguities}, but task.vocab {vocab} has only {} letters; set task.vocab to \
+                 {} or more, or to auto",
+                self.letters(),
+                ambiguities + 1
+            )
+        }
+        if *ambiguities > 0 {
+            count("task.depth", self.depth(), 1..=MAX_DEPTH)?;
+        }
+        number("task.density", self.density, self.density > 0.0, "greater than 0")?;
+        // `#` is a state, but starts no string.
+        count("task.start_states", self.start_states, 1..=self.states() - 1)?;
+
+        count("task.length", self.length, 1..=MOST_STEPS)?;
+        count("task.string.min", string.min, 1..=MOST_STEPS)?;
+        let max = self.max_string();
+        count("task.string.max", max, 1..=MOST_STEPS)?;
+        if string.min > max {
+            bail_input!(
+                "task.string.min is {}, but task.string.max is {max}; the minimum comes first",
+                string.min
+            )
+        }
+
+        for (field, value) in
+            [("task.gap.low", gap.low), ("task.gap.high", gap.high), ("task.test_gap", self.test_gap)]
+        {
+            self.check_gap(field, value)?;
+        }
+        for (i, &value) in self.eval_gaps.iter().enumerate() {
+            self.check_gap(&format!("task.eval_gaps[{i}]"), value)?;
+        }
+        if gap.law != GapLaw::Fixed && gap.low > gap.high {
+            bail_input!(
+                "task.gap.low is {}, but task.gap.high is {}; the lower end comes first",
+                gap.low,
+                gap.high
+            )
+        }
+        number("task.gap.mu", gap.mu, true, "a finite number")?;
+        number("task.gap.sigma", gap.sigma, gap.sigma >= 0.0, "0 or more")?;
+        fraction("task.gap.probability", gap.probability)?;
+        number("task.noise", self.noise, (0.0..=1000.0).contains(&self.noise), "between 0 and 1000")?;
+
+        for (field, value) in [
+            ("task.samples.train", samples.train),
+            ("task.samples.validation", samples.validation),
+            ("task.samples.test", samples.test),
+        ] {
+            count(field, value, 1..=1_000_000_000_000)?;
+        }
+        if self.split == Split::AsReleased {
+            // The released code seeds a 32-bit generator with seed times the sample's index.
+            let last = samples.train.max(samples.test) as u64;
+            let most = u64::from(u32::MAX) / last;
+            if !(1..=most).contains(&seed) {
+                bail_input!(
+                    "seed is {seed}; with task.split as-released and {last} samples it must be between 1 and {most}"
+                )
+            }
+        }
+        Ok(())
+    }
+
+    /// A gap must be a duration that leaves a sequence with a length that can be held.
+    fn check_gap(&self, field: &str, gap: f64) -> anyhow::Result<()> {
+        number(field, gap, gap >= 0.0, "0 or more")?;
+        let steps = self.length as f64 * (1.0 + (gap / TIMESTEP).ceil());
+        if steps > MOST_STEPS as f64 {
+            bail_input!(
+                "{field} is {}, which makes sequences of up to {} timesteps with task.length {}; at most {MOST_STEPS} \
+                 are possible",
+                plain(gap),
+                plain(steps),
+                self.length
+            )
+        }
+        Ok(())
+    }
+}
+
+impl ModelConfig {
+    fn check(&self, features: usize, classes: usize) -> anyhow::Result<()> {
+        model::find(&self.name)?;
+        count("model.layers", self.layers, 1..=MOST_LAYERS)?;
+        count("model.width", self.width, 1..=MOST_SIZE)?;
+        count("model.state", self.state, 1..=MOST_SIZE)?;
+        count("model.heads", self.heads(), 1..=MOST_SIZE)?;
+        number(
+            "model.dropout",
+            self.dropout,
+            (0.0..1.0).contains(&self.dropout),
+            "at least 0 and less than 1",
+        )?;
+        count("model.conv", self.conv, 1..=1024)?;
+        count("model.householders", self.householders, 1..=64)?;
+        let base = self.rope_base;
+        number("model.rope_base", base, (1.0..=1e12).contains(&base), "between 1 and 1e12")?;
+        let parameters = model::count_parameters(self, features, classes)?;
+        if parameters > MOST_PARAMETERS {
+            bail_input!(
+                "model.width {} with model.layers {} makes {parameters} parameters; at most {MOST_PARAMETERS} are \
+                 possible",
+                self.width,
+                self.layers
+            )
+        }
+        Ok(())
+    }
+}
+
+impl TrainConfig {
+    fn check(&self) -> anyhow::Result<()> {
+        count("train.batch", self.batch, 1..=1_000_000)?;
+        if let Auto::Value(micro_batch) = self.micro_batch {
+            count("train.micro_batch", micro_batch, 1..=self.batch)?;
+        }
+        // The bounds keep every value a normal number in f32.
+        number("train.lr", self.lr, self.lr > 0.0 && self.lr <= 100.0, "greater than 0 and at most 100")?;
+        for (field, beta) in [("train.beta1", self.beta1), ("train.beta2", self.beta2)] {
+            number(field, beta, (0.0..1.0).contains(&beta), "at least 0 and less than 1")?;
+        }
+        number("train.eps", self.eps, (1e-30..=1.0).contains(&self.eps), "between 1e-30 and 1")?;
+        let decay = self.weight_decay;
+        number("train.weight_decay", decay, (0.0..=100.0).contains(&decay), "between 0 and 100")?;
+        number("train.warmup", self.warmup, self.warmup >= 0.0, "0 or more")?;
+        fraction("train.lr_min", self.lr_min)?;
+        number(
+            "train.clip",
+            self.clip,
+            self.clip > 0.0 && self.clip <= 1e30,
+            "greater than 0 and at most 1e30",
+        )?;
+        for (field, value) in [
+            ("train.eval_every", self.eval_every),
+            ("train.eval_batch", self.eval_batch),
+            ("train.eval_chunk", self.eval_chunk),
+            ("train.save_every", self.save_every),
+            ("train.log_every", self.log_every),
+        ] {
+            count(field, value, 1..=1_000_000_000_000)?;
+        }
+        Ok(())
+    }
+}
+
+/// Fails unless `value` is in `range`.
+pub(crate) fn count(field: &str, value: usize, range: RangeInclusive<usize>) -> anyhow::Result<()> {
+    if !range.contains(&value) {
+        bail_input!("{field} is {value}; it must be between {} and {}", range.start(), range.end())
+    }
+    Ok(())
+}
+
+/// Fails unless `value` is finite and `right`.
+fn number(field: &str, value: f64, right: bool, rule: &str) -> anyhow::Result<()> {
+    if !(right && value.is_finite()) {
+        bail_input!("{field} is {}; it must be {rule}", plain(value))
+    }
+    Ok(())
+}
+
+fn fraction(field: &str, value: f64) -> anyhow::Result<()> {
+    number(field, value, (0.0..=1.0).contains(&value), "between 0 and 1")
+}
+
+/// A number as one would write it, without hundreds of zeros.
+fn plain(value: f64) -> String {
+    if value == 0.0 || !value.is_finite() || (1e-5..1e15).contains(&value.abs()) {
+        value.to_string()
+    } else {
+        format!("{value:e}")
+    }
+}
