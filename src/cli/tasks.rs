@@ -1,4 +1,4 @@
-//! `selectivbench tasks`: the presets, what the paper varies in each, and how large they are.
+//! `selectivbench tasks`: the presets, what the authors vary in each, and how large they are.
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
@@ -91,7 +91,7 @@ fn name(preset: TaskPreset) -> anyhow::Result<String> {
     Ok(serde_yaml::to_string(&preset)?.trim().to_string())
 }
 
-/// What the paper's sweep changes from run to run, beside model, width, learning rate and warm-up.
+/// What the authors' sweep changes from run to run, beside model, width, learning rate and warm-up.
 fn varies(preset: TaskPreset) -> &'static str {
     match preset {
         TaskPreset::Task1Complexity => "task.ambiguities: 20 24 26 30 34 38 40",

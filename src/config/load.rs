@@ -3,6 +3,7 @@
 //! The user's text and every `--set` are trees that are laid over the tree of the preset's defaults, one
 //! after the other. Only then does the tree become a [`Config`], so a wrong type is found in one place.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -48,7 +49,8 @@ pub fn load(path: &Path, sets: &[String]) -> anyhow::Result<Config> {
 
 /// Reads a configuration from text that messages call `origin`, and lays `sets` over it.
 pub fn parse(text: &str, origin: &str, sets: &[String]) -> anyhow::Result<Config> {
-    let mut layers = vec![Layer { origin: escaped(origin), tree: document(text, &escaped(origin))? }];
+    let origin = escaped(origin);
+    let mut layers = vec![Layer { tree: document(text, &origin)?, origin }];
     for set in sets {
         layers.push(Layer::of_set(set)?);
     }
@@ -63,7 +65,7 @@ pub fn parse(text: &str, origin: &str, sets: &[String]) -> anyhow::Result<Config
     let config: Config = serde_path_to_error::deserialize(&tree).map_err(|error| {
         let path: Vec<Segment> = error.path().iter().cloned().collect();
         let given = |layer: &&Layer| at(&layer.tree, &path).is_some();
-        let origin = layers.iter().rev().find(given).map_or(origin, |layer| &layer.origin);
+        let origin = layers.iter().rev().find(given).map_or("", |layer| &layer.origin);
         let value = at(&tree, &path).map_or(String::new(), shown);
         let want = expected(&tree, &path);
         BadInput(format!("{origin}: {} is {value}; it must be {want}", error.path()))
@@ -117,20 +119,36 @@ fn document(text: &str, origin: &str) -> anyhow::Result<Value> {
     if most_open(text) > MOST_OPEN {
         bail_input!("{origin} opens more than {MOST_OPEN} brackets; a configuration is mappings of mappings")
     }
-    serde_yaml::from_str(text).map_err(|error| {
-        let line = error.location().map_or(0, |location| location.line());
-        let start = text.lines().nth(line.saturating_sub(1)).unwrap_or("");
-        let indent = &start[..start.len() - start.trim_start().len()];
-        let message = error.to_string();
-        let sentence = if line > 0 && indent.contains('\t') {
-            format!("{origin}: line {line} is indented with a tab; YAML indents with spaces")
-        } else if message.contains("more than one document") {
-            format!("{origin} holds several YAML documents; give one configuration")
-        } else {
-            format!("{origin} is not valid YAML: {}", escaped(&message))
-        };
-        BadInput(sentence).into()
-    })
+    if let Some(name) = alias(text) {
+        bail_input!("{origin} repeats a part of itself with the alias *{name}; write its values out")
+    }
+    let document = |inner: serde_yaml::Deserializer| Value::deserialize(inner);
+    let error = match serde_yaml::from_str(text) {
+        Ok(value) => return Ok(value),
+        Err(error) if error.to_string().contains("more than one document") => {
+            // What follows a complete value is a document too, if not a valid one.
+            match serde_yaml::Deserializer::from_str(text).nth(1).map(document) {
+                Some(Err(error)) => error,
+                _ => bail_input!("{origin} holds several YAML documents; give one configuration"),
+            }
+        }
+        Err(error) => error,
+    };
+    let (message, line) = (escaped(&error.to_string()), error.location().map_or(0, |at| at.line()));
+    let start = text.lines().nth(line.saturating_sub(1)).unwrap_or("");
+    let indent = &start[..start.len() - start.trim_start().len()];
+    if line > 0 && indent.contains('\t') {
+        bail_input!("{origin}: line {line} is indented with a tab; YAML indents with spaces")
+    }
+    if let Some((place, key)) = message.split_once("duplicate entry with key ") {
+        let key = key.split(" at line ").next().unwrap_or(key).trim_matches('"');
+        let place = place.strip_suffix(": ").map_or(String::new(), |place| format!(" of `{place}`"));
+        bail_input!("{origin}: the key `{}`{place} is given twice", shortened(key))
+    }
+    if message.contains("recursion limit") {
+        bail_input!("{origin} nests too deeply in line {line}; a configuration is mappings of mappings")
+    }
+    bail_input!("{origin} is not valid YAML: {message}")
 }
 
 fn too_long(origin: &str) -> anyhow::Error {
@@ -149,6 +167,19 @@ fn most_open(text: &str) -> usize {
         most = most.max(open);
     }
     most
+}
+
+/// A name that is both anchored and used. A few aliases of aliases would fill the memory, and no field
+/// needs one.
+fn alias(text: &str) -> Option<&str> {
+    let names = |mark: char| {
+        text.split(mark).skip(1).map(|rest| {
+            let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '-' || c == '_'));
+            &rest[..end.unwrap_or(rest.len())]
+        })
+    };
+    let anchors: HashSet<&str> = names('&').filter(|name| !name.is_empty()).collect();
+    names('*').find(|name| anchors.contains(name))
 }
 
 fn tree_of(config: &Config) -> anyhow::Result<Value> {
@@ -279,7 +310,11 @@ fn expected(tree: &Value, path: &[Segment]) -> String {
     } else if message.contains("sequence") {
         "a list of numbers, such as [1, 2]"
     } else {
-        "a whole number"
+        match at(tree, path).and_then(Value::as_f64) {
+            Some(x) if x < 0.0 => "a whole number that is not negative",
+            Some(x) if x >= u64::MAX as f64 => "a whole number below 2^64",
+            _ => "a whole number",
+        }
     };
     want.to_string()
 }

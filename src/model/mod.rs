@@ -101,7 +101,8 @@ impl Dims {
                     .map(usize::to_string)
                     .collect();
             bail_input!(
-                "model.width is {width} and model.heads is {heads}, but the width must be a multiple of the heads; the                  nearest widths are {}",
+                "model.width is {width} and model.heads is {heads}, but the width must be a multiple of the heads; the \
+                 nearest widths are {}",
                 near.join(" and ")
             )
         }
