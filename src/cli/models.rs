@@ -56,7 +56,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
     count("--layers", base.layers, 1..=MOST_LAYERS)?;
     count("--state", base.state, 1..=MOST_SIZE)?;
     let budget = match args.budget {
-        Some(budget) if budget >= 1.0 && budget <= 1e12 => Some(budget as usize),
+        Some(budget) if (1.0..=1e12).contains(&budget) => Some(budget as usize),
         Some(budget) => bail_input!("--budget is {budget}; it must be between 1 and 1e12 parameters"),
         None => None,
     };
