@@ -69,7 +69,8 @@ fn cases(width: usize) -> Vec<(&'static str, Vec<Tensor>, Op)> {
         steps: STEPS,
         elements: STEPS / 2,
     };
-    let ids: Vec<u32> = (0..BATCH * STEPS).map(|i| if i % 2 == 0 { i as u32 % 41 } else { u32::MAX }).collect();
+    let ids: Vec<u32> =
+        (0..BATCH * STEPS).map(|i| if i % 2 == 0 { i as u32 % 41 } else { u32::MAX }).collect();
     let ids = Tensor::from_vec(ids, (BATCH, STEPS), &Device::Cpu).expect("a shape of that size");
     let x = random(&tokens(&[d]), 1.0);
     let wide = random(&tokens(&[2 * d]), 1.0);
@@ -208,7 +209,8 @@ fn ops(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new("forward", width), |b| {
                 b.iter(|| no_grad(|| op(&inputs)).expect("the operation"));
             });
-            let vars: Vec<Var> = inputs.iter().map(Var::from_tensor).collect::<Result<_>>().expect("variables");
+            let vars: Vec<Var> =
+                inputs.iter().map(Var::from_tensor).collect::<Result<_>>().expect("variables");
             let args: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
             let w = random(no_grad(|| op(&inputs)).expect("the operation").dims(), 1.0);
             group.bench_function(BenchmarkId::new("forward+backward", width), |b| {
@@ -240,7 +242,9 @@ fn optimizer(c: &mut Criterion) {
     };
     let mut group = c.benchmark_group("optim");
     group.throughput(Throughput::Elements(N as u64));
-    group.bench_function("adam, 4M parameters", |b| b.iter(|| adam.apply(&value, &grad, &m, &v).expect("an update")));
+    group.bench_function("adam, 4M parameters", |b| {
+        b.iter(|| adam.apply(&value, &grad, &m, &v).expect("an update"))
+    });
     group.bench_function("global norm, 4M parameters", |b| b.iter(|| global_norm(&grad).expect("a norm")));
     group.finish();
 }
