@@ -31,7 +31,7 @@ pub struct EvalArgs {
     #[arg(required = true, value_name = "RUN_OR_CHECKPOINT")]
     checkpoints: Vec<PathBuf>,
     /// Fixed gaps after every element, in time units of ten timesteps [default: the configuration's]
-    #[arg(long, value_delimiter = ',', value_name = "G,G,...")]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_name = "G,G,...")]
     gap: Vec<f64>,
     /// Number of test samples [default: the configuration's]
     #[arg(long, value_name = "N")]
