@@ -1,8 +1,9 @@
 //! `selectivbench models`: what there is, how large it gets, and which width a budget buys.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 use serde_json::json;
 
 use crate::bail_input;
@@ -94,21 +95,8 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         return Ok(());
     }
 
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
-        "model",
-        "width",
-        "heads",
-        "parameters",
-        "state/layer",
-        "recurrence",
-        "reference",
-    ]);
-    for column in 1..=4 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    let mut table =
+        table(["model", "width", "heads", "parameters", "state/layer", "recurrence", "reference"], 1..5);
     for (model, width, counted) in &rows {
         let (heads, parameters, state) = match counted {
             Ok((parameters, dims)) => (
@@ -134,6 +122,21 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         base.layers, base.state
     );
     Ok(())
+}
+
+/// A table for the terminal, with some columns aligned to the right.
+pub(super) fn table<const N: usize>(header: [&str; N], right: Range<usize>) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::UTF8_HORIZONTAL_ONLY.row_separator(LineStyle::none()))
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(header);
+    for column in right {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
 }
 
 /// 1234567 as "1,234,567".
