@@ -1,9 +1,14 @@
 //! selectivbench: train, evaluate and profile linear recurrent sequence models on SelectivBench tasks.
+//!
+//! Dependencies point one way: [`cli`] → [`train`] → [`model`] → [`ops`]; [`task`] is the benchmark and
+//! knows no model.
 
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod device;
 pub mod error;
+pub mod files;
 pub mod model;
 pub mod ops;
 pub mod task;

@@ -1,5 +1,89 @@
 //! The command line: one file per subcommand.
 
-pub mod devices;
-pub mod models;
-pub mod tasks;
+mod data;
+mod devices;
+mod eval;
+mod models;
+mod predict;
+mod tasks;
+mod train;
+mod transfer;
+
+use std::io::Write;
+
+use clap::{Parser, Subcommand};
+use comfy_table::{CellAlignment, Table, presets};
+
+use crate::bad_input;
+
+/// Train, evaluate and profile linear recurrent sequence models on SelectivBench tasks.
+#[derive(Parser, Debug)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "Exit codes: 0 done, 1 failed while running, 2 bad input or configuration, 130 interrupted.
+
+Start here:
+  selectivbench train configs/quickstart.yaml"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Threads to compute with [default: one per core]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Train(train::TrainArgs),
+    Eval(eval::EvalArgs),
+    Predict(predict::PredictArgs),
+    Import(transfer::ImportArgs),
+    Export(transfer::ExportArgs),
+    Data(data::DataArgs),
+    Models(models::ModelsArgs),
+    Tasks(tasks::TasksArgs),
+    Devices(devices::DevicesArgs),
+}
+
+/// Runs one subcommand.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Some(threads) = cli.threads {
+        if !(1..=1024).contains(&threads) {
+            return Err(bad_input!("--threads is {threads}; it must be between 1 and 1024"));
+        }
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    match cli.command {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Predict(args) => predict::run(args),
+        Command::Import(args) => transfer::import(args),
+        Command::Export(args) => transfer::export(args),
+        Command::Data(args) => data::run(args),
+        Command::Models(args) => models::run(args),
+        Command::Tasks(args) => tasks::run(args),
+        Command::Devices(args) => devices::run(args),
+    }
+}
+
+/// Prints to stdout; ends quietly where the reader has gone away (`| head`).
+pub(crate) fn print(text: impl std::fmt::Display) -> anyhow::Result<()> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        result => Ok(result?),
+    }
+}
+
+/// A table with these columns, those in `numbers` flush right.
+pub(crate) fn table(columns: &[&str], numbers: std::ops::Range<usize>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(columns);
+    for column in numbers {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}

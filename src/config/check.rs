@@ -143,7 +143,7 @@ impl TaskConfig {
     }
 
     /// A gap must be a duration that leaves a sequence with a length that can be held.
-    fn check_gap(&self, field: &str, gap: f64) -> anyhow::Result<()> {
+    pub fn check_gap(&self, field: &str, gap: f64) -> anyhow::Result<()> {
         number(field, gap, gap >= 0.0, "0 or more")?;
         let steps = self.length as f64 * (1.0 + (gap / TIMESTEP).ceil());
         if steps > MOST_STEPS as f64 {

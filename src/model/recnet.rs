@@ -154,11 +154,22 @@ impl RecNet {
 
     /// The last layer's output, [B, T, width].
     pub fn hidden(&self, input: Input, context: &mut Context) -> Result<Tensor> {
+        self.watch(input, context, |_, _| Ok(()))
+    }
+
+    /// [`RecNet::hidden`], with a look at the output of every part: `see(name, tensor)`.
+    pub fn watch(
+        &self,
+        input: Input,
+        context: &mut Context,
+        mut see: impl FnMut(&str, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
         let (weight, bias) = &self.encoder;
         let mut x = match input {
             Input::Ids(ids) => embedding::embedding(ids, weight, bias)?,
             Input::Dense(u) => linear::linear(u, weight, Some(Arg::from(bias)))?,
         };
+        see("encoder", &x)?;
         if let Some(State(layers)) = &mut context.state {
             layers.resize_with(self.layers.len(), LayerState::default);
         }
@@ -171,7 +182,9 @@ impl RecNet {
             let (inside, branch) = (dropout(2 * l), dropout(2 * l + 1));
             let slots = context.state.as_mut().map(|State(layers)| &mut layers[l]);
             let y = mixer.forward(&x, &mut Call::new(inside, slots))?;
+            see(&format!("layers.{l}"), &y)?;
             x = residual_norm::residual_dropout_layer_norm(&y, &x, weight, bias, NORM_EPS, branch)?;
+            see(&format!("norms.{l}"), &x)?;
         }
         Ok(x)
     }

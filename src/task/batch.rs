@@ -1,9 +1,16 @@
 //! From elements to timesteps: gaps, distractors, noise, windows, and padded batches.
+//!
+//! A [`Sample`] is compact: its states and the gaps between them, whatever their length. [`Samples`]
+//! spreads a set of them over timesteps, a window at a time, so that sequences of any length can be
+//! walked through in memory that does not grow with them.
+
+use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::config::GapKind;
+use crate::ops::philox::{philox4x32, unit_f32};
 use crate::task::grammar::Grammar;
 use crate::task::rng::{Mt19937, Pcg64};
 
@@ -39,6 +46,16 @@ pub struct GapRule {
     pub start: usize,
     pub probability: f64,
     pub delay: Delay,
+}
+
+impl GapRule {
+    /// Timesteps of a gap that lasts `delay`. The authors round blanks up and distractors to nearest even.
+    pub fn steps(&self, delay: f64) -> u32 {
+        match self.kind {
+            GapKind::Blank => (delay / TIMESTEP).ceil() as u32,
+            GapKind::Distractor => (delay / TIMESTEP).round_ties_even() as u32,
+        }
+    }
 }
 
 /// Random numbers for the gaps of one sample.
@@ -80,7 +97,6 @@ impl GapStream {
 
 impl Delay {
     fn draw(self, stream: &mut GapStream) -> f64 {
-        let rounded = |x: f64| (x * 10.0).round_ties_even() / 10.0;
         match self {
             Delay::Fixed(delay) => delay,
             Delay::Uniform(low, high) => rounded(stream.uniform(low, high)),
@@ -91,54 +107,232 @@ impl Delay {
     }
 }
 
-/// One sample as timesteps.
-#[derive(Clone, Debug, Default)]
-pub struct Steps {
-    pub symbols: Vec<u32>,
-    pub labels: Vec<u32>,
-    pub element: Vec<u32>,
-    pub distractor: Vec<bool>,
+/// To one decimal, as numpy rounds: halves of the product to even.
+fn rounded(x: f64) -> f64 {
+    (x * 10.0).round_ties_even() / 10.0
 }
 
-/// Spreads the states of a sample over timesteps: each element is its symbol and the gap behind it.
-pub fn expand(grammar: &Grammar, states: &[u32], rule: &GapRule, stream: &mut GapStream) -> Steps {
-    let mut steps = Steps::default();
-    for (e, &state) in states.iter().enumerate() {
-        let mut push = |symbol: u32, distractor: bool| {
-            steps.symbols.push(symbol);
-            steps.labels.push(grammar.label(state));
-            steps.element.push(e as u32);
-            steps.distractor.push(distractor);
-        };
-        push(grammar.symbol(state), false);
-        // The number is drawn even where the probability is 1, as the authors do.
-        if e < rule.start || stream.chance() > rule.probability {
-            continue;
-        }
-        let delay = rule.delay.draw(stream);
-        match rule.kind {
-            GapKind::Blank => {
-                for _ in 0..(delay / TIMESTEP).ceil() as usize {
-                    push(BLANK, false);
-                }
+/// One sample: its elements and what stands between them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    pub states: Vec<u32>,
+    /// Timesteps behind each element.
+    pub gaps: Vec<u32>,
+    /// Class ids shown in the gaps, gap after gap; empty where gaps are blank.
+    pub distractors: Vec<u32>,
+}
+
+impl Sample {
+    /// Draws the gaps behind the elements `states`.
+    pub fn draw(grammar: &Grammar, states: Vec<u32>, rule: &GapRule, stream: &mut GapStream) -> Self {
+        let mut gaps = Vec::with_capacity(states.len());
+        let mut distractors = Vec::new();
+        for (e, &state) in states.iter().enumerate() {
+            // The number is drawn even where the probability is 1, as the authors do.
+            if e < rule.start || stream.chance() > rule.probability {
+                gaps.push(0);
+                continue;
             }
-            GapKind::Distractor => {
+            let delay = rule.delay.draw(stream);
+            let mut steps = rule.steps(delay);
+            if rule.kind == GapKind::Distractor {
                 let next = grammar.successors(state);
                 let allowed: Vec<u32> = (0..grammar.alphabet() as u32)
                     .filter(|&class| next.iter().all(|&t| grammar.symbol(t) != class))
                     .collect();
-                for _ in 0..(delay / TIMESTEP).round_ties_even() as usize {
-                    if !allowed.is_empty() {
-                        push(allowed[stream.pick(allowed.len())], true);
+                if allowed.is_empty() {
+                    steps = 0;
+                }
+                distractors.extend((0..steps).map(|_| allowed[stream.pick(allowed.len())]));
+            }
+            gaps.push(steps);
+        }
+        Self { states, gaps, distractors }
+    }
+
+    /// Timesteps of all elements and gaps.
+    pub fn steps(&self) -> usize {
+        self.states.len() + self.gaps.iter().map(|&gap| gap as usize).sum::<usize>()
+    }
+}
+
+/// Where the noise of one sample comes from.
+#[derive(Clone)]
+pub enum NoiseStream {
+    /// Drawn by position with Philox: counter [channel / 4, step, index low, index high].
+    HeldOut { key: [u32; 2], index: u64 },
+    /// Drawn in sequence, as by `torch.rand`.
+    AsReleased(Mt19937),
+}
+
+impl NoiseStream {
+    /// Fills the rows `out` [steps, features] of the timesteps from `first` on; rows are asked for in order.
+    fn fill(&mut self, first: usize, features: usize, level: f32, out: &mut [f32]) {
+        match self {
+            NoiseStream::AsReleased(torch) => out.iter_mut().for_each(|x| *x = torch.torch_rand() * level),
+            NoiseStream::HeldOut { key, index } => {
+                for (t, row) in out.chunks_exact_mut(features).enumerate() {
+                    for (group, channels) in row.chunks_mut(4).enumerate() {
+                        let counter =
+                            [group as u32, (first + t) as u32, *index as u32, (*index >> 32) as u32];
+                        let lanes = philox4x32(counter, *key);
+                        for (x, bits) in channels.iter_mut().zip(lanes) {
+                            *x = unit_f32(bits) * level;
+                        }
                     }
                 }
             }
         }
     }
-    steps
 }
 
-/// Samples padded to the longest: what a model sees and what it should say.
+/// The noise of a set of samples: uniform in [0, level).
+pub struct Noise {
+    pub level: f32,
+    /// One a sample.
+    pub streams: Vec<NoiseStream>,
+}
+
+/// How far a sample has been spread over timesteps.
+#[derive(Clone, Copy, Default)]
+struct Cursor {
+    element: usize,
+    /// Steps of the element's window that are done.
+    inside: usize,
+    /// Distractors shown.
+    distractor: usize,
+}
+
+/// Several samples of a part, to be spread over timesteps window by window.
+pub struct Samples {
+    grammar: Arc<Grammar>,
+    samples: Vec<Sample>,
+    features: usize,
+    first: u64,
+    noise: Option<Noise>,
+    lengths: Vec<usize>,
+    cursors: Vec<Cursor>,
+    /// Timesteps done.
+    at: usize,
+}
+
+impl Samples {
+    /// `samples` of a grammar, the first with index `first`; `features` is the width of the input.
+    pub fn new(
+        grammar: Arc<Grammar>,
+        samples: Vec<Sample>,
+        features: usize,
+        first: u64,
+        noise: Option<Noise>,
+    ) -> Self {
+        let lengths = samples.iter().map(Sample::steps).collect();
+        let cursors = vec![Cursor::default(); samples.len()];
+        Self { grammar, samples, features, first, noise, lengths, cursors, at: 0 }
+    }
+
+    pub fn as_slice(&self) -> &[Sample] {
+        &self.samples
+    }
+
+    /// Timesteps of the longest sample.
+    pub fn steps(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Timesteps of each sample.
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
+    /// Timesteps that are no padding.
+    pub fn valid_steps(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    /// Elements of the longest sample.
+    pub fn elements(&self) -> usize {
+        self.samples.iter().map(|sample| sample.states.len()).max().unwrap_or(0)
+    }
+
+    /// The next `len` timesteps of all samples, fewer at the end; none when all are done.
+    ///
+    /// Element indices and `elements` are those of the whole samples, `lengths` those of the window.
+    pub fn next_window(&mut self, len: usize) -> Option<Batch> {
+        let steps = len.min(self.steps() - self.at);
+        (steps > 0).then(|| self.window(steps))
+    }
+
+    /// All timesteps at once.
+    pub fn into_batch(mut self) -> Batch {
+        self.window(self.steps() - self.at)
+    }
+
+    fn window(&mut self, steps: usize) -> Batch {
+        let (batch, features, at) = (self.samples.len(), self.features, self.at);
+        let size = batch * steps;
+        let lengths: Vec<usize> =
+            self.lengths.iter().map(|&length| length.saturating_sub(at).min(steps)).collect();
+        let mut out = Batch {
+            batch,
+            steps,
+            elements: self.elements(),
+            features,
+            symbols: vec![BLANK; size],
+            labels: vec![0; size],
+            element: vec![PAD; size],
+            lengths,
+            distractor: vec![false; size],
+            noise: self.noise.as_ref().map(|_| vec![0.0; size * features]),
+            first: self.first,
+        };
+        self.at += steps;
+        if size == 0 {
+            return out;
+        }
+        let grammar = &self.grammar;
+        let rows = out.symbols.par_chunks_mut(steps).zip(out.labels.par_chunks_mut(steps));
+        let rows = rows.zip(out.element.par_chunks_mut(steps)).zip(out.distractor.par_chunks_mut(steps));
+        rows.zip(&mut self.cursors).zip(&self.samples).zip(&out.lengths).for_each(
+            |((((((symbols, labels), elements), distractor), cursor), sample), &length)| {
+                let mut t = 0;
+                while t < length {
+                    let Cursor { element, inside, .. } = *cursor;
+                    let state = sample.states[element];
+                    let window = 1 + sample.gaps[element] as usize;
+                    let end = length.min(t + window - inside);
+                    labels[t..end].fill(grammar.label(state));
+                    elements[t..end].fill(element as u32);
+                    let gap = if inside == 0 {
+                        symbols[t] = grammar.symbol(state);
+                        t + 1..end
+                    } else {
+                        t..end
+                    };
+                    if !sample.distractors.is_empty() {
+                        let shown = &sample.distractors[cursor.distractor..][..gap.len()];
+                        symbols[gap.clone()].copy_from_slice(shown);
+                        distractor[gap.clone()].fill(true);
+                        cursor.distractor += gap.len();
+                    }
+                    cursor.inside += end - t;
+                    if cursor.inside == window {
+                        cursor.element += 1;
+                        cursor.inside = 0;
+                    }
+                    t = end;
+                }
+            },
+        );
+        if let (Some(Noise { level, streams }), Some(values)) = (&mut self.noise, &mut out.noise) {
+            values.par_chunks_mut(steps * features).zip(streams).zip(&out.lengths).for_each(
+                |((row, stream), &length)| stream.fill(at, features, *level, &mut row[..length * features]),
+            );
+        }
+        out
+    }
+}
+
+/// Samples padded to the longest, or a window of their timesteps: what a model sees and what it should say.
 #[derive(Clone, Debug)]
 pub struct Batch {
     pub batch: usize,
@@ -162,48 +356,6 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Pads `samples`; `noise(i, n)` gives the noise of the i-th sample, which has n steps.
-    pub fn assemble(
-        samples: &[Steps],
-        features: usize,
-        first: u64,
-        noise: Option<&(dyn Fn(usize, usize) -> Vec<f32> + Sync)>,
-    ) -> Self {
-        let batch = samples.len();
-        let lengths: Vec<usize> = samples.iter().map(|s| s.symbols.len()).collect();
-        let steps = lengths.iter().copied().max().unwrap_or(0);
-        let elements = samples.iter().filter_map(|s| s.element.last()).max().map_or(0, |&e| e as usize + 1);
-        fn pad<T: Copy>(samples: &[Steps], steps: usize, fill: T, of: impl Fn(&Steps) -> &[T]) -> Vec<T> {
-            let mut out = Vec::with_capacity(samples.len() * steps);
-            for (i, sample) in samples.iter().enumerate() {
-                out.extend_from_slice(of(sample));
-                out.resize((i + 1) * steps, fill);
-            }
-            out
-        }
-        let noise = noise.map(|noise| {
-            let mut all = vec![0.0f32; batch * steps * features];
-            all.par_chunks_mut((steps * features).max(1)).enumerate().for_each(|(i, out)| {
-                let values = noise(i, lengths[i]);
-                out[..values.len()].copy_from_slice(&values);
-            });
-            all
-        });
-        Self {
-            batch,
-            steps,
-            elements,
-            features,
-            symbols: pad(samples, steps, BLANK, |s| &s.symbols),
-            labels: pad(samples, steps, 0, |s| &s.labels),
-            element: pad(samples, steps, PAD, |s| &s.element),
-            distractor: pad(samples, steps, false, |s| &s.distractor),
-            lengths,
-            noise,
-            first,
-        }
-    }
-
     /// Steps that are no padding.
     pub fn valid_steps(&self) -> usize {
         self.lengths.iter().sum()

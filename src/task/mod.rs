@@ -26,15 +26,18 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-pub use batch::{BLANK, Batch, PAD};
+pub use batch::{BLANK, Batch, PAD, Sample, Samples};
 pub use grammar::Grammar;
 
-use crate::config::{GapLaw, Split, TaskConfig};
-use crate::ops::philox::{philox4x32, unit_f32};
-use batch::{Delay, GapRule, GapStream, Steps};
+use crate::bail_input;
+use crate::config::{GapConfig, GapLaw, Split, TaskConfig};
+use batch::{Delay, GapRule, GapStream, Noise, NoiseStream};
 use grammar::GrammarConfig;
 use rng::{Mt19937, Pcg64, SeedSequence};
 use sampler::Sampler;
+
+/// Longest gap that can be asked for, in time units.
+const LONGEST_GAP: f64 = 1e6;
 
 /// A part of the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,16 +119,24 @@ impl Task {
         self.sampler.sample(&mut rng)
     }
 
-    /// The gaps of a part; `gap` replaces the fixed gap of validation and test.
+    /// A sample's line in the authors' `train` and `test` files: class ids, state names and length.
+    pub fn line(&self, states: &[u32]) -> String {
+        let grammar = self.grammar();
+        let ids: Vec<String> = states.iter().map(|&state| grammar.symbol(state).to_string()).collect();
+        let names: Vec<String> = states.iter().map(|&state| format!("'{}'", grammar.name(state))).collect();
+        format!("[{}]::[{}]::{}\n", ids.join(", "), names.join(", "), states.len())
+    }
+
+    /// The gaps of a part: drawn in training, fixed in validation and test; `gap` fixes another duration.
     pub fn gap_rule(&self, part: Part, gap: Option<f64>) -> GapRule {
         let config = &self.config.gap;
-        let delay = match (part, config.law) {
-            (Part::Train, GapLaw::Fixed) => Delay::Fixed(config.high),
-            (Part::Train, GapLaw::Uniform) => Delay::Uniform(config.low, config.high),
-            (Part::Train, GapLaw::Lognormal) => {
-                Delay::Lognormal { mu: config.mu, sigma: config.sigma, low: config.low, high: config.high }
-            }
-            _ => Delay::Fixed(gap.unwrap_or(self.config.test_gap)),
+        let &GapConfig { law, low, high, mu, sigma, .. } = config;
+        let delay = match (gap, part, law) {
+            (Some(gap), ..) => Delay::Fixed(gap),
+            (None, Part::Validation | Part::Test, _) => Delay::Fixed(self.config.test_gap),
+            (None, Part::Train, GapLaw::Fixed) => Delay::Fixed(high),
+            (None, Part::Train, GapLaw::Uniform) => Delay::Uniform(low, high),
+            (None, Part::Train, GapLaw::Lognormal) => Delay::Lognormal { mu, sigma, low, high },
         };
         GapRule { kind: config.kind, start: config.start, probability: config.probability, delay }
     }
@@ -150,49 +161,43 @@ impl Task {
         self.seed.wrapping_mul(index) as u32
     }
 
-    /// The noise of one sample, [steps, features].
-    fn noise(&self, part: Part, index: u64, steps: usize) -> Vec<f32> {
-        let features = self.features();
-        let level = self.config.noise as f32;
-        match self.config.split {
-            Split::AsReleased => {
-                let mut torch = Mt19937::from_u32(self.released_seed(index));
-                (0..steps * features).map(|_| torch.torch_rand() * level).collect()
-            }
-            Split::HeldOut => {
-                let [seed_low, seed_high, tag, ..] = held_out_words(self.seed, part, Purpose::Noise, 0);
-                let [key] = SeedSequence::new(&[seed_low, seed_high, tag]).state::<1>();
-                let key = [key as u32, (key >> 32) as u32];
-                let mut out = Vec::with_capacity(steps * features);
-                for t in 0..steps {
-                    for group in 0..features.div_ceil(4) {
-                        let counter = [group as u32, t as u32, index as u32, (index >> 32) as u32];
-                        let lanes = philox4x32(counter, key);
-                        let wanted = (features - 4 * group).min(4);
-                        out.extend(lanes[..wanted].iter().map(|&bits| unit_f32(bits) * level));
-                    }
-                }
-                out
-            }
-        }
+    /// The noise of samples `first..first + count`, or nothing where there is none.
+    fn noise(&self, part: Part, first: u64, count: usize) -> Option<Noise> {
+        let [seed_low, seed_high, tag, ..] = held_out_words(self.seed, part, Purpose::Noise, 0);
+        let [key] = SeedSequence::new(&[seed_low, seed_high, tag]).state::<1>();
+        let key = [key as u32, (key >> 32) as u32];
+        let stream = |index| match self.config.split {
+            Split::HeldOut => NoiseStream::HeldOut { key, index },
+            Split::AsReleased => NoiseStream::AsReleased(Mt19937::from_u32(self.released_seed(index))),
+        };
+        let streams = || (first..first + count as u64).map(stream).collect();
+        (self.config.noise != 0.0).then(|| Noise { level: self.config.noise as f32, streams: streams() })
     }
 
-    /// Samples `first..first + count` of a part; `gap` replaces the fixed gap of validation and test.
+    /// Samples `first..first + count` of a part; `gap` replaces the part's own law of gap durations.
     ///
-    /// Samples are made in parallel; each depends on its index alone.
-    pub fn batch(&self, part: Part, first: u64, count: usize, gap: Option<f64>) -> anyhow::Result<Batch> {
+    /// Samples are drawn in parallel; each depends on its index alone.
+    pub fn samples(&self, part: Part, first: u64, count: usize, gap: Option<f64>) -> anyhow::Result<Samples> {
+        if let Some(gap) = gap
+            && !(0.0..=LONGEST_GAP).contains(&gap)
+        {
+            bail_input!("a gap of {gap} is asked for; it must be between 0 and {LONGEST_GAP} time units")
+        }
         let rule = self.gap_rule(part, gap);
-        let samples: Vec<Steps> = (first..first + count as u64)
+        let samples = (first..first + count as u64)
             .into_par_iter()
             .map(|index| {
                 let states = self.states(part, index)?;
-                Ok(batch::expand(self.grammar(), &states, &rule, &mut self.gap_stream(part, index)))
+                Ok(Sample::draw(self.grammar(), states, &rule, &mut self.gap_stream(part, index)))
             })
             .collect::<anyhow::Result<_>>()?;
-        let noise = |i: usize, steps: usize| self.noise(part, first + i as u64, steps);
-        let noise =
-            (self.config.noise != 0.0).then_some(&noise as &(dyn Fn(usize, usize) -> Vec<f32> + Sync));
-        Ok(Batch::assemble(&samples, self.features(), first, noise))
+        let noise = self.noise(part, first, count);
+        Ok(Samples::new(self.sampler.grammar().clone(), samples, self.features(), first, noise))
+    }
+
+    /// [`Task::samples`], spread over all their timesteps.
+    pub fn batch(&self, part: Part, first: u64, count: usize, gap: Option<f64>) -> anyhow::Result<Batch> {
+        Ok(self.samples(part, first, count, gap)?.into_batch())
     }
 
     /// Samples `first..total` of a part in batches, made ahead on a thread of their own.
@@ -218,9 +223,11 @@ impl Task {
         BatchStream { batches }
     }
 
-    /// The accuracy of an observer that knows the grammar; see [`oracle::ceiling`].
+    /// The accuracy that no model exceeds; see [`oracle::ceiling`].
+    ///
+    /// Worked out once. 1 where the test part cannot be drawn: no model can be judged there.
     pub fn ceiling(&self) -> f64 {
-        *self.ceiling.get_or_init(|| oracle::ceiling(self).0)
+        *self.ceiling.get_or_init(|| oracle::ceiling(self, None).map_or(1.0, |ceiling| ceiling.accuracy))
     }
 
     /// SHA-256 over what decides the data: grammar and configuration.

@@ -1,4 +1,376 @@
-use super::Task;
-pub fn ceiling(_task: &Task) -> (f64, usize) {
-    (1.0, 0)
+//! How well any model could do: observers that know the grammar.
+//!
+//! A state has at most one successor per symbol, so what an observer does not know is where a string
+//! began (start states may share a symbol) and, in the presence of distractors, which symbols are
+//! elements. What it does know beside the transitions is that only strings which end within the accepted
+//! lengths are kept: a path is as likely as the chain makes it, times the probability h(s, n) that a
+//! string in state s with n elements is accepted.
+//!
+//! Noise is left out: it is smaller than the step from 0 to 1 that a symbol makes wherever
+//! `task.noise` < 1, so every symbol can be read off exactly. With more noise the figures here are only
+//! upper bounds.
+
+use rayon::prelude::*;
+
+use super::batch::Delay;
+use super::{Part, Sample, Task};
+use crate::config::GapKind;
+
+/// No successor.
+const NONE: u32 = u32::MAX;
+
+/// A hypothesis this much less likely than all together is given up; less than what f64 resolves.
+const LEAST: f64 = 1e-16;
+
+/// What an observer of one task knows.
+struct Knowledge<'a> {
+    task: &'a Task,
+    alphabet: usize,
+    /// [state, class] the successor with that symbol.
+    table: Vec<u32>,
+    /// Probability of each move out of a state.
+    share: Vec<f64>,
+    /// Classes that may be shown as distractors after a state.
+    allowed: Vec<usize>,
+    /// Accepted strings are at most this long.
+    max: usize,
+    /// [state, elements so far] the probability that the string is accepted.
+    accepted: Vec<f64>,
+}
+
+impl<'a> Knowledge<'a> {
+    fn new(task: &'a Task) -> Self {
+        let grammar = task.grammar();
+        let (states, alphabet, max) = (grammar.states(), grammar.alphabet(), task.sampler().max());
+        let mut table = vec![NONE; states * alphabet];
+        for state in 0..states as u32 {
+            for &target in grammar.successors(state) {
+                table[state as usize * alphabet + grammar.symbol(target) as usize] = target;
+            }
+        }
+        let degrees = (0..states as u32).map(|state| grammar.successors(state).len());
+        let mut accepted = vec![0.0; states * (max + 1)];
+        let mut after = vec![0.0; states];
+        for n in (1..=max).rev() {
+            after = task.sampler().before(&after, n);
+            for (row, &h) in accepted.chunks_exact_mut(max + 1).zip(&after) {
+                row[n] = h;
+            }
+        }
+        Self {
+            task,
+            alphabet,
+            table,
+            share: degrees.clone().map(|degree| 1.0 / degree as f64).collect(),
+            allowed: degrees.map(|degree| alphabet - degree).collect(),
+            max,
+            accepted,
+        }
+    }
+
+    fn next(&self, state: u32, class: u32) -> Option<u32> {
+        let next = self.table[state as usize * self.alphabet + class as usize];
+        (next != NONE).then_some(next)
+    }
+
+    /// h(state, n); 0 beyond the longest accepted string.
+    fn accepted(&self, state: u32, n: usize) -> f64 {
+        if n > self.max { 0.0 } else { self.accepted[state as usize * (self.max + 1) + n] }
+    }
+
+    /// Start states with a symbol, each with the probability that an accepted string starts there.
+    fn starts(&self, class: u32) -> impl Iterator<Item = (u32, f64)> {
+        let grammar = self.task.grammar();
+        let total = grammar.starts().len() as f64 * self.task.sampler().acceptance();
+        let starts = grammar.starts().iter().copied().filter(move |&s| grammar.symbol(s) == class);
+        starts.map(move |start| (start, self.accepted(start, 1) / total))
+    }
+}
+
+/// The accuracy of the best observer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ceiling {
+    /// Mean probability of the most probable state: the accuracy to expect.
+    pub accuracy: f64,
+    /// Share of elements whose most probable state was the true one.
+    pub hits: f64,
+    /// Elements looked at.
+    pub elements: usize,
+}
+
+/// The accuracy that no causal model exceeds on the samples of the test part, in expectation.
+///
+/// The observer knows the grammar, the accepted lengths of strings and the rule of gaps. For each element
+/// it has all symbols up to the end of the element's window, and the bounds of this one window, which are
+/// known to who counts the votes: so the figure bounds every way of voting over the steps of a window.
+/// `gap` replaces the test gap.
+pub fn ceiling(task: &Task, gap: Option<f64>) -> anyhow::Result<Ceiling> {
+    let knowledge = Knowledge::new(task);
+    let rule = task.gap_rule(Part::Test, gap);
+    let Delay::Fixed(delay) = rule.delay else { unreachable!("gaps of the test part are fixed") };
+    let distractors = match rule.kind {
+        // A blank says only that its element is over: its law does not depend on the state.
+        GapKind::Blank => 0,
+        GapKind::Distractor => rule.steps(delay),
+    };
+    let observer =
+        Observer { knowledge: &knowledge, distractors, start: rule.start, probability: rule.probability };
+    let samples = task.samples(Part::Test, 0, task.config().samples.test, gap)?;
+    let each: Vec<Ceiling> = samples.as_slice().par_iter().map(|sample| observer.watch(sample)).collect();
+    let mut all = Ceiling::default();
+    for one in each {
+        all.accuracy += one.accuracy;
+        all.hits += one.hits;
+        all.elements += one.elements;
+    }
+    let elements = all.elements.max(1) as f64;
+    Ok(Ceiling { accuracy: all.accuracy / elements, hits: all.hits / elements, ..all })
+}
+
+/// Where a sample may be after the symbols seen so far.
+#[derive(Clone, Copy)]
+struct Hypothesis {
+    state: u32,
+    /// Elements of the current string.
+    string: u32,
+    /// Elements of the sample.
+    elements: u32,
+    /// Distractors still to come before the next element.
+    left: u32,
+    weight: f64,
+}
+
+/// Follows all hypotheses that the symbols of a sample leave, by Bayes' rule.
+struct Observer<'a> {
+    knowledge: &'a Knowledge<'a>,
+    /// Distractors in a gap; 0 where gaps are blank.
+    distractors: u32,
+    /// First element that a gap can follow.
+    start: usize,
+    probability: f64,
+}
+
+impl Observer<'_> {
+    /// Sums over the elements of a sample: probability of the most probable state, and hits.
+    fn watch(&self, sample: &Sample) -> Ceiling {
+        let grammar = self.knowledge.task.grammar();
+        // As after the end of a string.
+        let mut now =
+            vec![Hypothesis { state: grammar.end(), string: 0, elements: 0, left: 0, weight: 1.0 }];
+        let mut distractors = sample.distractors.iter();
+        let mut sums = Ceiling { elements: sample.states.len(), ..Default::default() };
+        for (&state, &gap) in sample.states.iter().zip(&sample.gaps) {
+            let class = grammar.symbol(state);
+            let mut window = Vec::new();
+            now.iter().for_each(|h| self.element(h, class, &mut window));
+            let mut next = self.inside(&now, class);
+            next.extend_from_slice(&window);
+            now = settled(next);
+            let shown = if self.distractors > 0 { gap as usize } else { 0 };
+            for &class in distractors.by_ref().take(shown) {
+                window = self.inside(&window, class);
+                let mut next = self.inside(&now, class);
+                now.iter().for_each(|h| self.element(h, class, &mut next));
+                now = settled(next);
+            }
+            window.retain(|h| h.left == 0);
+            let (best, probability) = most_probable(&mut window);
+            sums.accuracy += probability;
+            sums.hits += f64::from(u8::from(best == Some(state)));
+        }
+        sums
+    }
+
+    /// What `h` becomes if the symbol `class` is the next element.
+    fn element(&self, h: &Hypothesis, class: u32, out: &mut Vec<Hypothesis>) {
+        let k = self.knowledge;
+        if h.left > 0 || h.elements as usize >= k.task.sampler().length() {
+            return;
+        }
+        let mut push = |state: u32, string: u32, weight: f64| {
+            if weight == 0.0 {
+                return;
+            }
+            let mut push = |left, weight| {
+                out.push(Hypothesis { state, string, elements: h.elements + 1, left, weight });
+            };
+            let gap = self.distractors > 0
+                && h.elements as usize >= self.start
+                && k.allowed[state as usize] > 0
+                && self.probability > 0.0;
+            if gap {
+                push(self.distractors, weight * self.probability);
+            }
+            let without = if gap { weight * (1.0 - self.probability) } else { weight };
+            if without > 0.0 {
+                push(0, without);
+            }
+        };
+        if h.state == k.task.grammar().end() {
+            k.starts(class).for_each(|(start, probability)| push(start, 1, h.weight * probability));
+        } else if let Some(next) = k.next(h.state, class) {
+            let accepted = k.accepted(next, h.string as usize + 1) / k.accepted(h.state, h.string as usize);
+            push(next, h.string + 1, h.weight * k.share[h.state as usize] * accepted);
+        }
+    }
+
+    /// The hypotheses for which the symbol `class` stands in a gap.
+    fn inside(&self, now: &[Hypothesis], class: u32) -> Vec<Hypothesis> {
+        let k = self.knowledge;
+        let possible = |h: &&Hypothesis| h.left > 0 && k.next(h.state, class).is_none();
+        let shown = |h: &Hypothesis| Hypothesis {
+            left: h.left - 1,
+            weight: h.weight / k.allowed[h.state as usize] as f64,
+            ..*h
+        };
+        now.iter().filter(possible).map(shown).collect()
+    }
+}
+
+/// Equal hypotheses in one, weights that sum to one, without what is lost in their rounding.
+fn settled(mut all: Vec<Hypothesis>) -> Vec<Hypothesis> {
+    let place = |h: &Hypothesis| (h.state, h.string, h.elements, h.left);
+    all.sort_unstable_by_key(place);
+    all.dedup_by(|h, kept| {
+        let same = place(h) == place(kept);
+        if same {
+            kept.weight += h.weight;
+        }
+        same
+    });
+    let total: f64 = all.iter().map(|h| h.weight).sum();
+    all.retain(|h| h.weight > LEAST * total);
+    all.iter_mut().for_each(|h| h.weight /= total);
+    all
+}
+
+/// The state with the largest share of the weight, and that share.
+fn most_probable(all: &mut [Hypothesis]) -> (Option<u32>, f64) {
+    all.sort_unstable_by_key(|h| h.state);
+    let total: f64 = all.iter().map(|h| h.weight).sum();
+    let states = all.chunk_by(|a, b| a.state == b.state);
+    let sums = states.map(|same| (Some(same[0].state), same.iter().map(|h| h.weight).sum::<f64>() / total));
+    sums.fold((None, 0.0), |best, this| if this.1 > best.1 { this } else { best })
+}
+
+/// The accuracy of an observer that has only the last `k` elements, for each of `ks`, over the elements of
+/// the first samples of the test part (at most 200): the share of elements whose most probable state was
+/// the true one.
+///
+/// The observer does not know where in a string or in the sample its window lies, unless the window
+/// holds a `#` or reaches back to before the sample. The state s at the head of a window is as likely as s
+/// is at place n of an accepted string, over all n: f(s, n) · h(s, n), with f the chain's own distribution.
+/// Times the probability of the moves that follow and of acceptance from the state at the window's end,
+/// that makes Σ_n f(s, n) · h(end, n + k - 1) · Π share. After a `#`, only the new string counts. Gaps and
+/// distractors are not shown.
+pub fn window_curve(task: &Task, ks: &[usize]) -> anyhow::Result<Vec<f64>> {
+    /// Enough for a standard error of half a per cent and less.
+    const SAMPLES: usize = 200;
+    let knowledge = Knowledge::new(task);
+    let places = Places::new(&knowledge);
+    let grammar = task.grammar();
+    let count = task.config().samples.test.min(SAMPLES) as u64;
+    // states and their symbols
+    let samples: Vec<(Vec<u32>, Vec<u32>)> = (0..count)
+        .into_par_iter()
+        .map(|index| {
+            let states = task.states(Part::Test, index)?;
+            let symbols = states.iter().map(|&state| grammar.symbol(state)).collect();
+            Ok((states, symbols))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let accuracy = |k: usize| {
+        let windows = samples.iter().flat_map(|(states, symbols)| {
+            (0..states.len()).map(move |e| (k > e + 1, &symbols[(e + 1).saturating_sub(k)..=e], states[e]))
+        });
+        let mut windows: Vec<_> = windows.collect();
+        // Short windows are often the same: each is looked at once.
+        windows.par_sort_unstable();
+        let same: Vec<_> = windows.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)).collect();
+        let hits = same.par_iter().map(|same| {
+            let guess = places.guess(same[0].0, same[0].1);
+            same.iter().filter(|(.., state)| Some(*state) == guess).count()
+        });
+        hits.sum::<usize>() as f64 / windows.len().max(1) as f64
+    };
+    Ok(ks.iter().map(|&k| accuracy(k)).collect())
+}
+
+/// Where in a string a window may lie.
+struct Places<'a> {
+    knowledge: &'a Knowledge<'a>,
+    /// [state, elements so far] the probability that a string comes there, accepted or not.
+    reached: Vec<f64>,
+    /// States by symbol.
+    members: Vec<Vec<u32>>,
+}
+
+impl<'a> Places<'a> {
+    fn new(knowledge: &'a Knowledge<'a>) -> Self {
+        let (grammar, max) = (knowledge.task.grammar(), knowledge.max);
+        let states = grammar.states();
+        let mut reached = vec![0.0; states * (max + 1)];
+        for &start in grammar.starts() {
+            reached[start as usize * (max + 1) + 1] += 1.0 / grammar.starts().len() as f64;
+        }
+        for n in 1..max {
+            for state in 0..states {
+                let mass = reached[state * (max + 1) + n] * knowledge.share[state];
+                for &target in grammar.successors(state as u32) {
+                    reached[target as usize * (max + 1) + n + 1] += mass;
+                }
+            }
+        }
+        let mut members = vec![Vec::new(); grammar.alphabet()];
+        for state in 0..states as u32 {
+            members[grammar.symbol(state) as usize].push(state);
+        }
+        Self { knowledge, reached, members }
+    }
+
+    /// The most probable state behind the last symbol of a window; `whole`: the sample begins with it.
+    fn guess(&self, whole: bool, symbols: &[u32]) -> Option<u32> {
+        let knowledge = self.knowledge;
+        let (&last, before) = symbols.split_last()?;
+        if last == 0 {
+            return Some(knowledge.task.grammar().end());
+        }
+        let end = before.iter().rposition(|&symbol| symbol == 0);
+        let (&head, rest) = symbols[end.map_or(0, |end| end + 1)..].split_first()?;
+        let known = whole || end.is_some();
+        let row = |state: u32| state as usize * (knowledge.max + 1)..(state as usize + 1) * (knowledge.max + 1);
+        let weigh = |start: u32| {
+            let (state, moves) = rest.iter().try_fold((start, 1.0), |(state, moves), &symbol| {
+                knowledge.next(state, symbol).map(|next| (next, moves * knowledge.share[state as usize]))
+            })?;
+            let place = if known {
+                knowledge.accepted(state, rest.len() + 1)
+            } else {
+                let reached = &self.reached[row(start)][1..];
+                let accepted = knowledge.accepted[row(state)].get(1 + rest.len()..).unwrap_or(&[]);
+                reached.iter().zip(accepted).map(|(f, h)| f * h).sum()
+            };
+            Some((state, moves * place))
+        };
+        let mut weights: Vec<(u32, f64)> = if known {
+            knowledge.starts(head).filter_map(|(start, _)| weigh(start)).collect()
+        } else {
+            self.members[head as usize].iter().filter_map(|&start| weigh(start)).collect()
+        };
+        weights.sort_unstable_by_key(|&(state, _)| state);
+        let sums = weights.chunk_by(|a, b| a.0 == b.0);
+        let sums = sums.map(|same| (Some(same[0].0), same.iter().map(|(_, weight)| weight).sum::<f64>()));
+        sums.fold((None, 0.0), |best, this| if this.1 > best.1 { this } else { best }).0
+    }
+}
+
+/// The accuracy of always naming the most frequent state of the test part.
+pub fn majority(task: &Task) -> anyhow::Result<f64> {
+    let indices = (0..task.config().samples.test as u64).into_par_iter();
+    let samples: Vec<Vec<u32>> =
+        indices.map(|index| task.states(Part::Test, index)).collect::<Result<_, _>>()?;
+    let mut counts = vec![0usize; task.classes()];
+    samples.iter().flatten().for_each(|&state| counts[state as usize] += 1);
+    let most = counts.iter().copied().max().unwrap_or(0);
+    Ok(most as f64 / counts.iter().sum::<usize>().max(1) as f64)
 }

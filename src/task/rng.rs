@@ -50,11 +50,11 @@ impl SeedSequence {
         words
     }
 
-    /// The pool, and the first `N` 64-bit state words.
     pub fn pool(&self) -> [u32; 4] {
         self.pool
     }
 
+    /// The first `N` 64-bit state words.
     pub fn state<const N: usize>(&self) -> [u64; N] {
         let mut g = 0x8b51_f9ddu32;
         let mut next = |i: usize| {
@@ -67,6 +67,27 @@ impl SeedSequence {
             let low = next(2 * k);
             u64::from(low) | u64::from(next(2 * k + 1)) << 32
         })
+    }
+}
+
+/// The number in [0, 1) that 53 random bits stand for.
+#[inline(always)]
+pub fn unit_f64(bits: u64) -> f64 {
+    bits as f64 * (1.0 / 9_007_199_254_740_992.0)
+}
+
+/// Uniform in 0..=top by masked rejection of 32-bit draws; nothing is drawn for `top` 0.
+#[inline(always)]
+fn masked(top: u32, mut next: impl FnMut() -> u32) -> u32 {
+    if top == 0 {
+        return 0;
+    }
+    let mask = u32::MAX >> top.leading_zeros();
+    loop {
+        let v = next() & mask;
+        if v <= top {
+            return v;
+        }
     }
 }
 
@@ -147,10 +168,16 @@ impl Pcg64 {
         draw as u32
     }
 
-    /// Uniform in [0, 1); leaves the buffered half alone.
+    /// The 53 bits of a uniform number in [0, 1); leaves the buffered half alone.
+    #[inline(always)]
+    pub fn random_bits(&mut self) -> u64 {
+        self.next_u64() >> 11
+    }
+
+    /// `random()`.
     #[inline(always)]
     pub fn random(&mut self) -> f64 {
-        (self.next_u64() >> 11) as f64 * (1.0 / 9_007_199_254_740_992.0)
+        unit_f64(self.random_bits())
     }
 
     /// Uniform in 0..=top by Lemire's method, as `integers` and `choice` draw.
@@ -173,16 +200,7 @@ impl Pcg64 {
     /// Uniform in 0..=top by masked rejection, as `permutation` and `shuffle` draw.
     #[inline(always)]
     pub fn masked(&mut self, top: u32) -> u32 {
-        if top == 0 {
-            return 0;
-        }
-        let mask = u32::MAX >> top.leading_zeros();
-        loop {
-            let v = self.next_u32() & mask;
-            if v <= top {
-                return v;
-            }
-        }
+        masked(top, || self.next_u32())
     }
 
     /// `integers(n)`.
@@ -233,6 +251,7 @@ impl Pcg64 {
 }
 
 /// The Mersenne Twister MT19937 with the calls of three libraries on top.
+#[derive(Clone)]
 pub struct Mt19937 {
     words: [u32; 624],
     at: usize,
@@ -356,17 +375,7 @@ impl Mt19937 {
 
     /// The index that `np.random.choice` of an array of `n` takes.
     pub fn legacy_choice(&mut self, n: usize) -> usize {
-        let top = (n - 1) as u32;
-        if top == 0 {
-            return 0;
-        }
-        let mask = u32::MAX >> top.leading_zeros();
-        loop {
-            let v = self.next_u32() & mask;
-            if v <= top {
-                return v as usize;
-            }
-        }
+        masked((n - 1) as u32, || self.next_u32()) as usize
     }
 
     /// `torch.rand` in float32.

@@ -1,1 +1,507 @@
-//! TO BE WRITTEN
+//! One run: data, updates, evaluations, checkpoints, metrics, and an exact way back after any end.
+//!
+//! # The run directory
+//!
+//! | file | |
+//! |---|---|
+//! | `config.yaml` | complete and resolved; training from it repeats the run |
+//! | `metrics.jsonl`, `events.out.tfevents.*` | training and evaluation, for programs and for TensorBoard |
+//! | `checkpoint.safetensors` | weights after the newest evaluation ([`crate::checkpoint`]) |
+//! | `state.safetensors` | weights, moments, and where the run stood: what a resume begins from |
+//! | `summary.json` | written once, at the end |
+//!
+//! All are written under a temporary name and renamed, but for the metrics, which only grow: the state
+//! knows how long they were, and a resume cuts off what came later. Everything random is a function of
+//! the seed and a position, so a resumed run gives the bits of an uninterrupted one.
+
+pub mod evaluate;
+mod events;
+pub mod interrupt;
+mod metrics;
+mod progress;
+pub mod schedule;
+mod state;
+pub mod trainer;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use self::evaluate::{EvalPlan, Evaluation, evaluate};
+use self::metrics::{Metrics, Record};
+pub use self::progress::count;
+use self::progress::Progress;
+use self::state::State;
+use self::trainer::{NotFinite, Trainer};
+use crate::checkpoint::Checkpoint;
+use crate::config::{Config, Emulate, Precision, Split, TaskPreset};
+use crate::error::Interrupted;
+use crate::task::{Part, Task};
+use crate::{bad_input, bail_input, files, model};
+
+/// How a run is carried out.
+pub struct Options {
+    /// The run directory.
+    pub out: PathBuf,
+    /// Go on from the state in `out`, if there is one.
+    pub resume: bool,
+    pub device: Device,
+}
+
+/// The end of a run, as in `summary.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Summary {
+    /// Of the final weights on the test part, or at the task's `test_gap` if there are several gaps.
+    pub accuracy: f64,
+    /// What an observer that knows the grammar reaches.
+    pub ceiling: f64,
+    pub loss: f64,
+    pub steps: usize,
+    pub samples: usize,
+    pub parameters: usize,
+    /// Floats carried per sequence from step to step by all layers; `null` if they grow with it.
+    pub state_size: Option<usize>,
+    /// Training and evaluation, pauses left out.
+    pub seconds: f64,
+    /// While training, evaluations left out.
+    pub tokens_per_s: f64,
+    pub model: String,
+    pub task: TaskPreset,
+    pub seed: u64,
+    pub device: String,
+    pub precision: String,
+    pub split: Split,
+    /// Whether the released code was emulated, and in what.
+    pub emulate: Vec<String>,
+    pub tests: Vec<Test>,
+    pub version: String,
+    /// SHA-256 of grammar and task.
+    pub data: String,
+    pub threads: usize,
+}
+
+impl Summary {
+    /// The summary of a finished run.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join("summary.json");
+        let text = files::read(&path, "the summary of the run")?;
+        serde_json::from_slice(&text).map_err(|e| bad_input!("{} is damaged: {e}", path.display()))
+    }
+}
+
+/// One test of the final weights.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Test {
+    pub gap: f64,
+    pub ceiling: f64,
+    #[serde(flatten)]
+    pub evaluation: Evaluation,
+}
+
+/// What of the released training code's behaviour is emulated.
+pub fn emulated(config: &Config) -> Vec<String> {
+    let what: &[&str] = match config.train.emulate {
+        Emulate::None => &[],
+        Emulate::Authors => &[
+            "test samples are the first training samples",
+            "no dropout after the first evaluation",
+            "the first update has learning rate 0",
+            "micro-batches add up without division, and the last one is reported",
+        ],
+    };
+    what.iter().map(|what| what.to_string()).collect()
+}
+
+/// The number format that `train.precision` means on a device.
+fn precision(config: &Config, device: &Device) -> Result<&'static str> {
+    match (config.train.precision, device) {
+        (Precision::Auto | Precision::F32, _) => Ok("f32"),
+        (other, _) => Err(bad_input!(
+            "train.precision is {}, but {} computes in f32; set it to auto or f32",
+            format!("{other:?}").to_lowercase(),
+            device_name(device)
+        )),
+    }
+}
+
+/// `cpu` or `cuda:N`.
+pub fn device_name(device: &Device) -> String {
+    match device.location() {
+        candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        _ => "cpu".into(),
+    }
+}
+
+/// A run that can begin: everything that the user can have got wrong was checked.
+struct Run<'a> {
+    config: &'a Config,
+    options: &'a Options,
+    task: Arc<Task>,
+    trainer: Trainer,
+    precision: &'static str,
+    metrics: Metrics,
+    /// Seconds of the processes before this one: training and evaluations, and training alone.
+    before: (f64, f64),
+    /// Tokens trained on by the processes before this one.
+    tokens_before: usize,
+    begin: Instant,
+    /// Time of this process that went into evaluations.
+    evaluating: f64,
+    tokens: usize,
+    /// Held until the process ends.
+    _lock: File,
+}
+
+/// Trains as configured; gives the summary that also stands in the run directory.
+pub fn run(config: &Config, options: &Options) -> Result<Summary> {
+    let precision = precision(config, &options.device)?;
+    let saved = find_state(config, options)?;
+    if saved.is_some()
+        && let Ok(summary) = Summary::open(&options.out)
+    {
+        eprintln!("the run in {} is finished: nothing to do", options.out.display());
+        return Ok(summary);
+    }
+    let task = Arc::new(Task::new(&config.task, config.seed)?);
+    let mut trainer = Trainer::new(config, task.features(), task.classes(), &options.device)?;
+    let mut pending_evaluation = false;
+    let (mut metrics_bytes, mut before, mut tokens_before) = (0, (0.0, 0.0), 0);
+    if let Some(mut state) = saved {
+        trainer
+            .restore(state.step, |name| state.tensors.remove(name))
+            .map_err(|e| bad_input!("cannot go on from {}: {e}", State::path(&options.out).display()))?;
+        pending_evaluation = state.pending_evaluation;
+        metrics_bytes = state.metrics_bytes;
+        before = (state.seconds, state.training_seconds);
+        tokens_before = state.tokens;
+    }
+
+    // From here on things are written.
+    files::create_folder(&options.out)?;
+    let lock = lock(&options.out)?;
+    files::delete_unfinished(&options.out);
+    let yaml = config.to_yaml();
+    files::write_atomic(&options.out.join("config.yaml"), |out| out.write_all(yaml.as_bytes()))?;
+    let metrics = Metrics::open(&options.out, metrics_bytes, before.0)?;
+    interrupt::listen()?;
+    let mut run = Run {
+        config,
+        options,
+        task,
+        trainer,
+        precision,
+        metrics,
+        before,
+        tokens_before,
+        begin: Instant::now(),
+        evaluating: 0.0,
+        tokens: 0,
+        _lock: lock,
+    };
+    run.announce(metrics_bytes > 0 || run.trainer.step() > 0);
+    let mut progress = Progress::new(run.trainer.total(), run.trainer.step());
+    let result = run.train(pending_evaluation, &mut progress);
+    progress.finish();
+    result.map_err(|error| run.explain(error))
+}
+
+/// The state to go on from. Refuses a directory in use, and a state of another configuration.
+fn find_state(config: &Config, options: &Options) -> Result<Option<State>> {
+    let out = &options.out;
+    if out.exists() && !out.is_dir() {
+        bail_input!("--out {} is a file; it must be a folder", out.display())
+    }
+    if options.resume {
+        return match State::open(out)? {
+            Some(state) => state.check_config(config, out).map(|()| Some(state)),
+            None if used(out) && !out.join("config.yaml").exists() => {
+                bail_input!("{} holds files, but no run to resume; give another --out", out.display())
+            }
+            None => Ok(None),
+        };
+    }
+    if used(out) {
+        bail_input!(
+            "{} is not empty; give another --out, or go on with the run in it with --resume",
+            out.display()
+        )
+    }
+    Ok(None)
+}
+
+fn used(dir: &Path) -> bool {
+    std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Keeps two processes from training in one directory.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(".lock");
+    let file = File::create(&path).map_err(|e| bad_input!("cannot write {}: {e}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(bad_input!("another process is training in {}; wait for it or give another --out", dir.display()))
+        }
+        // A file system without locks: better to train than to refuse.
+        Err(std::fs::TryLockError::Error(_)) => Ok(file),
+    }
+}
+
+impl Run<'_> {
+    fn seconds(&self) -> f64 {
+        self.before.0 + self.begin.elapsed().as_secs_f64()
+    }
+
+    fn training_seconds(&self) -> f64 {
+        self.before.1 + self.begin.elapsed().as_secs_f64() - self.evaluating
+    }
+
+    fn tokens_per_s(&self) -> f64 {
+        (self.tokens_before + self.tokens) as f64 / self.training_seconds().max(1e-9)
+    }
+
+    fn samples(&self) -> usize {
+        (self.trainer.step() * self.config.train.batch).min(self.config.task.samples.train)
+    }
+
+    fn announce(&self, resumed: bool) {
+        let (config, net) = (self.config, self.trainer.net());
+        eprintln!(
+            "{} of {} parameters on {} ({}), {} threads: {} states behind {} symbols, split {}, seed {}",
+            config.model.name,
+            count(net.params().count() as f64),
+            device_name(&self.options.device),
+            self.precision,
+            rayon::current_num_threads(),
+            self.task.classes(),
+            self.task.grammar().alphabet(),
+            split_name(config.task.split),
+            config.seed,
+        );
+        for what in emulated(config) {
+            eprintln!("as the released code: {what}");
+        }
+        if resumed {
+            eprintln!("going on after update {} of {}", self.trainer.step(), self.trainer.total());
+        }
+    }
+
+    fn train(&mut self, mut pending_evaluation: bool, progress: &mut Progress) -> Result<Summary> {
+        let train = &self.config.train;
+        let (interval, total) = (self.trainer.evaluation_interval(), self.trainer.total());
+        let mut batches = self.task.stream(
+            Part::Train,
+            self.samples() as u64,
+            self.config.task.samples.train as u64,
+            train.batch,
+        );
+        loop {
+            let step = self.trainer.step();
+            if pending_evaluation {
+                if !self.validate(progress)? {
+                    return Err(self.stop(true)?);
+                }
+                Checkpoint::save(&self.checkpoint_path(), self.config, self.trainer.net(), step)?;
+            }
+            if interrupt::asked() {
+                return Err(self.stop(false)?);
+            }
+            if step > 0 && step.is_multiple_of(train.save_every) {
+                self.save(false)?;
+            }
+            if step == total {
+                break;
+            }
+            let batch = batches.next().context("the stream of training samples ended early")??;
+            let stats = self.trainer.update(&batch)?;
+            self.tokens += stats.tokens;
+            let step = self.trainer.step();
+            progress.update(step, &stats);
+            if step == 1 || step == total || step.is_multiple_of(train.log_every) {
+                self.metrics.write(&Record {
+                    step,
+                    samples: self.samples(),
+                    split: "train",
+                    gap: None,
+                    loss: stats.loss,
+                    accuracy: stats.accuracy,
+                    lr: Some(stats.lr),
+                    grad_norm: Some(stats.grad_norm),
+                    tokens_per_s: self.tokens_per_s(),
+                    seconds: self.seconds(),
+                })?;
+            }
+            pending_evaluation = step.is_multiple_of(interval) || step == total;
+        }
+        self.save(false)?;
+        self.finish(progress)
+    }
+
+    fn checkpoint_path(&self) -> PathBuf {
+        self.options.out.join("checkpoint.safetensors")
+    }
+
+    /// Saves what a resume needs.
+    fn save(&mut self, pending_evaluation: bool) -> Result<()> {
+        let state = state::Position {
+            step: self.trainer.step(),
+            seconds: self.seconds(),
+            training_seconds: self.training_seconds(),
+            tokens: self.tokens_before + self.tokens,
+            metrics_bytes: self.metrics.sync()?,
+            pending_evaluation,
+        };
+        state::save(&self.options.out, self.config, &self.trainer, &state)
+    }
+
+    /// Saves everything after a request to stop; gives the error that ends the run.
+    fn stop(&mut self, pending_evaluation: bool) -> Result<anyhow::Error> {
+        self.save(pending_evaluation)?;
+        let step = self.trainer.step();
+        Checkpoint::save(&self.checkpoint_path(), self.config, self.trainer.net(), step)?;
+        let out = self.options.out.display();
+        Ok(Interrupted(format!(
+            "stopped after update {step} of {}; everything is saved, go on with `selectivbench train \
+             {out}/config.yaml --out {out} --resume`",
+            self.trainer.total()
+        ))
+        .into())
+    }
+
+    /// One evaluation; `None` if the run was asked to stop meanwhile.
+    fn evaluate(&mut self, part: Part, gap: Option<f64>, progress: &Progress) -> Result<Option<Evaluation>> {
+        let (samples, train) = (&self.config.task.samples, &self.config.train);
+        let (samples, what) = match part {
+            Part::Test => (samples.test, "test"),
+            _ => (samples.validation, "validation"),
+        };
+        let plan = EvalPlan { part, samples, gap, batch: train.eval_batch, chunk: train.eval_chunk };
+        let begin = Instant::now();
+        let result = evaluate(self.trainer.net(), &self.task, &plan, |done| {
+            progress.evaluating(what, done, samples);
+            !interrupt::asked()
+        })?;
+        self.evaluating += begin.elapsed().as_secs_f64();
+        let Some(evaluation) = result else { return Ok(None) };
+        self.metrics.write(&Record {
+            step: self.trainer.step(),
+            samples: self.samples(),
+            split: what,
+            gap,
+            loss: evaluation.loss,
+            accuracy: evaluation.accuracy,
+            lr: None,
+            grad_norm: None,
+            tokens_per_s: evaluation.tokens as f64 / evaluation.seconds,
+            seconds: self.seconds(),
+        })?;
+        Ok(Some(evaluation))
+    }
+
+    /// The evaluation that is due; false if the run was asked to stop meanwhile.
+    fn validate(&mut self, progress: &Progress) -> Result<bool> {
+        let Some(evaluation) = self.evaluate(Part::Validation, None, progress)? else { return Ok(false) };
+        progress.line(&format!(
+            "after {} samples: validation accuracy {:.2} %, loss {:.4}",
+            self.samples(),
+            100.0 * evaluation.accuracy,
+            evaluation.loss
+        ));
+        Ok(true)
+    }
+
+    fn finish(&mut self, progress: &Progress) -> Result<Summary> {
+        let config = self.config;
+        let mut gaps = vec![config.task.test_gap];
+        gaps.extend(config.task.eval_gaps.iter().copied().filter(|gap| *gap != config.task.test_gap));
+        let mut tests = Vec::new();
+        for gap in gaps {
+            let Some(evaluation) = self.evaluate(Part::Test, Some(gap), progress)? else {
+                return Err(self.stop(false)?);
+            };
+            let ceiling = self.task.ceiling_at(gap);
+            progress.line(&format!(
+                "test at gap {gap}: accuracy {:.2} % ({:.1} % of the ceiling {:.2} %), loss {:.4}",
+                100.0 * evaluation.accuracy,
+                100.0 * evaluation.accuracy / ceiling,
+                100.0 * ceiling,
+                evaluation.loss
+            ));
+            tests.push(Test { gap, ceiling, evaluation });
+        }
+        let net = self.trainer.net();
+        let dims = model::Dims::new(&config.model)?;
+        let state = (model::find(&config.model.name)?.state_size)(&dims);
+        let summary = Summary {
+            accuracy: tests[0].evaluation.accuracy,
+            ceiling: tests[0].ceiling,
+            loss: tests[0].evaluation.loss,
+            steps: self.trainer.step(),
+            samples: self.samples(),
+            parameters: net.params().count(),
+            state_size: state.map(|floats| floats * config.model.layers),
+            seconds: self.seconds(),
+            tokens_per_s: self.tokens_per_s(),
+            model: config.model.name.clone(),
+            task: config.task.preset,
+            seed: config.seed,
+            device: device_name(&self.options.device),
+            precision: self.precision.into(),
+            split: config.task.split,
+            emulate: emulated(config),
+            tests,
+            version: env!("CARGO_PKG_VERSION").into(),
+            data: self.task.data_hash()?,
+            threads: rayon::current_num_threads(),
+        };
+        self.metrics.sync()?;
+        let json = serde_json::to_string_pretty(&summary)? + "\n";
+        files::write_atomic(&self.options.out.join("summary.json"), |out| out.write_all(json.as_bytes()))?;
+        Ok(summary)
+    }
+
+    /// Says what a failed run left, and how to go on.
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        if error.is::<Interrupted>() {
+            return error;
+        }
+        let out = self.options.out.display();
+        let step = self.trainer.step();
+        if let Some(not_finite) = error.downcast_ref::<NotFinite>() {
+            // The weights are still those before the bad update.
+            let saved = Checkpoint::save(&self.checkpoint_path(), self.config, self.trainer.net(), step);
+            let checkpoint = match saved {
+                Ok(()) => format!("the last good weights, after update {step}, are in {out}/checkpoint.safetensors"),
+                Err(error) => format!("the last good weights could not be saved ({error:#})"),
+            };
+            return anyhow::anyhow!(
+                "update {} would not be finite: {}; {checkpoint}; a smaller train.lr or a longer train.warmup \
+                 may help",
+                step + 1,
+                not_finite.what
+            );
+        }
+        let state = match State::open(&self.options.out) {
+            Ok(Some(state)) => format!(
+                "the run is saved up to update {}; mend the cause and go on with `selectivbench train \
+                 {out}/config.yaml --out {out} --resume`",
+                state.step
+            ),
+            _ => format!("nothing was saved yet; mend the cause, delete {out} and begin again"),
+        };
+        error.context(format!("the run stopped after update {step} of {}; {state}", self.trainer.total()))
+    }
+}
+
+/// The name of a split in configurations.
+pub fn split_name(split: Split) -> &'static str {
+    match split {
+        Split::HeldOut => "held-out",
+        Split::AsReleased => "as-released",
+    }
+}

@@ -1,0 +1,201 @@
+//! Checkpoints: weights under the names of the PyTorch layers, and what is needed to use them again.
+//!
+//! A checkpoint is a safetensors file. Its metadata holds `format` (the version of this layout),
+//! `version` (of the program), `config` (resolved YAML), `step` (updates made), `features` and `classes`
+//! (sizes of the first and the last layer). The bytes are a function of the contents.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
+use crate::config::{self, Config};
+use crate::model::RecNet;
+use crate::{bad_input, bail_input, files};
+
+/// The layout that this program writes and reads.
+const FORMAT: &str = "1";
+
+/// A checkpoint in memory.
+pub struct Checkpoint {
+    pub config: Config,
+    /// Updates that were made.
+    pub step: usize,
+    /// Width of the input.
+    pub features: usize,
+    pub classes: usize,
+    tensors: HashMap<String, Tensor>,
+}
+
+/// The checkpoint that a run directory or a file name stands for.
+pub fn locate(path: &Path) -> PathBuf {
+    if path.is_dir() { path.join("checkpoint.safetensors") } else { path.to_path_buf() }
+}
+
+impl Checkpoint {
+    /// Reads the checkpoint of a run directory, or a checkpoint file.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        let path = locate(path);
+        let bytes = files::read(&path, "the checkpoint")?;
+        let (tensors, metadata) = parse(&bytes, &path)?;
+        let what = path.display();
+        let field = |name: &str| {
+            metadata.get(name).ok_or_else(|| {
+                bad_input!(
+                    "{what} holds tensors but no `{name}`: it is no checkpoint of this program; turn weights \
+                     of the PyTorch layers into one with `selectivbench import`"
+                )
+            })
+        };
+        let format = field("format")?;
+        if format != FORMAT {
+            bail_input!(
+                "{what} is a checkpoint of format {format} (written by version {}); this is version {} and reads \
+                 format {FORMAT}",
+                metadata.get("version").map_or("?", String::as_str),
+                env!("CARGO_PKG_VERSION")
+            )
+        }
+        let number = |name: &str| {
+            field(name)?
+                .parse::<usize>()
+                .map_err(|_| bad_input!("{what} is damaged: its `{name}` is no whole number"))
+        };
+        Ok(Self {
+            config: config::load::parse(field("config")?, &format!("the configuration in {what}"), &[])?,
+            step: number("step")?,
+            features: number("features")?,
+            classes: number("classes")?,
+            tensors,
+        })
+    }
+
+    /// Wraps weights of the PyTorch layers; the sizes of the first and the last layer come from them.
+    pub fn from_weights(config: Config, tensors: HashMap<String, Tensor>) -> anyhow::Result<Self> {
+        let dims = |name: &str| match tensors.get(name).map(Tensor::dims) {
+            Some(&[rows, columns]) => Ok((rows, columns)),
+            Some(other) => Err(bad_input!("the tensor {name} has shape {other:?}; it must have two dimensions")),
+            None => Err(bad_input!("the weights lack the tensor {name}")),
+        };
+        let (features, classes) = (dims("encoder.weight")?.1, dims("decoder.weight")?.0);
+        if features == 0 || classes == 0 {
+            bail_input!("the weights are for {features} input features and {classes} classes; both must be at least 1")
+        }
+        let checkpoint = Self { config, step: 0, features, classes, tensors };
+        checkpoint.model(&Device::Cpu)?;
+        Ok(checkpoint)
+    }
+
+    /// The model with these weights.
+    pub fn model(&self, device: &Device) -> anyhow::Result<RecNet> {
+        let Self { config, features, classes, .. } = self;
+        let net = RecNet::new(&config.model, *features, *classes, config.seed, DType::F32, device)?;
+        net.load(&self.tensors)?;
+        Ok(net)
+    }
+
+    /// The weights by name.
+    pub fn tensors(&self) -> &HashMap<String, Tensor> {
+        &self.tensors
+    }
+
+    /// Writes the checkpoint of a model after `step` updates.
+    pub fn save(path: &Path, config: &Config, net: &RecNet, step: usize) -> anyhow::Result<()> {
+        let tensors = net.params().named().map(|p| (p.name().to_string(), p.value())).collect();
+        let (features, classes) = (net.features(), net.classes());
+        Self { config: config.clone(), step, features, classes, tensors }.write(path)
+    }
+
+    /// Writes the checkpoint.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let metadata = [
+            ("format", FORMAT.to_string()),
+            ("version", env!("CARGO_PKG_VERSION").to_string()),
+            ("config", self.config.to_yaml()),
+            ("step", self.step.to_string()),
+            ("features", self.features.to_string()),
+            ("classes", self.classes.to_string()),
+        ];
+        write_tensors(path, self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &metadata)
+    }
+}
+
+/// Tensors by name in f32, and the metadata, of a safetensors file that the user named.
+pub fn read_tensors(
+    path: &Path,
+    what: &str,
+) -> anyhow::Result<(HashMap<String, Tensor>, HashMap<String, String>)> {
+    parse(&files::read(path, what)?, path)
+}
+
+fn parse(bytes: &[u8], path: &Path) -> anyhow::Result<(HashMap<String, Tensor>, HashMap<String, String>)> {
+    let broken = |error: &dyn std::fmt::Display| {
+        bad_input!("{} is no whole safetensors file ({error}): it may be cut off or of another kind", path.display())
+    };
+    let file = SafeTensors::deserialize(bytes).map_err(|e| broken(&e))?;
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| broken(&e))?;
+    let mut tensors = HashMap::new();
+    for (name, view) in file.tensors() {
+        let tensor = candle_core::safetensors::Load::load(&view, &Device::Cpu)
+            .and_then(|tensor| in_f32(&tensor))
+            .map_err(|e| bad_input!("the tensor {name} in {} cannot be used: {e}", path.display()))?;
+        tensors.insert(name, tensor);
+    }
+    Ok((tensors, header.metadata().clone().unwrap_or_default()))
+}
+
+/// The tensor in f32; fails where that would lose something.
+fn in_f32(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    let single = tensor.to_dtype(DType::F32)?;
+    if tensor.dtype() == DType::F64 {
+        let values = |tensor: &Tensor| tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        if values(&single)?.iter().zip(values(tensor)?).any(|(a, b)| *a != b && !b.is_nan()) {
+            candle_core::bail!("it holds f64 numbers that f32 cannot hold; convert it to f32 first")
+        }
+    }
+    Ok(single)
+}
+
+/// Writes f32 tensors and metadata as a safetensors file whose bytes depend on nothing else.
+pub fn write_tensors<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+    metadata: &[(&str, String)],
+) -> anyhow::Result<()> {
+    let tensors: Vec<(&str, Vec<usize>, Vec<u8>)> = tensors
+        .into_iter()
+        .map(|(name, tensor)| {
+            let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+            Ok((name, tensor.dims().to_vec(), values.into_iter().flat_map(f32::to_le_bytes).collect()))
+        })
+        .collect::<candle_core::Result<_>>()?;
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| {
+            Ok((*name, TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes)?))
+        })
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    let metadata = metadata.iter().map(|(key, value)| (key.to_string(), value.clone())).collect();
+    let mut bytes = safetensors::serialize(views, Some(metadata))?;
+    sort_metadata(&mut bytes)?;
+    files::write_atomic(path, |out| out.write_all(&bytes))
+}
+
+/// The library writes metadata in the random order of a hash map: brings it into the order of its keys.
+fn sort_metadata(bytes: &mut [u8]) -> anyhow::Result<()> {
+    let (size, rest) = bytes.split_at_mut(8);
+    let size = u64::from_le_bytes(size.try_into().expect("eight bytes")) as usize;
+    let header = &mut rest[..size];
+    let mut value: serde_json::Value = serde_json::from_slice(header)?;
+    let metadata = value["__metadata__"].take();
+    let sorted: BTreeMap<String, String> = serde_json::from_value(metadata)?;
+    value["__metadata__"] = serde_json::to_value(sorted)?;
+    let sorted = serde_json::to_vec(&value)?;
+    // The same entries in another order take the same room.
+    anyhow::ensure!(sorted.len() <= size, "the header of a safetensors file grew");
+    header.fill(b' ');
+    header[..sorted.len()].copy_from_slice(&sorted);
+    Ok(())
+}

@@ -1,0 +1,227 @@
+//! `selectivbench eval`: accuracy of saved checkpoints.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use comfy_table::Table;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::print;
+use crate::checkpoint::Checkpoint;
+use crate::config::Split;
+use crate::device::parse_device;
+use crate::task::{Part, Task};
+use crate::train::evaluate::{EvalPlan, Evaluation, evaluate};
+use crate::train::{count, device_name, split_name};
+use crate::{bail_input, files};
+
+/// Evaluate saved checkpoints on the test samples of their task.
+///
+/// Recurrent models read long sequences in pieces with carried state, so that memory does not grow with
+/// the length; --gap 10 makes 20,200 timesteps of a sample of 200 elements.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Examples:
+  selectivbench eval runs/quickstart
+  selectivbench eval runs/* --gap 1,2,5,10 --json gaps.json")]
+pub struct EvalArgs {
+    /// Run directories or checkpoint files
+    #[arg(required = true, value_name = "RUN_OR_CHECKPOINT")]
+    checkpoints: Vec<PathBuf>,
+    /// Fixed gaps after every element, in time units of ten timesteps [default: the configuration's]
+    #[arg(long, value_delimiter = ',', value_name = "G,G,...")]
+    gap: Vec<f64>,
+    /// Number of test samples [default: the configuration's]
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+    /// Draw the samples as this profile does: held-out or as-released [default: the configuration's]
+    #[arg(long, value_name = "SPLIT")]
+    split: Option<String>,
+    /// Samples per forward pass [default: the configuration's]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
+    /// Timesteps per piece [default: the configuration's]
+    #[arg(long, value_name = "T")]
+    chunk: Option<usize>,
+    /// Where to compute: auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Write the results to a file too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// One line of the results.
+struct Row {
+    path: PathBuf,
+    checkpoint: Arc<Checkpoint>,
+    parameters: usize,
+    gap: f64,
+    ceiling: f64,
+    evaluation: Evaluation,
+}
+
+/// A checkpoint with the task to evaluate it on.
+struct Job {
+    path: PathBuf,
+    checkpoint: Arc<Checkpoint>,
+    task: Task,
+    plans: Vec<EvalPlan>,
+}
+
+pub fn run(args: EvalArgs) -> anyhow::Result<()> {
+    let device = parse_device(&args.device)?;
+    let split = match args.split.as_deref() {
+        None => None,
+        Some("held-out") => Some(Split::HeldOut),
+        Some("as-released") => Some(Split::AsReleased),
+        Some(other) => bail_input!("--split is {other}; it must be held-out or as-released"),
+    };
+    for (flag, value) in [("--samples", args.samples), ("--batch", args.batch), ("--chunk", args.chunk)] {
+        if value == Some(0) {
+            bail_input!("{flag} is 0; it must be at least 1")
+        }
+    }
+    if let Some(path) = &args.json {
+        files::check_writable(path)?;
+    }
+
+    // Everything is read and checked before the first evaluation.
+    let mut jobs = Vec::new();
+    for path in &args.checkpoints {
+        let checkpoint = Arc::new(Checkpoint::open(path)?);
+        let mut config = checkpoint.config.clone();
+        if let Some(split) = split {
+            config.task.split = split;
+        }
+        let task = Task::new(&config.task, config.seed)?;
+        if (task.features(), task.classes()) != (checkpoint.features, checkpoint.classes) {
+            bail_input!(
+                "{} takes {} input features and tells {} classes apart, but its task has {} symbols and {} \
+                 states: it was trained on another one",
+                path.display(),
+                checkpoint.features,
+                checkpoint.classes,
+                task.features(),
+                task.classes()
+            )
+        }
+        checkpoint.model(&candle_core::Device::Cpu).with_context(|| path.display().to_string())?;
+        let mut gaps = args.gap.clone();
+        if gaps.is_empty() {
+            gaps = config.task.eval_gaps.clone();
+        }
+        if gaps.is_empty() {
+            gaps.push(config.task.test_gap);
+        }
+        let plans = gaps
+            .into_iter()
+            .map(|gap| {
+                config.task.check_gap("--gap", gap)?;
+                Ok(EvalPlan {
+                    part: Part::Test,
+                    samples: args.samples.unwrap_or(config.task.samples.test),
+                    gap: Some(gap),
+                    batch: args.batch.unwrap_or(config.train.eval_batch),
+                    chunk: args.chunk.unwrap_or(config.train.eval_chunk),
+                })
+            })
+            .collect::<anyhow::Result<_>>()?;
+        jobs.push(Job { path: path.clone(), checkpoint, task, plans });
+    }
+
+    let samples: usize = jobs.iter().flat_map(|job| &job.plans).map(|plan| plan.samples).sum();
+    let bar = match std::io::stderr().is_terminal() {
+        true => ProgressBar::new(samples as u64)
+            .with_style(ProgressStyle::with_template("{bar:24} {pos}/{len} samples  {msg}  ETA {eta}")?),
+        false => ProgressBar::hidden(),
+    };
+    let mut rows = Vec::new();
+    let mut done = 0;
+    for Job { path, checkpoint, task, plans } in &jobs {
+        let net = checkpoint.model(&device)?;
+        for plan in plans {
+            let gap = plan.gap.unwrap_or(checkpoint.config.task.test_gap);
+            bar.set_message(format!("{} at gap {gap}", path.display()));
+            let evaluation = evaluate(&net, task, plan, |finished| {
+                bar.set_position((done + finished) as u64);
+                true
+            })?;
+            done += plan.samples;
+            rows.push(Row {
+                path: path.clone(),
+                checkpoint: checkpoint.clone(),
+                parameters: net.params().count(),
+                gap,
+                ceiling: task.ceiling_at(gap),
+                evaluation: evaluation.context("the evaluation ended early")?,
+            });
+        }
+    }
+    bar.finish_and_clear();
+
+    print(table(&rows, split))?;
+    if let Some(path) = &args.json {
+        let list: Vec<_> = rows.iter().map(|row| row.json(split, &device_name(&device))).collect();
+        let json = serde_json::to_string_pretty(&list)? + "\n";
+        files::write_atomic(path, |out| out.write_all(json.as_bytes()))?;
+    }
+    Ok(())
+}
+
+impl Row {
+    fn split(&self, split: Option<Split>) -> &'static str {
+        split_name(split.unwrap_or(self.checkpoint.config.task.split))
+    }
+
+    fn json(&self, split: Option<Split>, device: &str) -> serde_json::Value {
+        let config = &self.checkpoint.config;
+        json!({
+            "checkpoint": self.path,
+            "model": config.model.name,
+            "parameters": self.parameters,
+            "step": self.checkpoint.step,
+            "task": config.task.preset,
+            "seed": config.seed,
+            "split": self.split(split),
+            "gap": self.gap,
+            "timesteps": self.evaluation.timesteps,
+            "samples": self.evaluation.samples,
+            "accuracy": self.evaluation.accuracy,
+            "ceiling": self.ceiling,
+            "loss": self.evaluation.loss,
+            "seconds": self.evaluation.seconds,
+            "tokens_per_s": self.evaluation.tokens as f64 / self.evaluation.seconds,
+            "device": device,
+            "precision": "f32",
+        })
+    }
+}
+
+fn table(rows: &[Row], split: Option<Split>) -> Table {
+    let mut table = super::table(
+        &[
+            "checkpoint", "model", "split", "gap", "timesteps", "samples", "accuracy", "ceiling", "loss",
+            "tokens/s",
+        ],
+        3..10,
+    );
+    for row in rows {
+        let evaluation = &row.evaluation;
+        table.add_row([
+            row.path.display().to_string(),
+            row.checkpoint.config.model.name.clone(),
+            row.split(split).into(),
+            row.gap.to_string(),
+            evaluation.timesteps.to_string(),
+            evaluation.samples.to_string(),
+            format!("{:.2} %", 100.0 * evaluation.accuracy),
+            format!("{:.2} %", 100.0 * row.ceiling),
+            format!("{:.4}", evaluation.loss),
+            count(evaluation.tokens as f64 / evaluation.seconds),
+        ]);
+    }
+    table
+}

@@ -1,0 +1,136 @@
+//! Accuracy and loss of a model on a part of the data, in pieces of bounded length.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Context, Input, RecNet};
+use crate::ops::head::{Targets, Vote};
+use crate::ops::no_grad;
+use crate::task::{Batch, PAD, Part, Task};
+
+/// What is evaluated, and in which portions.
+#[derive(Clone, Copy, Debug)]
+pub struct EvalPlan {
+    pub part: Part,
+    pub samples: usize,
+    /// A fixed gap in place of the task's `test_gap`.
+    pub gap: Option<f64>,
+    /// Samples per forward pass.
+    pub batch: usize,
+    /// Timesteps per forward pass; the state is carried from one to the next.
+    pub chunk: usize,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Share of the elements whose window voted for the right state.
+    pub accuracy: f64,
+    /// Mean cross-entropy over all steps, in nats.
+    pub loss: f64,
+    pub samples: usize,
+    /// Timesteps of the longest sample.
+    pub timesteps: usize,
+    /// Timesteps of all samples.
+    pub tokens: usize,
+    pub seconds: f64,
+}
+
+/// The steps of a batch as the head wants them.
+pub fn targets(batch: &Batch) -> Targets {
+    Targets {
+        labels: batch.labels.clone(),
+        element: batch.element.clone(),
+        batch: batch.batch,
+        steps: batch.steps,
+        elements: batch.elements,
+    }
+}
+
+/// The label of every element, [B·E]; [`PAD`] where a sample has no such element.
+#[derive(Default)]
+pub struct ElementLabels(Vec<u32>);
+
+impl ElementLabels {
+    /// Takes the elements that a batch, or a piece of one, shows.
+    pub fn take(&mut self, batch: &Batch) {
+        self.0.resize(batch.batch * batch.elements, PAD);
+        let steps = batch.element.iter().zip(&batch.labels).enumerate();
+        for (i, (&element, &label)) in steps.filter(|(_, (element, _))| **element != PAD) {
+            self.0[i / batch.steps * batch.elements + element as usize] = label;
+        }
+    }
+
+    /// Right votes, and elements.
+    pub fn count(&self, votes: &[u32]) -> (usize, usize) {
+        let elements = self.0.iter().filter(|&&label| label != PAD).count();
+        let right = self.0.iter().zip(votes).filter(|(label, vote)| **label != PAD && label == vote).count();
+        (right, elements)
+    }
+}
+
+/// What a model sees of a batch: ids where that is all, numbers where noise is added.
+pub fn with_input<T>(
+    batch: &Batch,
+    device: &candle_core::Device,
+    f: impl FnOnce(Input) -> candle_core::Result<T>,
+) -> candle_core::Result<T> {
+    match batch.noise {
+        None => f(Input::Ids(&batch.ids(device)?)),
+        Some(_) => {
+            let shape = (batch.batch, batch.steps, batch.features);
+            f(Input::Dense(&candle_core::Tensor::from_vec(batch.dense(), shape, device)?))
+        }
+    }
+}
+
+/// Evaluates `net`; `progress` is told the number of finished samples and gives false to stop, which
+/// gives `None`.
+///
+/// Sequences come in pieces of `plan.chunk` timesteps with carried state, so that the memory that a
+/// recurrent model needs does not depend on their length.
+pub fn evaluate(
+    net: &RecNet,
+    task: &Task,
+    plan: &EvalPlan,
+    mut progress: impl FnMut(usize) -> bool,
+) -> Result<Option<Evaluation>> {
+    let begin = Instant::now();
+    let (weight, bias) = net.decoder();
+    let device = net.params().value().device();
+    let (mut right, mut elements, mut loss, mut tokens, mut timesteps) = (0, 0, 0.0, 0, 0);
+    for first in (0..plan.samples).step_by(plan.batch) {
+        let count = plan.batch.min(plan.samples - first);
+        let mut samples = task.samples(plan.part, first as u64, count, plan.gap)?;
+        timesteps = timesteps.max(samples.steps());
+        let mut context = Context::streaming();
+        let mut vote = Vote::new(count, net.classes());
+        let mut labels = ElementLabels::default();
+        while let Some(piece) = samples.next_window(plan.chunk) {
+            if !progress(first) {
+                return Ok(None);
+            }
+            labels.take(&piece);
+            no_grad(|| {
+                let hidden = with_input(&piece, device, |input| net.hidden(input, &mut context))?;
+                vote.feed(&hidden, &weight.value(), &bias.value(), &targets(&piece))
+            })?;
+        }
+        let (votes, sum, steps) = vote.finish();
+        let (r, e) = labels.count(&votes);
+        (right, elements, loss, tokens) = (right + r, elements + e, loss + sum, tokens + steps);
+    }
+    if !progress(plan.samples) {
+        return Ok(None);
+    }
+    Ok(Some(Evaluation {
+        accuracy: right as f64 / elements as f64,
+        loss: loss / tokens as f64,
+        samples: plan.samples,
+        timesteps,
+        tokens,
+        seconds: begin.elapsed().as_secs_f64(),
+    }))
+}

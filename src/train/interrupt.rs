@@ -1,0 +1,25 @@
+//! Ctrl-C and termination: the first asks the run to save and stop, the second ends it at once.
+
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Listens for SIGINT, SIGTERM and SIGHUP from now on.
+pub fn listen() -> anyhow::Result<()> {
+    static LISTENING: Once = Once::new();
+    let mut result = Ok(());
+    LISTENING.call_once(|| {
+        result = ctrlc::set_handler(|| {
+            if ASKED.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+        });
+    });
+    Ok(result?)
+}
+
+/// Whether the run was asked to stop.
+pub fn asked() -> bool {
+    ASKED.load(Ordering::SeqCst)
+}

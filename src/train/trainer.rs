@@ -1,0 +1,220 @@
+//! One update: forward and backward passes over micro-batches, clipping, Adam.
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+
+use super::evaluate::{ElementLabels, targets, with_input};
+use super::schedule;
+use crate::config::{Auto, Config, Emulate, OptimizerKind};
+use crate::model::{Context, DropoutKey, RecNet};
+use crate::ops::head::head_cross_entropy;
+use crate::ops::optim::{AdamStep, clip_scale, global_norm};
+use crate::task::Batch;
+use crate::task::rng::SeedSequence;
+
+/// Marks the random stream of dropout masks among the streams of a seed.
+const DROPOUT: u32 = 0xd209_0075;
+
+/// A model in training: weights, moments, and the number of updates made.
+pub struct Trainer {
+    config: Config,
+    net: RecNet,
+    m: Tensor,
+    v: Tensor,
+    step: usize,
+    total: usize,
+}
+
+/// What one update showed.
+#[derive(Clone, Copy, Debug)]
+pub struct StepStats {
+    /// Mean cross-entropy over the steps of the batch, in nats.
+    pub loss: f64,
+    pub accuracy: f64,
+    /// Global norm of the gradient before clipping.
+    pub grad_norm: f64,
+    pub lr: f64,
+    pub tokens: usize,
+}
+
+/// An update that would have put numbers into the weights that are none.
+#[derive(Debug)]
+pub struct NotFinite {
+    /// What is not finite, in words.
+    pub what: String,
+}
+
+impl std::fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
+impl Trainer {
+    /// A fresh model of the configured kind.
+    pub fn new(config: &Config, features: usize, classes: usize, device: &Device) -> Result<Self> {
+        let dtype = candle_core::DType::F32;
+        let net = RecNet::new(&config.model, features, classes, config.seed, dtype, device)?;
+        let (m, v) = (net.params().value().zeros_like()?, net.params().value().zeros_like()?);
+        Ok(Self { config: config.clone(), net, m, v, step: 0, total: config.updates() })
+    }
+
+    pub fn net(&self) -> &RecNet {
+        &self.net
+    }
+
+    /// Updates made so far.
+    pub fn step(&self) -> usize {
+        self.step
+    }
+
+    /// Updates of the whole run.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    /// Updates between two evaluations.
+    pub fn evaluation_interval(&self) -> usize {
+        (self.config.train.eval_every / self.config.train.batch).max(1)
+    }
+
+    /// Flat weights and moments by name, for an exact resume.
+    pub fn state(&self) -> [(&'static str, &Tensor); 3] {
+        [("adam_m", &self.m), ("adam_v", &self.v), ("weights", self.net.params().value())]
+    }
+
+    /// Goes on from weights and moments that [`Trainer::state`] gave after `step` updates.
+    pub fn restore(&mut self, step: usize, mut state: impl FnMut(&str) -> Option<Tensor>) -> Result<()> {
+        for (name, own) in self.state() {
+            let Some(saved) = state(name).filter(|saved| saved.dims() == own.dims()) else {
+                anyhow::bail!("its tensor {name} does not fit this model")
+            };
+            own.slice_set(&saved.to_device(own.device())?, 0, 0)?;
+        }
+        self.step = step;
+        Ok(())
+    }
+
+    /// Samples per forward pass.
+    ///
+    /// The released code takes 4 where the longest gap is at least 1 and the width above 648, else all
+    /// that memory holds: when it is emulated the number bears on the gradient.
+    fn micro_batch(&self, batch: &Batch) -> usize {
+        /// Numbers in one activation tensor: about what keeps the working set of a layer in the caches
+        /// of a CPU. A constant, so that a run does not depend on the machine.
+        const ACTIVATION: usize = 1 << 20;
+        match self.config.train.micro_batch {
+            Auto::Value(micro) => micro,
+            Auto::Auto(_) if self.config.train.emulate == Emulate::Authors => {
+                let small = self.config.task.gap.high >= 1.0 && self.config.model.width > 648;
+                if small { 4 } else { self.config.train.batch }
+            }
+            Auto::Auto(_) => {
+                (ACTIVATION / (batch.steps * self.config.model.width).max(1)).clamp(1, self.config.train.batch)
+            }
+        }
+    }
+
+    /// The dropout of the next update. The released code drops nothing after its first evaluation.
+    fn dropout(&self) -> Option<DropoutKey> {
+        let p = self.config.model.dropout;
+        let authors = self.config.train.emulate == Emulate::Authors;
+        if p == 0.0 || (authors && self.step >= self.evaluation_interval()) {
+            return None;
+        }
+        let (seed, step) = (self.config.seed, self.step as u32);
+        let [key] = SeedSequence::new(&[seed as u32, (seed >> 32) as u32, DROPOUT, step]).state::<1>();
+        Some(DropoutKey { p, key: [key as u32, (key >> 32) as u32], first: 0 })
+    }
+
+    /// Adds up the gradient of a batch; gives its loss and accuracy.
+    pub fn accumulate(&self, batch: &Batch) -> Result<(f64, f64)> {
+        self.net.params().zero_grad()?;
+        let authors = self.config.train.emulate == Emulate::Authors;
+        let (micro, device) = (self.micro_batch(batch), self.net.params().value().device());
+        let (weight, bias) = self.net.decoder();
+        let (mut loss, mut right, mut elements, mut steps) = (0.0, 0, 0, 0);
+        for first in (0..batch.batch).step_by(micro) {
+            let part = batch.rows(first..(first + micro).min(batch.batch));
+            // The released code adds the means of its micro-batches up, and reports the last one.
+            if authors {
+                (loss, right, elements, steps) = (0.0, 0, 0, 0);
+            }
+            let denominator = if authors { part.valid_steps() } else { batch.valid_steps() };
+            let dropout = self.dropout().map(|key| DropoutKey { first: first as u32, ..key });
+            let mut context = Context { dropout, state: None };
+            let hidden = with_input(&part, device, |input| self.net.hidden(input, &mut context))?;
+            let out = head_cross_entropy(&hidden, weight, bias, &targets(&part), denominator as f64)?;
+            let mut labels = ElementLabels::default();
+            labels.take(&part);
+            let (r, e) = labels.count(&out.votes);
+            (loss, right, elements) = (loss + out.loss_sum, right + r, elements + e);
+            steps += part.valid_steps();
+            out.loss.backward()?;
+        }
+        Ok((loss / steps as f64, right as f64 / elements as f64))
+    }
+
+    /// One update. Fails with [`NotFinite`], before any weight is touched, on a loss or gradient that is
+    /// not finite.
+    pub fn update(&mut self, batch: &Batch) -> Result<StepStats> {
+        let (loss, accuracy) = self.accumulate(batch)?;
+        let params = self.net.params();
+        let grad_norm = global_norm(params.gradient())?;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(NotFinite { what: self.culprit(batch, loss)? }.into());
+        }
+        let train = &self.config.train;
+        let lr = train.lr * schedule::multiplier(&self.config, self.step, self.total);
+        let adam = AdamStep {
+            lr,
+            beta1: train.beta1,
+            beta2: train.beta2,
+            eps: train.eps,
+            weight_decay: train.weight_decay,
+            decoupled: train.optimizer == OptimizerKind::Adamw,
+            step: self.step as u64 + 1,
+            grad_scale: clip_scale(grad_norm, train.clip),
+        };
+        adam.apply(params.value(), params.gradient(), &self.m, &self.v)?;
+        self.step += 1;
+        Ok(StepStats { loss, accuracy, grad_norm, lr, tokens: batch.valid_steps() })
+    }
+
+    /// The first tensor that is not finite, in the order in which a step computes them.
+    fn culprit(&self, batch: &Batch, loss: f64) -> Result<String> {
+        let finite = |tensor: &Tensor| Ok::<_, candle_core::Error>(global_norm(tensor)?.is_finite());
+        for param in self.net.params().named() {
+            if !finite(&param.value())? {
+                return Ok(format!("the weights {} are not finite", param.name()));
+            }
+        }
+        let device = self.net.params().value().device();
+        let mut found = None;
+        with_input(batch, device, |input| {
+            crate::ops::no_grad(|| {
+                let mut context = Context { dropout: self.dropout(), state: None };
+                self.net.watch(input, &mut context, |name, x| {
+                    if found.is_none() && !finite(x)? {
+                        found = Some(format!("the output of {name} is not finite"));
+                    }
+                    Ok(())
+                })
+            })
+        })?;
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        if !loss.is_finite() {
+            return Ok(format!("the loss is {loss}, from finite outputs of the last layer: the decoder overflows"));
+        }
+        for param in self.net.params().params() {
+            if !finite(&param.grad())? {
+                return Ok(format!("the gradient of {} is not finite", param.name()));
+            }
+        }
+        Ok("the norm of the gradient overflows".into())
+    }
+}
