@@ -76,12 +76,16 @@ impl Checkpoint {
     pub fn from_weights(config: Config, tensors: HashMap<String, Tensor>) -> anyhow::Result<Self> {
         let dims = |name: &str| match tensors.get(name).map(Tensor::dims) {
             Some(&[rows, columns]) => Ok((rows, columns)),
-            Some(other) => Err(bad_input!("the tensor {name} has shape {other:?}; it must have two dimensions")),
+            Some(other) => {
+                Err(bad_input!("the tensor {name} has shape {other:?}; it must have two dimensions"))
+            }
             None => Err(bad_input!("the weights lack the tensor {name}")),
         };
         let (features, classes) = (dims("encoder.weight")?.1, dims("decoder.weight")?.0);
         if features == 0 || classes == 0 {
-            bail_input!("the weights are for {features} input features and {classes} classes; both must be at least 1")
+            bail_input!(
+                "the weights are for {features} input features and {classes} classes; both must be at least 1"
+            )
         }
         let checkpoint = Self { config, step: 0, features, classes, tensors };
         checkpoint.model(&Device::Cpu)?;
@@ -132,7 +136,10 @@ pub fn read_tensors(
 
 fn parse(bytes: &[u8], path: &Path) -> anyhow::Result<(HashMap<String, Tensor>, HashMap<String, String>)> {
     let broken = |error: &dyn std::fmt::Display| {
-        bad_input!("{} is no whole safetensors file ({error}): it may be cut off or of another kind", path.display())
+        bad_input!(
+            "{} is no whole safetensors file ({error}): it may be cut off or of another kind",
+            path.display()
+        )
     };
     let file = SafeTensors::deserialize(bytes).map_err(|e| broken(&e))?;
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| broken(&e))?;

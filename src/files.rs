@@ -26,15 +26,21 @@ pub fn write_atomic(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> anyhow::Result<()> {
-    let write = || -> std::io::Result<()> {
-        let file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder(path))?;
-        let mut writer = BufWriter::with_capacity(1 << 20, file.as_file());
+    write_atomic_file(path, |file| {
+        let mut writer = BufWriter::with_capacity(1 << 20, file);
         fill(&mut writer)?;
-        writer.flush()?;
-        drop(writer);
+        Ok(writer.flush()?)
+    })
+}
+
+/// [`write_atomic`] for what is not written from front to back, or fails for other reasons.
+pub fn write_atomic_file(path: &Path, fill: impl FnOnce(&File) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let write = || -> anyhow::Result<()> {
+        let file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder(path))?;
+        fill(file.as_file())?;
         file.as_file().sync_all()?;
         let file = file.persist(path)?;
-        set_readable(&file)
+        Ok(set_readable(&file)?)
     };
     write().with_context(|| format!("cannot write {}", path.display()))
 }

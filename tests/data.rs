@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use selectivbench::config::{
-    Auto, GapConfig, GapKind, GapLaw, SampleCounts, Split, StringConfig, TaskConfig, TaskPreset,
+    Auto, Config, GapConfig, GapKind, GapLaw, Split, StringConfig, TaskConfig, TaskPreset,
 };
 use selectivbench::ops::head::{Targets, loss_and_votes};
 use selectivbench::task::batch::{Delay, GapRule, GapStream, Noise, NoiseStream};
@@ -202,8 +202,7 @@ fn mersenne_twister_draws_what_its_three_libraries_draw() {
                     let rule = rule(GapKind::Blank, Delay::Uniform(0.1, 1.0));
                     let grammar = Grammar::generate(&toy()).unwrap();
                     let mut stream = GapStream::AsReleased { chance: Pcg64::new(0), numpy: rng };
-                    let sample =
-                        Sample::draw(&grammar, vec![0; list(want).len()], &rule, &mut stream);
+                    let sample = Sample::draw(&grammar, vec![0; list(want).len()], &rule, &mut stream);
                     let want = list(want).iter().map(|x| (x.as_f64().unwrap() * 10.0).round() as u32);
                     assert_eq!(sample.gaps, want.collect::<Vec<_>>());
                 }
@@ -286,15 +285,13 @@ fn grammars_are_the_authors() {
         let transitions = states.clone().flat_map(|state| {
             let next = grammar.successors(state);
             let names = &names;
-            next.iter().map(move |&target| {
-                (names[state as usize], names[target as usize], 1.0 / next.len() as f64)
-            })
+            next.iter()
+                .map(move |&target| (names[state as usize], names[target as usize], 1.0 / next.len() as f64))
         });
         let key = if entry.get("transitions").is_some() { "transitions" } else { "first_transitions" };
         let want = list(&entry[key]);
         let got: Vec<_> = transitions.take(want.len()).collect();
-        let want: Vec<_> =
-            want.iter().map(|t| (text(&t[0]), text(&t[1]), t[2].as_f64().unwrap())).collect();
+        let want: Vec<_> = want.iter().map(|t| (text(&t[0]), text(&t[1]), t[2].as_f64().unwrap())).collect();
         assert_eq!(got, want, "{name}");
         if key == "transitions" {
             assert_eq!(names, list(&entry["states"]).iter().map(text).collect::<Vec<_>>());
@@ -400,39 +397,28 @@ fn untouched_run_of_the_authors_code() {
     let grammar = GrammarConfig { vocab: 41, ambiguities: 40, depth: 40, ..toy() };
     let task = task(&grammar, TaskConfig { length: 200, ..task_config(&grammar) });
     assert_eq!(sha256(&task.grammar().transitions_text()), text(&golden["transitions_sha256"]));
-    let lines: Vec<String> =
-        (0..golden["n"].as_u64().unwrap()).map(|i| task.line(&task.states(Part::Train, i).unwrap())).collect();
+    let lines: Vec<String> = (0..golden["n"].as_u64().unwrap())
+        .map(|i| task.line(&task.states(Part::Train, i).unwrap()))
+        .collect();
     for (line, want) in lines.iter().zip(list(&golden["line_sha256_first_300"])) {
         assert_eq!(sha256(line)[..16], *text(want));
     }
     assert_eq!(sha256(&lines.concat()), text(&golden["lines_sha256"]));
 }
 
-/// As released, one blank step after every element, without noise.
+/// As released, 20 elements, one blank step after each, without noise.
 fn task_config(grammar: &GrammarConfig) -> TaskConfig {
+    let base = Config::of(TaskPreset::Task1ModelSize).task;
     TaskConfig {
-        preset: TaskPreset::Task1ModelSize,
         vocab: Auto::Value(grammar.vocab),
         ambiguities: grammar.ambiguities,
         depth: Auto::Value(grammar.depth),
         density: grammar.density,
         start_states: grammar.start_states,
         length: 20,
-        string: StringConfig { min: 1, max: Auto::AUTO },
-        gap: GapConfig {
-            kind: GapKind::Blank,
-            law: GapLaw::Fixed,
-            low: 0.1,
-            high: 0.1,
-            mu: 0.0,
-            sigma: 1.0,
-            start: 0,
-            probability: 1.0,
-        },
-        test_gap: 0.1,
-        noise: 0.0,
+        gap: GapConfig { law: GapLaw::Fixed, low: 0.1, high: 0.1, ..base.gap },
         split: Split::AsReleased,
-        samples: SampleCounts { train: 1000, validation: 100, test: 100 },
+        ..base
     }
 }
 
@@ -453,10 +439,9 @@ fn batches_are_the_authors() {
         let grammar = grammar_config(params);
         let delay = match params["fixed"].as_f64() {
             Some(delay) => Delay::Fixed(delay),
-            None => Delay::Uniform(
-                params["uniform"][0].as_f64().unwrap(),
-                params["uniform"][1].as_f64().unwrap(),
-            ),
+            None => {
+                Delay::Uniform(params["uniform"][0].as_f64().unwrap(), params["uniform"][1].as_f64().unwrap())
+            }
         };
         let distractors = params["grammar_gap"].as_bool().unwrap_or(false);
         let rule = GapRule {

@@ -38,7 +38,9 @@ pub fn run(args: PredictArgs) -> anyhow::Result<()> {
     let input = args.input.display();
     let x = tensors.get("x").ok_or_else(|| bad_input!("{input} holds no tensor `x`"))?;
     let (batch, steps) = match x.dims() {
-        &[batch, steps, features] if features == checkpoint.features && batch > 0 && steps > 0 => (batch, steps),
+        &[batch, steps, features] if features == checkpoint.features && batch > 0 && steps > 0 => {
+            (batch, steps)
+        }
         other => bail_input!(
             "x in {input} has shape {other:?}; it must be (batch, time, {}) with at least one of each",
             checkpoint.features
@@ -54,7 +56,8 @@ pub fn run(args: PredictArgs) -> anyhow::Result<()> {
         let pieces = (0..steps)
             .step_by(train.eval_chunk)
             .map(|t| {
-                let piece = x.narrow(1, t, train.eval_chunk.min(steps - t))?.contiguous()?.to_device(&device)?;
+                let piece =
+                    x.narrow(1, t, train.eval_chunk.min(steps - t))?.contiguous()?.to_device(&device)?;
                 no_grad(|| net.logits(Input::Dense(&piece), &mut context))
             })
             .collect::<candle_core::Result<Vec<Tensor>>>()?;

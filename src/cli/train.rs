@@ -10,14 +10,16 @@ use crate::train::{self, Options};
 
 /// Train one model on one task: updates, evaluations, checkpoints, metrics, and a test at the end.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "The run directory holds config.yaml (complete; training from it repeats the run), metrics.jsonl,
+#[command(
+    after_help = "The run directory holds config.yaml (complete; training from it repeats the run), metrics.jsonl,
 TensorBoard events, checkpoint.safetensors, state.safetensors (for --resume) and summary.json.
 Ctrl-C saves everything and says how to go on.
 
 Examples:
   selectivbench train configs/quickstart.yaml
   selectivbench train configs/task2.yaml --set model.name=mamba2 --set model.width=384 --out runs/mamba2
-  selectivbench train runs/mamba2/config.yaml --out runs/mamba2 --resume")]
+  selectivbench train runs/mamba2/config.yaml --out runs/mamba2 --resume"
+)]
 pub struct TrainArgs {
     #[arg(value_name = "CONFIG.yaml")]
     config: PathBuf,

@@ -30,7 +30,7 @@ pub use batch::{BLANK, Batch, PAD, Sample, Samples};
 pub use grammar::Grammar;
 
 use crate::bail_input;
-use crate::config::{GapConfig, GapLaw, Split, TaskConfig};
+use crate::config::{GapConfig, GapKind, GapLaw, Split, TaskConfig};
 use batch::{Delay, GapRule, GapStream, Noise, NoiseStream};
 use grammar::GrammarConfig;
 use rng::{Mt19937, Pcg64, SeedSequence};
@@ -45,6 +45,16 @@ pub enum Part {
     Train,
     Validation,
     Test,
+}
+
+impl Part {
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Train => "train",
+            Part::Validation => "validation",
+            Part::Test => "test",
+        }
+    }
 }
 
 /// What a stream of the held-out profile is for.
@@ -100,6 +110,16 @@ impl Task {
         &self.sampler
     }
 
+    /// Configured number of samples of a part.
+    pub fn count(&self, part: Part) -> usize {
+        let counts = &self.config.samples;
+        match part {
+            Part::Train => counts.train,
+            Part::Validation => counts.validation,
+            Part::Test => counts.test,
+        }
+    }
+
     /// Width of the input.
     pub fn features(&self) -> usize {
         self.config.vocab()
@@ -121,10 +141,19 @@ impl Task {
 
     /// A sample's line in the authors' `train` and `test` files: class ids, state names and length.
     pub fn line(&self, states: &[u32]) -> String {
+        use std::fmt::Write;
         let grammar = self.grammar();
-        let ids: Vec<String> = states.iter().map(|&state| grammar.symbol(state).to_string()).collect();
-        let names: Vec<String> = states.iter().map(|&state| format!("'{}'", grammar.name(state))).collect();
-        format!("[{}]::[{}]::{}\n", ids.join(", "), names.join(", "), states.len())
+        let mut line = String::with_capacity(12 * states.len() + 16);
+        for (i, &state) in states.iter().enumerate() {
+            let _ = write!(line, "{}{}", if i == 0 { "[" } else { ", " }, grammar.symbol(state));
+        }
+        line.push_str("]::");
+        for (i, &state) in states.iter().enumerate() {
+            line.push_str(if i == 0 { "['" } else { "', '" });
+            line.push_str(grammar.name(state));
+        }
+        let _ = writeln!(line, "']::{}", states.len());
+        line
     }
 
     /// The gaps of a part: drawn in training, fixed in validation and test; `gap` fixes another duration.
@@ -228,6 +257,14 @@ impl Task {
     /// Worked out once. 1 where the test part cannot be drawn: no model can be judged there.
     pub fn ceiling(&self) -> f64 {
         *self.ceiling.get_or_init(|| oracle::ceiling(self, None).map_or(1.0, |ceiling| ceiling.accuracy))
+    }
+
+    /// [`Task::ceiling`] where the test gap is `gap`. Blanks of any length leave it as it is.
+    pub fn ceiling_at(&self, gap: f64) -> f64 {
+        if self.config.gap.kind == GapKind::Blank || gap == self.config.test_gap {
+            return self.ceiling();
+        }
+        oracle::ceiling(self, Some(gap)).map_or(1.0, |ceiling| ceiling.accuracy)
     }
 
     /// SHA-256 over what decides the data: grammar and configuration.

@@ -155,8 +155,7 @@ impl Observer<'_> {
     fn watch(&self, sample: &Sample) -> Ceiling {
         let grammar = self.knowledge.task.grammar();
         // As after the end of a string.
-        let mut now =
-            vec![Hypothesis { state: grammar.end(), string: 0, elements: 0, left: 0, weight: 1.0 }];
+        let mut now = vec![Hypothesis { state: grammar.end(), string: 0, elements: 0, left: 0, weight: 1.0 }];
         let mut distractors = sample.distractors.iter();
         let mut sums = Ceiling { elements: sample.states.len(), ..Default::default() };
         for (&state, &gap) in sample.states.iter().zip(&sample.gaps) {
@@ -338,7 +337,8 @@ impl<'a> Places<'a> {
         let end = before.iter().rposition(|&symbol| symbol == 0);
         let (&head, rest) = symbols[end.map_or(0, |end| end + 1)..].split_first()?;
         let known = whole || end.is_some();
-        let row = |state: u32| state as usize * (knowledge.max + 1)..(state as usize + 1) * (knowledge.max + 1);
+        let row =
+            |state: u32| state as usize * (knowledge.max + 1)..(state as usize + 1) * (knowledge.max + 1);
         let weigh = |start: u32| {
             let (state, moves) = rest.iter().try_fold((start, 1.0), |(state, moves), &symbol| {
                 knowledge.next(state, symbol).map(|next| (next, moves * knowledge.share[state as usize]))
@@ -364,13 +364,165 @@ impl<'a> Places<'a> {
     }
 }
 
-/// The accuracy of always naming the most frequent state of the test part.
-pub fn majority(task: &Task) -> anyhow::Result<f64> {
-    let indices = (0..task.config().samples.test as u64).into_par_iter();
+/// What the test part and its strings are like.
+#[derive(Clone, Copy, Debug)]
+pub struct Census {
+    /// The accuracy of always naming the most frequent state.
+    pub majority: f64,
+    /// Mean number of strings that a sample holds, the last one mostly cut.
+    pub strings: f64,
+    /// Mean length of accepted strings, `#` included: expected, not counted.
+    pub string_length: f64,
+}
+
+/// Counts the states and strings of the test part.
+pub fn census(task: &Task) -> anyhow::Result<Census> {
+    let (knowledge, end) = (Knowledge::new(task), task.grammar().end());
+    let indices = (0..task.count(Part::Test) as u64).into_par_iter();
     let samples: Vec<Vec<u32>> =
         indices.map(|index| task.states(Part::Test, index)).collect::<Result<_, _>>()?;
     let mut counts = vec![0usize; task.classes()];
     samples.iter().flatten().for_each(|&state| counts[state as usize] += 1);
     let most = counts.iter().copied().max().unwrap_or(0);
-    Ok(most as f64 / counts.iter().sum::<usize>().max(1) as f64)
+    let whole = |states: &Vec<u32>| states[..states.len() - 1].iter().filter(|&&state| state == end).count();
+    let strings: usize = samples.iter().map(|states| 1 + whole(states)).sum();
+    let ends = Places::new(&knowledge).reached;
+    let ends = &ends[end as usize * (knowledge.max + 1)..];
+    let length = |n: usize| n as f64 * ends[n] * knowledge.accepted(end, n);
+    Ok(Census {
+        majority: most as f64 / counts.iter().sum::<usize>().max(1) as f64,
+        strings: strings as f64 / samples.len().max(1) as f64,
+        string_length: (1..=knowledge.max).map(length).sum::<f64>() / task.sampler().acceptance(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, HashMap};
+
+    use super::*;
+    use crate::config::{Auto, Config, TaskPreset};
+    use crate::task::Grammar;
+
+    /// For the symbols up to the end of a window and the place where it begins: the weight of each state.
+    type Posterior = HashMap<(Vec<u32>, usize), BTreeMap<u32, f64>>;
+
+    /// All accepted strings with their probabilities, by trying every path.
+    fn strings(grammar: &Grammar, max: usize) -> Vec<(Vec<u32>, f64)> {
+        let starts = grammar.starts().iter().map(|&s| (vec![s], 1.0 / grammar.starts().len() as f64));
+        let (mut open, mut all): (Vec<(Vec<u32>, f64)>, Vec<_>) = (starts.collect(), Vec::new());
+        while let Some((path, weight)) = open.pop() {
+            let last = path[path.len() - 1];
+            if last == grammar.end() {
+                all.push((path, weight));
+            } else if path.len() < max {
+                let next = grammar.successors(last);
+                open.extend(next.iter().map(|&t| ([&path[..], &[t]].concat(), weight / next.len() as f64)));
+            }
+        }
+        let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+        all.iter_mut().for_each(|(_, weight)| *weight /= total);
+        all
+    }
+
+    /// Every way in which a sample can come about and be shown.
+    struct Enumeration<'a> {
+        grammar: &'a Grammar,
+        strings: Vec<(Vec<u32>, f64)>,
+        length: usize,
+        start: usize,
+        probability: f64,
+        distractors: usize,
+        posterior: Posterior,
+    }
+
+    impl Enumeration<'_> {
+        /// `rest` of a string is still to come behind `elements` elements.
+        fn walk(&mut self, rest: &[u32], elements: usize, shown: &[u32], weight: f64) {
+            if elements == self.length {
+                return;
+            }
+            let Some((&state, rest)) = rest.split_first() else {
+                for (string, share) in self.strings.clone() {
+                    self.walk(&string, elements, shown, weight * share);
+                }
+                return;
+            };
+            let place = shown.len();
+            let shown = [shown, &[self.grammar.symbol(state)]].concat();
+            let next: Vec<u32> =
+                self.grammar.successors(state).iter().map(|&t| self.grammar.symbol(t)).collect();
+            let allowed: Vec<u32> =
+                (0..self.grammar.alphabet() as u32).filter(|class| !next.contains(class)).collect();
+            let gap = elements >= self.start && !allowed.is_empty() && self.distractors > 0;
+            let mut windows = vec![(shown.clone(), weight * if gap { 1.0 - self.probability } else { 1.0 })];
+            if gap {
+                let mut long = vec![(shown, weight * self.probability)];
+                for _ in 0..self.distractors {
+                    let share = 1.0 / allowed.len() as f64;
+                    let more = |(shown, weight): (Vec<u32>, f64)| {
+                        let shown = allowed.iter().map(move |&class| [&shown[..], &[class]].concat());
+                        shown.map(move |shown| (shown, weight * share)).collect::<Vec<_>>()
+                    };
+                    long = long.into_iter().flat_map(more).collect();
+                }
+                windows.extend(long);
+            }
+            for (shown, weight) in windows {
+                let states = self.posterior.entry((shown.clone(), place)).or_default();
+                *states.entry(state).or_default() += weight;
+                self.walk(rest, elements + 1, &shown, weight);
+            }
+        }
+    }
+
+    #[test]
+    fn the_filter_is_exact() {
+        for (distractors, probability, start, seed) in
+            [(0, 1.0, 0, 1), (1, 0.5, 0, 1), (1, 0.3, 1, 4), (2, 0.4, 0, 2)]
+        {
+            let mut config = Config::of(TaskPreset::Task3).task;
+            (config.vocab, config.ambiguities, config.depth) = (Auto::Value(4), 2, Auto::Value(2));
+            (config.density, config.start_states, config.length) = (1.2, 3, 5);
+            (config.gap.start, config.gap.probability) = (start, probability);
+            config.test_gap = 0.1 * f64::from(distractors);
+            if distractors == 0 {
+                config.gap.kind = GapKind::Blank;
+            }
+            let task = Task::new(&config, seed).unwrap();
+            let mut all = Enumeration {
+                grammar: task.grammar(),
+                strings: strings(task.grammar(), config.length),
+                length: config.length,
+                start,
+                probability,
+                distractors: distractors as usize,
+                posterior: Posterior::new(),
+            };
+            all.walk(&[], 0, &[], 1.0);
+
+            let knowledge = Knowledge::new(&task);
+            let observer = Observer { knowledge: &knowledge, distractors, start, probability };
+            let samples = task.samples(Part::Test, 0, 100, None).unwrap();
+            let mut uncertain = 0;
+            for sample in samples.as_slice() {
+                let (mut shown, mut want, mut used) = (Vec::new(), 0.0, 0);
+                for (&state, &gap) in sample.states.iter().zip(&sample.gaps) {
+                    let place = shown.len();
+                    shown.push(task.grammar().symbol(state));
+                    if distractors > 0 {
+                        shown.extend(&sample.distractors[used..used + gap as usize]);
+                        used += gap as usize;
+                    }
+                    let states = &all.posterior[&(shown.clone(), place)];
+                    let most = states.values().copied().fold(0.0, f64::max);
+                    want += most / states.values().sum::<f64>();
+                    uncertain += usize::from(states.len() > 1);
+                }
+                let got = observer.watch(sample).accuracy;
+                assert!((got - want).abs() < 1e-9, "{got}, expected {want} for {sample:?}");
+            }
+            assert!(uncertain > 10, "{uncertain} windows leave something open");
+        }
+    }
 }

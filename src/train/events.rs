@@ -58,7 +58,8 @@ impl Events {
         wall_time: f64,
         scalars: impl IntoIterator<Item = (String, f32)>,
     ) -> std::io::Result<()> {
-        let value = scalars.into_iter().map(|(tag, value)| Scalar { tag, simple_value: Some(value) }).collect();
+        let value =
+            scalars.into_iter().map(|(tag, value)| Scalar { tag, simple_value: Some(value) }).collect();
         self.write(Event { wall_time, step, file_version: None, summary: Some(Summary { value }) })
     }
 

@@ -93,7 +93,9 @@ impl Metrics {
     pub fn write(&mut self, record: &Record) -> Result<()> {
         let value = serde_json::to_value(record)?;
         let line = format!("{value}\n");
-        self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))?;
+        self.file
+            .write_all(line.as_bytes())
+            .with_context(|| format!("cannot write {}", self.path.display()))?;
         self.bytes += line.len() as u64;
         self.event(&value)
     }

@@ -50,11 +50,8 @@ impl Progress {
         let mean = |old: f64, new: f64| old + 0.1 * (new - old);
         let (loss, accuracy) = (mean(loss, stats.loss), mean(accuracy, stats.accuracy));
         self.smooth = Some((loss, accuracy));
-        let text = format!(
-            "loss {loss:.4}  accuracy {:.1} %  {} tokens/s",
-            100.0 * accuracy,
-            count(self.rate())
-        );
+        let text =
+            format!("loss {loss:.4}  accuracy {:.1} %  {} tokens/s", 100.0 * accuracy, count(self.rate()));
         match &self.bar {
             Some(bar) => {
                 bar.set_message(text);
@@ -101,6 +98,12 @@ pub fn count(x: f64) -> String {
         x if x >= 1e3 => (x / 1e3, "k"),
         x => (x, ""),
     };
-    let decimals = if x >= 100.0 || unit.is_empty() { 0 } else if x >= 10.0 { 1 } else { 2 };
+    let decimals = if x >= 100.0 || unit.is_empty() {
+        0
+    } else if x >= 10.0 {
+        1
+    } else {
+        2
+    };
     format!("{x:.decimals$}{unit}")
 }

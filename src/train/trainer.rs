@@ -111,9 +111,8 @@ impl Trainer {
                 let small = self.config.task.gap.high >= 1.0 && self.config.model.width > 648;
                 if small { 4 } else { self.config.train.batch }
             }
-            Auto::Auto(_) => {
-                (ACTIVATION / (batch.steps * self.config.model.width).max(1)).clamp(1, self.config.train.batch)
-            }
+            Auto::Auto(_) => (ACTIVATION / (batch.steps * self.config.model.width).max(1))
+                .clamp(1, self.config.train.batch),
         }
     }
 
@@ -208,7 +207,9 @@ impl Trainer {
             return Ok(found);
         }
         if !loss.is_finite() {
-            return Ok(format!("the loss is {loss}, from finite outputs of the last layer: the decoder overflows"));
+            return Ok(format!(
+                "the loss is {loss}, from finite outputs of the last layer: the decoder overflows"
+            ));
         }
         for param in self.net.params().params() {
             if !finite(&param.grad())? {

@@ -1,0 +1,72 @@
+//! `selectivbench data`: look at samples, write them to files, and see what a grammar is like.
+
+mod export;
+mod picture;
+mod show;
+mod stats;
+
+use std::path::PathBuf;
+
+use crate::config::load::load;
+use crate::task::{Part, Task};
+
+/// Look at samples, write them to files, and see what a grammar is like.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Examples:
+  selectivbench data show configs/quickstart.yaml
+  selectivbench data stats configs/quickstart.yaml --set seed=3
+  selectivbench data export configs/quickstart.yaml --out data/quickstart")]
+pub struct DataArgs {
+    #[command(subcommand)]
+    command: DataCommand,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum DataCommand {
+    Show(show::ShowArgs),
+    Export(export::ExportArgs),
+    Stats(stats::StatsArgs),
+}
+
+pub fn run(args: DataArgs) -> anyhow::Result<()> {
+    match args.command {
+        DataCommand::Show(args) => show::run(args),
+        DataCommand::Export(args) => export::run(args),
+        DataCommand::Stats(args) => stats::run(args),
+    }
+}
+
+/// The task that a subcommand is about.
+#[derive(clap::Args, Debug)]
+struct Source {
+    #[arg(value_name = "CONFIG.yaml")]
+    config: PathBuf,
+    /// Set a field of the configuration; may be given several times
+    #[arg(long, value_name = "key.path=value")]
+    set: Vec<String>,
+}
+
+impl Source {
+    fn task(&self) -> anyhow::Result<Task> {
+        let config = load(&self.config, &self.set)?;
+        Task::new(&config.task, config.seed)
+    }
+}
+
+/// A part, as an argument.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum PartName {
+    Train,
+    Validation,
+    Test,
+}
+
+impl From<PartName> for Part {
+    fn from(name: PartName) -> Self {
+        match name {
+            PartName::Train => Part::Train,
+            PartName::Validation => Part::Validation,
+            PartName::Test => Part::Test,
+        }
+    }
+}

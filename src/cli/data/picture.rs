@@ -1,0 +1,264 @@
+//! A sample drawn: which symbol is shown when, what stands in the gaps, and the states to name.
+
+use std::path::Path;
+use std::sync::Once;
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::{FontStyle, FontTransform, register_font};
+
+use crate::task::batch::BLANK;
+use crate::task::grammar::letter;
+use crate::task::{Batch, Sample, Task};
+use crate::{bail_input, files};
+
+/// File formats, told by the extension.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Format {
+    Svg,
+    Png,
+}
+
+impl Format {
+    pub(super) fn of(path: &Path) -> anyhow::Result<Self> {
+        let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+        match extension.as_str() {
+            "svg" => Ok(Format::Svg),
+            "png" => Ok(Format::Png),
+            _ => bail_input!("--picture is {}; its name must end in .svg or .png", path.display()),
+        }
+    }
+}
+
+/// The bundled font first, so that SVG looks the same where it is installed.
+const FONT: &str = "DejaVu Sans, sans-serif";
+
+// Colours that the colour-blind tell apart (Okabe and Ito).
+const SYMBOL: RGBColor = RGBColor(0, 114, 178);
+const DISTRACTOR: RGBColor = RGBColor(213, 94, 0);
+const GAP: RGBColor = RGBColor(232, 232, 232);
+const FRAME: RGBColor = RGBColor(190, 190, 190);
+const INK: RGBColor = RGBColor(40, 40, 40);
+
+/// Draws `sample`, whose timesteps are `batch`, to a file.
+pub(super) fn draw(
+    task: &Task,
+    sample: &Sample,
+    batch: Batch,
+    title: &str,
+    path: &Path,
+    format: Format,
+) -> anyhow::Result<()> {
+    static FONT_READY: Once = Once::new();
+    FONT_READY.call_once(|| {
+        let bytes = include_bytes!("../../../assets/DejaVuSans.ttf");
+        // It fails only for a file that is no font.
+        let _ = register_font(FONT, FontStyle::Normal, bytes);
+    });
+    let scene = Scene::new(task, sample, &batch, title);
+    let size = scene.size();
+    match format {
+        Format::Svg => {
+            let mut text = String::new();
+            let root = SVGBackend::with_string(&mut text, size).into_drawing_area();
+            scene.draw(&root).map_err(|error| anyhow::anyhow!("cannot draw {}: {error}", path.display()))?;
+            drop(root);
+            files::write_atomic(path, |out| out.write_all(text.as_bytes()))
+        }
+        Format::Png => {
+            // the encoder writes to a path and looks at its extension
+            let scratch = tempfile::Builder::new().suffix(".png").tempfile()?;
+            let root = BitMapBackend::new(scratch.path(), size).into_drawing_area();
+            scene.draw(&root).map_err(|error| anyhow::anyhow!("cannot draw {}: {error}", path.display()))?;
+            drop(root);
+            let bytes = std::fs::read(scratch.path())?;
+            files::write_atomic(path, |out| out.write_all(&bytes))
+        }
+    }
+}
+
+/// The picture: strips of timesteps below one another, each with the symbols and a band of states.
+struct Scene<'a> {
+    task: &'a Task,
+    sample: &'a Sample,
+    batch: &'a Batch,
+    title: &'a str,
+    /// Timesteps of a strip.
+    strip: usize,
+    /// Height of a symbol's row.
+    row: i32,
+}
+
+/// Space left of, right of and above the strips.
+const LEFT: i32 = 64;
+const RIGHT: i32 = 20;
+const TOP: i32 = 66;
+/// Width of a full strip.
+const WIDTH: i32 = 1300;
+/// Height of the band of states, and of the ticks below it.
+const BAND: i32 = 40;
+const TICKS: i32 = 36;
+/// Space for the name of the axis.
+const BOTTOM: i32 = 18;
+
+fn font(size: i32) -> TextStyle<'static> {
+    TextStyle::from((FONT, size).into_font()).color(&INK)
+}
+
+fn centred(size: i32) -> TextStyle<'static> {
+    font(size).pos(Pos::new(HPos::Center, VPos::Center))
+}
+
+impl<'a> Scene<'a> {
+    fn new(task: &'a Task, sample: &'a Sample, batch: &'a Batch, title: &'a str) -> Self {
+        // up to four strips of 100 timesteps; longer ones beyond
+        let strip = batch.steps.div_ceil(4).max(100);
+        let row = (360 / task.grammar().alphabet() as i32).clamp(9, 18);
+        Self { task, sample, batch, title, strip, row }
+    }
+
+    fn strips(&self) -> usize {
+        self.batch.steps.div_ceil(self.strip)
+    }
+
+    fn raster(&self) -> i32 {
+        self.row * self.task.grammar().alphabet() as i32
+    }
+
+    fn size(&self) -> (u32, u32) {
+        let height = TOP + self.strips() as i32 * (self.raster() + BAND + TICKS) + BOTTOM;
+        ((LEFT + WIDTH + RIGHT) as u32, height as u32)
+    }
+
+    /// Where timestep `t` of a strip begins.
+    fn x(&self, t: usize) -> i32 {
+        LEFT + (t as f64 * f64::from(WIDTH) / self.strip as f64).round() as i32
+    }
+
+    fn draw<B: DrawingBackend>(
+        &self,
+        root: &DrawingArea<B, Shift>,
+    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        root.fill(&WHITE)?;
+        root.draw_text(self.title, &font(18), (LEFT, 12))?;
+        self.legend(root)?;
+        for strip in 0..self.strips() {
+            let top = TOP + strip as i32 * (self.raster() + BAND + TICKS);
+            self.strip(root, strip * self.strip, top)?;
+        }
+        let (_, height) = self.size();
+        root.draw_text("timestep", &centred(14), (LEFT + WIDTH / 2, height as i32 - 14))?;
+        root.present()
+    }
+
+    fn legend<B: DrawingBackend>(
+        &self,
+        root: &DrawingArea<B, Shift>,
+    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        let distractors = !self.sample.distractors.is_empty();
+        let mut entries = vec![(SYMBOL, "symbol".to_string())];
+        if distractors {
+            entries.push((DISTRACTOR, "distractor".into()));
+        }
+        entries.push((GAP, "gap: the state before it is still to be named".into()));
+        if self.task.config().noise != 0.0 {
+            entries.push((
+                WHITE,
+                format!("noise up to {} on every input is not drawn", self.task.config().noise),
+            ));
+        }
+        let mut x = LEFT;
+        for (colour, text) in entries {
+            if colour != WHITE {
+                root.draw(&Rectangle::new([(x, 40), (x + 12, 52)], colour.filled()))?;
+                x += 18;
+            }
+            root.draw_text(&text, &font(13).pos(Pos::new(HPos::Left, VPos::Center)), (x, 46))?;
+            let (width, _) = root.estimate_text_size(&text, &font(13))?;
+            x += width as i32 + 24;
+        }
+        Ok(())
+    }
+
+    /// Timesteps from `first` on, with the upper edge at `top`.
+    fn strip<B: DrawingBackend>(
+        &self,
+        root: &DrawingArea<B, Shift>,
+        first: usize,
+        top: i32,
+    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        let grammar = self.task.grammar();
+        let last = (first + self.strip).min(self.batch.steps);
+        let (middle, bottom) = (top + self.raster(), top + self.raster() + BAND);
+        let (left, right) = (self.x(0), self.x(last - first));
+        let at = |t: usize| self.x(t - first);
+
+        // windows: the part behind the symbol is shaded
+        let mut end = first;
+        for window in self.batch.element[first..last].chunk_by(|a, b| a == b) {
+            let begin = end;
+            end += window.len();
+            let opens = begin == 0 || self.batch.element[begin - 1] != window[0];
+            let gap = at(begin + usize::from(opens));
+            if gap < at(end) {
+                root.draw(&Rectangle::new([(gap, top), (at(end), middle)], GAP.filled()))?;
+            }
+            let wide = at(end) - at(begin);
+            if wide >= 5 {
+                let edge = vec![(at(end), top), (at(end), bottom)];
+                root.draw(&PathElement::new(edge, FRAME))?;
+            }
+            let state = self.sample.states[window[0] as usize];
+            if wide >= 10 {
+                let name = centred(12).transform(FontTransform::Rotate270);
+                root.draw_text(
+                    grammar.name(state),
+                    &name,
+                    ((at(begin) + at(end)) / 2, (middle + bottom) / 2),
+                )?;
+            } else {
+                let share = f64::from(grammar.label(state)) / self.task.classes() as f64;
+                let y = bottom - 3 - (share * f64::from(BAND - 5)) as i32;
+                root.draw(&Rectangle::new(
+                    [(at(begin), y), (at(end).max(at(begin) + 1), y + 1)],
+                    INK.filled(),
+                ))?;
+            }
+        }
+        for t in (first..last).filter(|&t| self.batch.symbols[t] != BLANK) {
+            let y = top + self.batch.symbols[t] as i32 * self.row;
+            let colour = if self.batch.distractor[t] { DISTRACTOR } else { SYMBOL };
+            let cell = [(at(t), y + 1), (at(t + 1).max(at(t) + 1), y + self.row - 1)];
+            root.draw(&Rectangle::new(cell, colour.filled()))?;
+        }
+        for y in [top, middle, bottom] {
+            root.draw(&PathElement::new(vec![(left, y), (right, y)], INK))?;
+        }
+        for x in [left, right] {
+            root.draw(&PathElement::new(vec![(x, top), (x, bottom)], INK))?;
+        }
+
+        for class in 0..grammar.alphabet() as u32 {
+            let middle = top + class as i32 * self.row + self.row / 2;
+            let letter = letter(class).to_string();
+            root.draw_text(&letter, &centred((self.row + 1).min(13)), (LEFT - 11, middle))?;
+        }
+        let upright = centred(14).transform(FontTransform::Rotate270);
+        root.draw_text("symbol", &upright, (LEFT - 40, (top + middle) / 2))?;
+        root.draw_text("state", &upright, (LEFT - 40, (middle + bottom) / 2))?;
+        let every = tick(self.strip);
+        for t in (first..last).filter(|t| t.is_multiple_of(every)) {
+            let x = (at(t) + at(t + 1)) / 2;
+            root.draw(&PathElement::new(vec![(x, bottom), (x, bottom + 4)], INK))?;
+            root.draw_text(&t.to_string(), &centred(12), (x, bottom + 13))?;
+        }
+        Ok(())
+    }
+}
+
+/// Timesteps between two ticks: 1, 2 or 5 times a power of ten, about twenty to a strip.
+fn tick(steps: usize) -> usize {
+    let enough = |every: &usize| every * 20 >= steps;
+    (0..).flat_map(|power| [1, 2, 5].map(|n| n * 10usize.pow(power))).find(enough).unwrap_or(1)
+}
