@@ -506,27 +506,73 @@ fn devices() {
     }
 }
 
+/// What the program prints, and its exit code.
+fn selectivbench(args: &[&str]) -> (String, String, Option<i32>) {
+    let output = assert_cmd::Command::cargo_bin("selectivbench").unwrap().args(args).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (text(output.stdout), text(output.stderr), output.status.code())
+}
+
 #[test]
-fn lists_print() {
-    use clap::Parser;
-    use selectivbench::cli::{devices, models, tasks};
-    #[derive(Parser)]
-    struct Of<A: clap::Args> {
-        #[command(flatten)]
-        args: A,
+fn lists_of_models_tasks_and_devices() {
+    let names = |json: &serde_json::Value| -> Vec<String> {
+        json.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap().to_string()).collect()
+    };
+    let json = |args: &[&str]| -> serde_json::Value {
+        let (out, err, code) = selectivbench(args);
+        assert_eq!((err.as_str(), code), ("", Some(0)), "{args:?}");
+        serde_json::from_str(&out).unwrap()
+    };
+    let tasks = json(&["tasks", "--json"]);
+    assert_eq!(names(&tasks), ["task1_complexity", "task1_model_size", "task2", "task3", "task4"]);
+    // Timesteps as in the authors' data.
+    let steps = |key| tasks.as_array().unwrap().iter().map(|task| task[key].clone()).collect::<Vec<_>>();
+    assert_eq!(steps("train_steps"), [400, 400, 1300, 215, 1300]);
+    assert_eq!(steps("test_steps")[2..4], [serde_json::json!([2200]), serde_json::json!([215])]);
+    assert_eq!(tasks[4]["test_steps"], serde_json::json!([2200, 4200, 10_200, 20_200]));
+
+    let devices = json(&["devices", "--json"]);
+    assert_eq!(names(&devices["devices"])[0], "cpu");
+    assert_eq!(devices["cuda"], candle_core::utils::cuda_is_available());
+
+    let config = configs().join("task3.yaml");
+    let models = json(&["models", "--json", "--config", config.to_str().unwrap()]);
+    assert_eq!(names(&models).len(), selectivbench::model::MODELS.len());
+    // mamba2: 2 · width · state of the configuration.
+    assert_eq!(models[2]["state_per_layer"], 2 * 256 * 64);
+
+    for (command, says) in
+        [("tasks", "task1_model_size"), ("devices", "cpu"), ("models", "gated_delta_product")]
+    {
+        let (out, err, code) = selectivbench(&[command]);
+        assert!(out.contains(says), "{out}");
+        assert_eq!((err.as_str(), code), ("", Some(0)));
     }
-    fn args<A: clap::Args>(flags: &[&str]) -> A {
-        Of::parse_from(["selectivbench"].iter().chain(flags)).args
+    for (args, says) in [
+        (["models", "--width", "0"], "error: --width is 0; it must be between 1 and 65536\n"),
+        (["models", "--layers", "2000"], "error: --layers is 2000; it must be between 1 and 1024\n"),
+        (["models", "--config", "none.yaml"], "error: none.yaml does not exist; give a configuration file\n"),
+    ] {
+        let (out, err, code) = selectivbench(&args);
+        assert_eq!((out.as_str(), err.as_str(), code), ("", says, Some(2)));
     }
-    for flags in [&[][..], &["--json"]] {
-        tasks::run(args(flags)).unwrap();
-        devices::run(args(flags)).unwrap();
-        models::run(args(flags)).unwrap();
+}
+
+#[test]
+fn a_bad_configuration_starts_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let config = configs().join("task2.yaml");
+    for (flags, says) in [
+        (["--set", "train.lr=-1"], "error: train.lr is -1; it must be greater than 0 and at most 100\n"),
+        (["--set", "lr=1"], "error: --set lr=1: unknown key `lr`; did you mean `train.lr`?\n"),
+        (["--device", "tpu"], "error: --device is \"tpu\"; did you mean `cpu`?\n"),
+    ] {
+        let args = ["train", config.to_str().unwrap(), "--out", out.to_str().unwrap(), flags[0], flags[1]];
+        let (stdout, stderr, code) = selectivbench(&args);
+        assert_eq!((stdout.as_str(), stderr.as_str(), code), ("", says, Some(2)));
+        assert!(!out.exists());
     }
-    models::run(args(&["--config", configs().join("task3.yaml").to_str().unwrap()])).unwrap();
-    expect("--width", models::run(args(&["--width", "0"])), "--width is 0; it must be between 1 and 65536");
-    expect("--layers", models::run(args(&["--layers", "9999999"])), "it must be between 1 and 1024");
-    expect("--config", models::run(args(&["--config", "none.yaml"])), "none.yaml does not exist");
 }
 
 /// Texts that are cheap to write and could be dear to read.

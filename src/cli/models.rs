@@ -1,11 +1,10 @@
 //! `selectivbench models`: what there is, how large it gets, and which width a budget buys.
 
-use std::ops::Range;
 use std::path::PathBuf;
 
-use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 use serde_json::json;
 
+use super::{print, table};
 use crate::bail_input;
 use crate::config::{Auto, MOST_LAYERS, MOST_SIZE, ModelConfig, count};
 use crate::model::{self, Dims, MODELS};
@@ -57,7 +56,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
     count("--layers", base.layers, 1..=MOST_LAYERS)?;
     count("--state", base.state, 1..=MOST_SIZE)?;
     let budget = match args.budget {
-        Some(budget) if budget >= 1.0 && budget <= 1e12 => Some(budget as usize),
+        Some(budget) if (1.0..=1e12).contains(&budget) => Some(budget as usize),
         Some(budget) => bail_input!("--budget is {budget}; it must be between 1 and 1e12 parameters"),
         None => None,
     };
@@ -91,12 +90,11 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
                 })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
-        return Ok(());
+        return print(serde_json::to_string_pretty(&list)?);
     }
 
     let mut table =
-        table(["model", "width", "heads", "parameters", "state/layer", "recurrence", "reference"], 1..5);
+        table(&["model", "width", "heads", "parameters", "state/layer", "recurrence", "reference"], 1..5);
     for (model, width, counted) in &rows {
         let (heads, parameters, state) = match counted {
             Ok((parameters, dims)) => (
@@ -116,27 +114,11 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
             model.reference,
         ]);
     }
-    println!("{table}");
-    println!(
+    print(table)?;
+    print(format_args!(
         "{} layers, {features} input features, {classes} classes, state {}; state sizes are in floats",
         base.layers, base.state
-    );
-    Ok(())
-}
-
-/// A table for the terminal, with some columns aligned to the right.
-pub(super) fn table<const N: usize>(header: [&str; N], right: Range<usize>) -> Table {
-    let mut table = Table::new();
-    table
-        .load_style(presets::UTF8_HORIZONTAL_ONLY.row_separator(LineStyle::none()))
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(header);
-    for column in right {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
+    ))
 }
 
 /// 1234567 as "1,234,567".

@@ -2,7 +2,8 @@
 
 use serde_json::json;
 
-use super::models::{grouped, table};
+use super::models::grouped;
+use super::{print, table};
 use crate::config::{Config, GapKind, TaskConfig, TaskPreset};
 use crate::task::batch::TIMESTEP;
 
@@ -46,11 +47,10 @@ pub fn run(args: TasksArgs) -> anyhow::Result<()> {
                 })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
-        return Ok(());
+        return print(serde_json::to_string_pretty(&list)?);
     }
 
-    let header = [
+    let header = &[
         "task",
         "symbols",
         "classes",
@@ -75,9 +75,8 @@ pub fn run(args: TasksArgs) -> anyhow::Result<()> {
             varies(task.preset).to_string(),
         ]);
     }
-    println!("{table}");
-    println!("timesteps are the mean of a sample; {REFERENCE}");
-    Ok(())
+    print(table)?;
+    print(format_args!("timesteps are the mean of a sample; {REFERENCE}"))
 }
 
 /// The name in configurations.
