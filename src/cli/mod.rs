@@ -1,6 +1,5 @@
 //! The command line: one file per subcommand.
 
-mod data;
 mod devices;
 mod eval;
 mod models;
@@ -41,7 +40,6 @@ enum Command {
     Predict(predict::PredictArgs),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
-    Data(data::DataArgs),
     Models(models::ModelsArgs),
     Tasks(tasks::TasksArgs),
     Devices(devices::DevicesArgs),
@@ -61,7 +59,6 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Predict(args) => predict::run(args),
         Command::Import(args) => transfer::import(args),
         Command::Export(args) => transfer::export(args),
-        Command::Data(args) => data::run(args),
         Command::Models(args) => models::run(args),
         Command::Tasks(args) => tasks::run(args),
         Command::Devices(args) => devices::run(args),

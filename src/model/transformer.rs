@@ -125,7 +125,7 @@ impl Mixer for Transformer {
     fn check_weights(&self) -> anyhow::Result<()> {
         let loaded = self.inv_freq.value().to_dtype(candle_core::DType::F64)?.to_vec1::<f64>()?;
         let own = inverse_frequencies(self.rope_base, self.head_dim);
-        if loaded.iter().zip(&own).any(|(a, b)| !((a - b).abs() <= 1e-4 * b)) {
+        if loaded.iter().zip(&own).any(|(a, b)| a.is_nan() || (a - b).abs() > 1e-4 * b) {
             bail_input!(
                 "{} in the weights does not belong to model.rope_base {}",
                 self.inv_freq.name(),

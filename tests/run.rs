@@ -1,0 +1,422 @@
+//! Whole runs through the command line: train, die, resume, evaluate; import, predict, export; the
+//! weather that a run can meet.
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use assert_cmd::cargo::cargo_bin_cmd;
+use candle_core::{Device, Tensor};
+use common::{Golden, relative_rms};
+use selectivbench::model::MODELS;
+use serde_json::Value;
+
+/// A model that trains in seconds on a task with gaps and noise.
+const TINY: &str = "
+seed: 3
+task:
+  preset: task2
+  ambiguities: 4
+  depth: 3
+  length: 12
+  gap: {low: 0.1, high: 0.3}
+  test_gap: 0.2
+  samples: {train: 1200, validation: 20, test: 40}
+model: {name: gated_delta_net, layers: 2, width: 16, state: 8}
+train: {batch: 8, lr: 0.01, warmup: 10, eval_every: 160, save_every: 1, log_every: 1, eval_batch: 16}
+";
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("tiny.yaml"), config).unwrap();
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let program = cargo_bin_cmd!("selectivbench").get_program().to_owned();
+        let mut command = Command::new(program);
+        command.current_dir(self.0.path()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs to the end; gives exit code and stderr.
+    fn run(&self, args: &[&str]) -> (i32, String) {
+        let Output { status, stderr, .. } = self.command(args).output().unwrap();
+        (status.code().unwrap_or(-1), String::from_utf8(stderr).unwrap())
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.command(args).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {stderr}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Expects bad input: exit code 2, one sentence that holds `part`, and no new file.
+    fn refuses(&self, args: &[&str], part: &str) {
+        let before = tree(self.0.path());
+        let (code, stderr) = self.run(args);
+        assert_eq!(code, 2, "{args:?}: {stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{args:?}: {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains(part), "{args:?}: {stderr}");
+        assert_eq!(tree(self.0.path()), before, "{args:?} wrote something");
+    }
+}
+
+/// Every file below `dir`, with its contents.
+fn tree(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files.push((path.clone(), vec![]));
+            files.extend(tree(&path));
+        } else {
+            files.push((path.clone(), fs::read(&path).unwrap()));
+        }
+    }
+    files.sort();
+    files
+}
+
+/// The metrics without what a clock says.
+fn metrics(run: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| {
+            let mut value: Value = serde_json::from_str(line).unwrap();
+            let object = value.as_object_mut().unwrap();
+            object.retain(|key, _| !["seconds", "tokens_per_s"].contains(&key.as_str()));
+            value
+        })
+        .collect()
+}
+
+fn summary(run: &Path) -> Value {
+    serde_json::from_slice(&fs::read(run.join("summary.json")).unwrap()).unwrap()
+}
+
+fn same_end(a: &Path, b: &Path) {
+    let bytes = |run: &Path| fs::read(run.join("checkpoint.safetensors")).unwrap();
+    assert!(bytes(a) == bytes(b), "the checkpoints differ");
+    assert_eq!(metrics(a), metrics(b));
+    for field in ["accuracy", "loss", "ceiling", "steps", "samples", "parameters", "data"] {
+        assert_eq!(summary(a)[field], summary(b)[field], "{field}");
+    }
+}
+
+#[test]
+fn a_killed_run_ends_as_an_uninterrupted_one() {
+    let place = Place::new(TINY);
+    place.ok(&["train", "tiny.yaml", "--out", "whole"]);
+    let train = ["train", "tiny.yaml", "--out", "killed", "--resume"];
+    // The state is written after every update, so that some of the kills fall into a write.
+    let mut kills = 0;
+    let mut wait = 20;
+    while !place.path("killed/summary.json").exists() {
+        let mut child = place.command(&train).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Longer every time: the run must come to its end.
+        let deadline = Instant::now() + Duration::from_millis(wait);
+        wait += 13;
+        while Instant::now() < deadline && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        kills += usize::from(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(kills >= 3, "only {kills} kills: the run is too short for this test");
+    same_end(&place.path("whole"), &place.path("killed"));
+    let left: Vec<_> = fs::read_dir(place.path("killed")).unwrap().flatten().map(|e| e.file_name()).collect();
+    // What kills left half-written is swept up by the next run; the last one was not killed.
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with(".unfinished")), "{left:?}");
+    // A resume of a finished run changes nothing.
+    place.ok(&train);
+    same_end(&place.path("whole"), &place.path("killed"));
+}
+
+#[test]
+fn the_configuration_in_a_run_directory_repeats_the_run() {
+    let place = Place::new(TINY);
+    place.ok(&["train", "tiny.yaml", "--out", "a", "--threads", "1"]);
+    place.ok(&["train", "a/config.yaml", "--out", "b", "--threads", "2"]);
+    same_end(&place.path("a"), &place.path("b"));
+    let yaml = |run: &str| fs::read_to_string(place.path(run).join("config.yaml")).unwrap();
+    assert_eq!(yaml("a"), yaml("b"));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_saves_and_says_how_to_go_on() {
+    let place = Place::new(TINY);
+    place.ok(&["train", "tiny.yaml", "--out", "whole"]);
+    let mut child = place
+        .command(&["train", "tiny.yaml", "--out", "stopped", "--set", "train.save_every=1"])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !place.path("stopped/state.safetensors").exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let status = child.wait().unwrap();
+    let mut stderr = String::new();
+    std::io::Read::read_to_string(child.stderr.as_mut().unwrap(), &mut stderr).unwrap();
+    assert_eq!(status.code(), Some(130), "{stderr}");
+    let command = "selectivbench train stopped/config.yaml --out stopped --resume";
+    assert!(stderr.contains(command), "{stderr}");
+    assert!(place.path("stopped/checkpoint.safetensors").exists());
+    place.ok(&["train", "stopped/config.yaml", "--out", "stopped", "--resume"]);
+    same_end(&place.path("whole"), &place.path("stopped"));
+}
+
+#[test]
+fn evaluation_at_several_gaps_and_in_pieces() {
+    let place = Place::new(TINY);
+    place.ok(&["train", "tiny.yaml", "--out", "run", "--set", "task.eval_gaps=[0.2, 0.5]"]);
+    place.ok(&["eval", "run", "--gap", "0.2,0.5,1,2", "--json", "whole.json", "--chunk", "4096"]);
+    place.ok(&["eval", "run/checkpoint.safetensors", "--gap", "0.2,0.5,1,2", "--json", "pieces.json", "--chunk", "7"]);
+    let read = |name: &str| -> Vec<Value> { serde_json::from_slice(&fs::read(place.path(name)).unwrap()).unwrap() };
+    let (whole, pieces) = (read("whole.json"), read("pieces.json"));
+    assert_eq!(whole.len(), 4);
+    for (whole, pieces) in whole.iter().zip(&pieces) {
+        let number = |row: &Value, field: &str| row[field].as_f64().unwrap();
+        assert_eq!(whole["accuracy"], pieces["accuracy"]);
+        assert!((number(whole, "loss") - number(pieces, "loss")).abs() < 1e-6);
+        assert_eq!(number(whole, "timesteps"), 12.0 * (1.0 + 10.0 * number(whole, "gap")));
+    }
+    // The run's own tests are the same.
+    let tests = &summary(&place.path("run"))["tests"];
+    for (i, row) in whole[..2].iter().enumerate() {
+        assert_eq!(tests[i]["accuracy"], row["accuracy"]);
+        assert_eq!(tests[i]["gap"], row["gap"]);
+        assert_eq!(tests[i]["ceiling"], row["ceiling"]);
+    }
+}
+
+#[test]
+fn every_model_trains_and_learns() {
+    let place = Place::new(TINY);
+    for model in MODELS {
+        let name = format!("model.name={}", model.name);
+        let run = place.path(model.name);
+        place.ok(&["train", "tiny.yaml", "--out", run.to_str().unwrap(), "--set", &name, "--set", "task.noise=0"]);
+        let metrics = metrics(&run);
+        let validations: Vec<&Value> = metrics.iter().filter(|m| m["split"] == "validation").collect();
+        let accuracy = |m: &Value| m["accuracy"].as_f64().unwrap();
+        let (first, last) = (accuracy(validations[0]), accuracy(validations[validations.len() - 1]));
+        assert!(last > first + 0.05 && last > 0.25, "{}: {first} to {last}", model.name);
+    }
+}
+
+#[test]
+fn as_released_with_the_emulation() {
+    let place = Place::new(TINY);
+    place.refuses(&["train", "tiny.yaml", "--set", "train.emulate=authors"], "task.split");
+    let set = ["--set", "train.emulate=authors", "--set", "task.split=as-released"];
+    place.ok(&[&["train", "tiny.yaml", "--out", "run"], &set[..]].concat());
+    let summary = summary(&place.path("run"));
+    assert_eq!(summary["split"], "as-released");
+    assert_eq!(summary["emulate"].as_array().unwrap().len(), 4);
+    let metrics = metrics(&place.path("run"));
+    assert_eq!(metrics[0]["lr"], 0.0, "the first update of the released code changes nothing");
+}
+
+#[test]
+fn weights_that_explode_end_the_run_with_a_name() {
+    let place = Place::new(TINY);
+    let (code, stderr) = place.run(&[
+        "train", "tiny.yaml", "--out", "run", "--set", "train.lr=1e30", "--set", "train.warmup=0",
+    ]);
+    assert_eq!(code, 1, "{stderr}");
+    let last = stderr.lines().last().unwrap();
+    assert!(last.starts_with("error: update ") && last.contains("not finite"), "{last}");
+    assert!(last.contains("run/checkpoint.safetensors"), "{last}");
+    place.ok(&["eval", "run"]);
+}
+
+/// The state of a golden model without the rest of its file.
+fn golden_state(golden: &Golden, path: &Path) {
+    let tensors: HashMap<String, Tensor> = golden
+        .names()
+        .filter_map(|name| Some((name.strip_prefix("param.")?.to_string(), golden.get(name, candle_core::DType::F32))))
+        .collect();
+    candle_core::safetensors::save(&tensors, path).unwrap();
+}
+
+#[test]
+fn imported_weights_predict_what_pytorch_predicts() {
+    let place = Place::new(TINY);
+    for model in MODELS {
+        let golden = Golden::open(&format!("model_{}", model.name));
+        golden_state(&golden, &place.path("state.safetensors"));
+        let x = golden.get("x", candle_core::DType::F32);
+        candle_core::safetensors::save(&HashMap::from([("x", x)]), place.path("x.safetensors")).unwrap();
+        let name = format!("model.name={}", model.name);
+        let set = ["--set", &name, "--set", "model.width=64", "--set", "model.state=16"];
+        place.ok(
+            &[
+                &["import", "--config", "tiny.yaml", "--weights", "state.safetensors", "--out", "m.safetensors"],
+                &set[..],
+            ]
+            .concat(),
+        );
+        place.ok(&["predict", "m.safetensors", "--input", "x.safetensors", "--output", "y.safetensors"]);
+        let y = candle_core::safetensors::load(place.path("y.safetensors"), &Device::Cpu).unwrap();
+        let error = relative_rms(&y["logits"], &golden.f64("logits"));
+        assert!(error < 1e-5, "{}: logits are off by {error:.1e}", model.name);
+        // And back again, bit for bit.
+        place.ok(&["export", "m.safetensors", "--out", "back.safetensors"]);
+        let load = |name: &str| candle_core::safetensors::load(place.path(name), &Device::Cpu).unwrap();
+        let (there, back) = (load("state.safetensors"), load("back.safetensors"));
+        assert_eq!(there.len(), back.len());
+        for (name, tensor) in &there {
+            common::assert_same_bits(name, tensor, &back[name]);
+        }
+    }
+}
+
+#[test]
+fn bad_input_is_refused_before_any_work() {
+    let place = Place::new(TINY);
+    place.ok(&["train", "tiny.yaml", "--out", "run"]);
+    let checkpoint = fs::read(place.path("run/checkpoint.safetensors")).unwrap();
+    fs::write(place.path("cut.safetensors"), &checkpoint[..checkpoint.len() / 2]).unwrap();
+    fs::write(place.path("empty.safetensors"), []).unwrap();
+    fs::write(place.path("text.safetensors"), "no tensors").unwrap();
+    fs::write(place.path("cut.yaml"), "task: {preset: ta").unwrap();
+    let newer = String::from_utf8_lossy(&checkpoint[8..]).find("\"format\":\"1\"").unwrap() + 8;
+    let mut future = checkpoint.clone();
+    future[newer + 10] = b'9';
+    fs::write(place.path("future.safetensors"), &future).unwrap();
+    place.ok(&["export", "run", "--out", "weights.safetensors"]);
+    fs::create_dir(place.path("folder")).unwrap();
+    fs::write(place.path("folder/something"), "else").unwrap();
+
+    let cases: &[(&[&str], &str)] = &[
+        (&["train", "none.yaml"], "none.yaml"),
+        (&["train", "cut.yaml"], "cut.yaml"),
+        (&["train", "tiny.yaml", "--set", "train.lr=-1"], "train.lr is -1"),
+        (&["train", "tiny.yaml", "--set", "train.lrr=1"], "did you mean `train.lr`"),
+        (&["train", "tiny.yaml", "--set", "model.name=mamba3"], "did you mean `mamba2`"),
+        (&["train", "tiny.yaml", "--set", "model.width=30"], "model.width"),
+        (&["train", "tiny.yaml", "--set", "train.warmup=1000"], "train.warmup is 1000"),
+        (&["train", "tiny.yaml", "--set", "train.precision=bf16"], "train.precision is bf16"),
+        (&["train", "tiny.yaml", "--set", "task.density=0.0001"], "task.density"),
+        (&["train", "tiny.yaml", "--device", "gpu"], "--device"),
+        (&["train", "tiny.yaml", "--device", "cuda:0"], "--device is `cuda:0`"),
+        (&["train", "tiny.yaml", "--threads", "0"], "--threads is 0"),
+        (&["train", "tiny.yaml", "--out", "run"], "run is not empty"),
+        (&["train", "tiny.yaml", "--out", "tiny.yaml"], "tiny.yaml is a file"),
+        (&["train", "tiny.yaml", "--out", "/proc/selectivbench"], "/proc/selectivbench"),
+        (&["train", "tiny.yaml", "--out", "folder", "--resume"], "no run to resume"),
+        (&["train", "tiny.yaml", "--out", "run", "--resume", "--set", "train.lr=0.5"], "train.lr is 0.5"),
+        (&["eval", "nowhere"], "nowhere"),
+        (&["eval", "folder"], "folder/checkpoint.safetensors"),
+        (&["eval", "cut.safetensors"], "cut.safetensors"),
+        (&["eval", "empty.safetensors"], "empty.safetensors"),
+        (&["eval", "text.safetensors"], "text.safetensors"),
+        (&["eval", "future.safetensors"], "format 9"),
+        (&["eval", "weights.safetensors"], "selectivbench import"),
+        (&["eval", "run", "--gap", "-1"], "--gap"),
+        (&["eval", "run", "--gap", "NaN"], "--gap"),
+        (&["eval", "run", "--gap", "1e9"], "--gap"),
+        (&["eval", "run", "--samples", "0"], "--samples is 0"),
+        (&["eval", "run", "--split", "held"], "--split is held"),
+        (&["eval", "run", "--json", "folder"], "folder"),
+        (&["eval", "run", "cut.safetensors"], "cut.safetensors"),
+        (&["predict", "run", "--input", "weights.safetensors", "--output", "y"], "no tensor `x`"),
+        (&["predict", "run", "--input", "none", "--output", "y"], "none"),
+        (
+            &["import", "--config", "tiny.yaml", "--weights", "weights.safetensors", "--out", "c", "--set",
+              "model.name=mamba"],
+            "layers.0.",
+        ),
+        (
+            &["import", "--config", "tiny.yaml", "--weights", "weights.safetensors", "--out", "c", "--set",
+              "model.layers=1"],
+            "layers.1.",
+        ),
+        (
+            &["import", "--config", "tiny.yaml", "--weights", "weights.safetensors", "--out", "c", "--set",
+              "model.width=32"],
+            "has shape",
+        ),
+        (&["import", "--config", "tiny.yaml", "--weights", "cut.safetensors", "--out", "c"], "cut.safetensors"),
+        (&["export", "cut.safetensors", "--out", "w"], "cut.safetensors"),
+    ];
+    for (args, part) in cases {
+        place.refuses(args, part);
+    }
+
+    // A damaged state does not cost the run more than the state.
+    let state = fs::read(place.path("run/state.safetensors")).unwrap();
+    fs::write(place.path("run/state.safetensors"), &state[..state.len() / 3]).unwrap();
+    place.refuses(&["train", "tiny.yaml", "--out", "run", "--resume"], "run/state.safetensors");
+}
+
+/// `ulimit -f` with the signal ignored: writing fails as on a full disk.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_ends_the_run_without_a_loss() {
+    let place = Place::new(TINY);
+    place.ok(&["train", "tiny.yaml", "--out", "whole"]);
+    let program = cargo_bin_cmd!("selectivbench").get_program().to_owned();
+    // 24 KiB are enough for some metrics and the checkpoint, not for all metrics.
+    let full = format!(
+        "trap '' XFSZ; ulimit -f 24; exec '{}' train tiny.yaml --out full",
+        program.to_string_lossy()
+    );
+    let output = Command::new("bash").args(["-c", &full]).current_dir(place.0.path()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let last = stderr.lines().last().unwrap();
+    assert!(last.contains("cannot write") && last.contains("metrics.jsonl"), "{last}");
+    assert!(last.contains("saved up to update") && last.contains("--resume"), "{last}");
+    place.ok(&["train", "tiny.yaml", "--out", "full", "--resume"]);
+    same_end(&place.path("whole"), &place.path("full"));
+}
+
+#[test]
+fn two_processes_do_not_train_in_one_directory() {
+    let place = Place::new(TINY);
+    let mut child = place
+        .command(&["train", "tiny.yaml", "--out", "run", "--set", "task.samples.train=20000"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !place.path("run/state.safetensors").exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (code, stderr) =
+        place.run(&["train", "tiny.yaml", "--out", "run", "--resume", "--set", "task.samples.train=20000"]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("another process is training in run"), "{stderr}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let place = Place::new(TINY);
+    for args in [&["models"][..], &["tasks"], &["--help"]] {
+        let mut child = place.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+}
