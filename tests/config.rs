@@ -140,7 +140,7 @@ fn accepts() {
         ("train: {warmup: 3125}", &[], "train.warmup", "3125.0"),
         ("task: {samples: {train: 1}}\ntrain: {warmup: 0}", &[], "task.samples.train", "1"),
         ("train: {emulate: authors}", &["task.split=as-released"], "train.emulate", "authors"),
-        ("train: {emulate: authors}", &[], "task.split", "held-out"),
+        ("", &["task.split=as-released"], "train.emulate", "none"),
         ("task: {gap: {law: fixed, high: 0}}", &[], "task.gap.high", "0.0"),
         ("task: {gap: {law: lognormal, low: 0, high: 2, mu: -1, sigma: 0}}", &[], "task.gap.mu", "-1.0"),
         ("task: {vocab: 6, ambiguities: 0, depth: 0}", &[], "task.depth", "0"),
@@ -408,6 +408,11 @@ fn refuses_values() {
              16 or less",
         ),
         ("train.warmup=3125.5", "train.warmup is 3125.5 updates, but the run has only 3125"),
+        (
+            "train.emulate=authors",
+            "train.emulate is authors, but task.split is held-out; the released code's numbers need task.split \
+             as-released",
+        ),
         ("train.lr_min=1.5", "train.lr_min is 1.5; it must be between 0 and 1"),
         ("train.lr_min=-0.1", "train.lr_min is -0.1; it must be between 0 and 1"),
         ("train.clip=0", "train.clip is 0; it must be greater than 0 and at most 1e30"),
@@ -828,7 +833,11 @@ proptest! {
     fn yaml_gives_the_configuration_back(
         seed in any::<u64>(), task in task_config(), model in model_config(), train in train_config(),
     ) {
-        let config = Config { seed, task, model, train };
+        let mut config = Config { seed, task, model, train };
+        if config.train.emulate == Emulate::Authors {
+            // Seed times index must fit into 32 bits.
+            (config.task.split, config.seed) = (Split::AsReleased, 1 + seed % 400);
+        }
         config.check().unwrap();
         prop_assert_eq!(parse(&config.to_yaml(), "again", &[]).unwrap(), config);
     }

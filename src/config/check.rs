@@ -31,6 +31,12 @@ impl Config {
         self.task.check(self.seed)?;
         self.model.check(self.task.vocab(), self.task.states())?;
         self.train.check()?;
+        if self.train.emulate == Emulate::Authors && self.task.split != Split::AsReleased {
+            bail_input!(
+                "train.emulate is authors, but task.split is held-out; the released code's numbers need task.split \
+                 as-released"
+            )
+        }
         let (warmup, updates) = (self.train.warmup, self.updates());
         if warmup > updates as f64 {
             bail_input!(
