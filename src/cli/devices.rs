@@ -3,6 +3,7 @@
 use candle_core::utils::cuda_is_available;
 use serde_json::json;
 
+use super::print;
 use crate::device::{NO_CUDA, parse_device};
 
 /// Lists the devices that --device can name.
@@ -29,18 +30,17 @@ pub fn run(args: DevicesArgs) -> anyhow::Result<()> {
         let mut list = vec![json!({ "name": "cpu", "cores": cores, "threads": threads, "simd": simd })];
         list.extend((0..gpus).map(|index| json!({ "name": format!("cuda:{index}") })));
         let all = json!({ "devices": list, "cuda": cuda_is_available() });
-        println!("{}", serde_json::to_string_pretty(&all)?);
-        return Ok(());
+        return print(serde_json::to_string_pretty(&all)?);
     }
     let simd = if simd.is_empty() { "no SIMD beyond the baseline".to_string() } else { simd.join(" ") };
-    println!("cpu     {cores} cores, {threads} threads, {simd}");
+    print(format_args!("cpu     {cores} cores, {threads} threads, {simd}"))?;
     for index in 0..gpus {
-        println!("cuda:{index}");
+        print(format_args!("cuda:{index}"))?;
     }
     if !cuda_is_available() {
-        println!("{NO_CUDA}");
+        print(NO_CUDA)?;
     } else if gpus == 0 {
-        println!("no GPU was found");
+        print("no GPU was found")?;
     }
     Ok(())
 }

@@ -203,7 +203,15 @@ impl Row {
 fn table(rows: &[Row], split: Option<Split>) -> Table {
     let mut table = super::table(
         &[
-            "checkpoint", "model", "split", "gap", "timesteps", "samples", "accuracy", "ceiling", "loss",
+            "checkpoint",
+            "model",
+            "split",
+            "gap",
+            "timesteps",
+            "samples",
+            "accuracy",
+            "ceiling",
+            "loss",
             "tokens/s",
         ],
         3..10,

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
+use super::{print, table};
 use crate::bail_input;
 use crate::config::{Auto, MOST_LAYERS, MOST_SIZE, ModelConfig, count};
 use crate::model::{self, Dims, MODELS};
@@ -90,25 +90,11 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
                 })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
-        return Ok(());
+        return print(serde_json::to_string_pretty(&list)?);
     }
 
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
-        "model",
-        "width",
-        "heads",
-        "parameters",
-        "state/layer",
-        "recurrence",
-        "reference",
-    ]);
-    for column in 1..=4 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    let mut table =
+        table(&["model", "width", "heads", "parameters", "state/layer", "recurrence", "reference"], 1..5);
     for (model, width, counted) in &rows {
         let (heads, parameters, state) = match counted {
             Ok((parameters, dims)) => (
@@ -128,12 +114,11 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
             model.reference,
         ]);
     }
-    println!("{table}");
-    println!(
+    print(table)?;
+    print(format_args!(
         "{} layers, {features} input features, {classes} classes, state {}; state sizes are in floats",
         base.layers, base.state
-    );
-    Ok(())
+    ))
 }
 
 /// 1234567 as "1,234,567".

@@ -1,9 +1,9 @@
 //! `selectivbench tasks`: the presets, what the authors vary in each, and how large they are.
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
 use super::models::grouped;
+use super::{print, table};
 use crate::config::{Config, GapKind, TaskConfig, TaskPreset};
 use crate::task::batch::TIMESTEP;
 
@@ -47,27 +47,21 @@ pub fn run(args: TasksArgs) -> anyhow::Result<()> {
                 })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
-        return Ok(());
+        return print(serde_json::to_string_pretty(&list)?);
     }
 
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header([
+    let header = &[
         "task",
         "symbols",
         "classes",
         "train steps",
         "test steps",
         "noise",
-        "gaps",
         "tokens/run",
+        "gaps",
         "what varies",
-    ]);
-    for column in [1, 2, 3, 4, 5, 7] {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    ];
+    let mut table = table(header, 1..7);
     for task in &tasks {
         table.add_row([
             name(task.preset)?,
@@ -76,14 +70,13 @@ pub fn run(args: TasksArgs) -> anyhow::Result<()> {
             grouped(train_steps(task)),
             test_steps(task).iter().map(|&steps| grouped(steps)).collect::<Vec<_>>().join(" "),
             task.noise.to_string(),
-            gaps(task),
             grouped(train_tokens(task)),
+            gaps(task),
             varies(task.preset).to_string(),
         ]);
     }
-    println!("{table}");
-    println!("timesteps are the mean of a sample; {REFERENCE}");
-    Ok(())
+    print(table)?;
+    print(format_args!("timesteps are the mean of a sample; {REFERENCE}"))
 }
 
 /// The name in configurations.

@@ -18,7 +18,7 @@ pub(crate) const MOST_LAYERS: usize = 1024;
 pub(crate) const MOST_SIZE: usize = 1 << 16;
 
 /// Trained values of the largest model.
-const MOST_PARAMETERS: usize = 100_000_000_000;
+const MOST_PARAMETERS: f64 = 1e11;
 
 impl Config {
     /// Updates of the run: one pass over the training samples.
@@ -40,8 +40,9 @@ impl Config {
         let (warmup, updates) = (self.train.warmup, self.updates());
         if warmup > updates as f64 {
             bail_input!(
-                "train.warmup is {warmup} updates, but the run has only {updates} ({} samples in batches of {}); \
+                "train.warmup is {} updates, but the run has only {updates} ({} samples in batches of {}); \
                  set train.warmup to {updates} or less",
+                plain(warmup),
                 self.task.samples.train,
                 self.train.batch
             )
@@ -75,6 +76,11 @@ impl TaskConfig {
         let Self { ambiguities, string, gap, samples, .. } = self;
         count("task.ambiguities", *ambiguities, 0..=LETTERS)?;
         let vocab = self.vocab();
+        if *ambiguities == 0 && self.vocab == Auto::AUTO {
+            bail_input!(
+                "task.ambiguities is 0 and task.vocab is auto, which leaves no letter; set task.vocab"
+            )
+        }
         count("task.vocab", vocab, 2..=MOST_SIZE)?;
         if *ambiguities > self.letters() {
             bail_input!(
@@ -97,7 +103,7 @@ impl TaskConfig {
         count("task.string.max", max, 1..=MOST_STEPS)?;
         if string.min > max {
             bail_input!(
-                "task.string.min is {}, but task.string.max is {max}; the minimum comes first",
+                "task.string.min is {}, but task.string.max is {max}, which is less; swap them or widen the range",
                 string.min
             )
         }
@@ -112,7 +118,7 @@ impl TaskConfig {
         }
         if gap.law != GapLaw::Fixed && gap.low > gap.high {
             bail_input!(
-                "task.gap.low is {}, but task.gap.high is {}; the lower end comes first",
+                "task.gap.low is {}, but task.gap.high is {}, which is less; swap them or widen the range",
                 gap.low,
                 gap.high
             )
@@ -176,11 +182,13 @@ impl ModelConfig {
         count("model.householders", self.householders, 1..=64)?;
         let base = self.rope_base;
         number("model.rope_base", base, (1.0..=1e12).contains(&base), "between 1 and 1e12")?;
-        let parameters = model::count_parameters(self, features, classes)?;
+        // One layer, whose count is enough to refuse what no device holds, shows whether all can be built.
+        let one = model::count_parameters(&Self { layers: 1, ..self.clone() }, features, classes)?;
+        let parameters = one as f64 * self.layers as f64;
         if parameters > MOST_PARAMETERS {
             bail_input!(
-                "model.width {} with model.layers {} makes {parameters} parameters; at most {MOST_PARAMETERS} are \
-                 possible",
+                "model.width is {} and model.layers is {}, which makes about {parameters:.0e} parameters; at most \
+                 {MOST_PARAMETERS:e} are possible",
                 self.width,
                 self.layers
             )

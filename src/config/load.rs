@@ -119,6 +119,11 @@ fn document(text: &str, origin: &str) -> anyhow::Result<Value> {
     if most_open(text) > MOST_OPEN {
         bail_input!("{origin} opens more than {MOST_OPEN} brackets; a configuration is mappings of mappings")
     }
+    let control = |c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}');
+    if let Some((at, c)) = text.char_indices().find(|&(_, c)| control(c)) {
+        let line = text[..at].matches('\n').count() + 1;
+        bail_input!("{origin}: line {line} holds the control character {}; remove it", c.escape_unicode())
+    }
     if let Some(name) = alias(text) {
         bail_input!("{origin} repeats a part of itself with the alias *{name}; write its values out")
     }
@@ -144,6 +149,11 @@ fn document(text: &str, origin: &str) -> anyhow::Result<Value> {
         let key = key.split(" at line ").next().unwrap_or(key).trim_matches('"');
         let place = place.strip_suffix(": ").map_or(String::new(), |place| format!(" of `{place}`"));
         bail_input!("{origin}: the key `{}`{place} is given twice", shortened(key))
+    }
+    if let Some((place, number)) = message.split_once("invalid type: integer `") {
+        let number = number.split('`').next().unwrap_or(number);
+        let place = place.strip_suffix(": ").unwrap_or("the configuration");
+        bail_input!("{origin}: {place} is {number}; whole numbers must lie between -2^63 and 2^64")
     }
     if message.contains("recursion limit") {
         bail_input!("{origin} nests too deeply in line {line}; a configuration is mappings of mappings")

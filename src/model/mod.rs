@@ -101,9 +101,9 @@ impl Dims {
                     .map(usize::to_string)
                     .collect();
             bail_input!(
-                "model.width is {width} and model.heads is {heads}, but the width must be a multiple of the heads; the \
-                 nearest widths are {}",
-                near.join(" and ")
+                "model.width is {width} and model.heads is {heads}, but the width must be a multiple of the heads; \
+                 use a width of {}",
+                near.join(" or ")
             )
         }
         Ok(Self {

@@ -34,8 +34,8 @@ use serde::{Deserialize, Serialize};
 
 use self::evaluate::{EvalPlan, Evaluation, evaluate};
 use self::metrics::{Metrics, Record};
-pub use self::progress::count;
 use self::progress::Progress;
+pub use self::progress::count;
 use self::state::State;
 use self::trainer::{NotFinite, Trainer};
 use crate::checkpoint::Checkpoint;
@@ -244,9 +244,10 @@ fn lock(dir: &Path) -> Result<File> {
     let file = File::create(&path).map_err(|e| bad_input!("cannot write {}: {e}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(bad_input!("another process is training in {}; wait for it or give another --out", dir.display()))
-        }
+        Err(std::fs::TryLockError::WouldBlock) => Err(bad_input!(
+            "another process is training in {}; wait for it or give another --out",
+            dir.display()
+        )),
         // A file system without locks: better to train than to refuse.
         Err(std::fs::TryLockError::Error(_)) => Ok(file),
     }
@@ -476,7 +477,9 @@ impl Run<'_> {
             // The weights are still those before the bad update.
             let saved = Checkpoint::save(&self.checkpoint_path(), self.config, self.trainer.net(), step);
             let checkpoint = match saved {
-                Ok(()) => format!("the last good weights, after update {step}, are in {out}/checkpoint.safetensors"),
+                Ok(()) => {
+                    format!("the last good weights, after update {step}, are in {out}/checkpoint.safetensors")
+                }
                 Err(error) => format!("the last good weights could not be saved ({error:#})"),
             };
             return anyhow::anyhow!(
