@@ -18,6 +18,7 @@ task:
   length: 20
   split: as-released
   samples: {train: 1000, validation: 20, test: 30}
+train: {warmup: 10}
 ";
 
 struct Folder(tempfile::TempDir);

@@ -72,7 +72,7 @@ fn observers_are_calibrated_among_distractors() {
     for (gap, probability, start) in [(0.1, 0.1, 5), (0.1, 0.5, 0), (0.3, 0.3, 2), (0.2, 1.0, 0)] {
         let mut config = config(40);
         (config.ambiguities, config.vocab, config.depth) = (3, Auto::Value(5), Auto::Value(3));
-        config.length = 24;
+        (config.length, config.string.max) = (24, Auto::AUTO);
         config.gap = GapConfig { kind: GapKind::Distractor, start, probability, ..config.gap };
         config.test_gap = gap;
         config.split = Split::HeldOut;

@@ -4,7 +4,9 @@
 use std::collections::HashSet;
 
 use proptest::prelude::*;
-use selectivbench::config::{Auto, Config, GapConfig, GapKind, GapLaw, Split, TaskConfig, TaskPreset};
+use selectivbench::config::{
+    Auto, Config, GapConfig, GapKind, GapLaw, Split, StringConfig, TaskConfig, TaskPreset,
+};
 use selectivbench::task::rng::{Pcg64, SeedSequence};
 use selectivbench::task::{BLANK, Batch, PAD, Part, Purpose, Task, held_out_words};
 
@@ -16,6 +18,7 @@ fn config(split: Split, kind: GapKind, law: GapLaw) -> TaskConfig {
         ambiguities: 2,
         depth: Auto::Value(3),
         length: 12,
+        string: StringConfig { min: 1, max: Auto::AUTO },
         gap: GapConfig { kind, law, low: 0.1, high: 0.6, mu: -1.0, sigma: 0.5, start: 2, probability: 0.7 },
         split,
         ..base

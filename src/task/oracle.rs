@@ -483,7 +483,8 @@ mod tests {
         {
             let mut config = Config::of(TaskPreset::Task3).task;
             (config.vocab, config.ambiguities, config.depth) = (Auto::Value(4), 2, Auto::Value(2));
-            (config.density, config.start_states, config.length) = (1.2, 3, 5);
+            (config.density, config.start_states, config.length) = (1.2, 4, 5);
+            config.string.max = Auto::AUTO;
             (config.gap.start, config.gap.probability) = (start, probability);
             config.test_gap = 0.1 * f64::from(distractors);
             if distractors == 0 {

@@ -112,8 +112,9 @@ fn centred(size: i32) -> TextStyle<'static> {
 
 impl<'a> Scene<'a> {
     fn new(task: &'a Task, sample: &'a Sample, batch: &'a Batch, title: &'a str) -> Self {
-        // up to four strips of 100 timesteps; longer ones beyond
-        let strip = batch.steps.div_ceil(4).max(100);
+        // up to four strips of about 100 timesteps; longer ones beyond
+        let strips = batch.steps.div_ceil(110).clamp(1, 4);
+        let strip = batch.steps.div_ceil(strips).max(40);
         let row = (360 / task.grammar().alphabet() as i32).clamp(9, 18);
         Self { task, sample, batch, title, strip, row }
     }
@@ -211,7 +212,8 @@ impl<'a> Scene<'a> {
             }
             let state = self.sample.states[window[0] as usize];
             if wide >= 10 {
-                let name = centred(12).transform(FontTransform::Rotate270);
+                let upright = if wide < 30 { FontTransform::Rotate270 } else { FontTransform::None };
+                let name = centred(12).transform(upright);
                 root.draw_text(
                     grammar.name(state),
                     &name,
@@ -229,7 +231,7 @@ impl<'a> Scene<'a> {
         for t in (first..last).filter(|&t| self.batch.symbols[t] != BLANK) {
             let y = top + self.batch.symbols[t] as i32 * self.row;
             let colour = if self.batch.distractor[t] { DISTRACTOR } else { SYMBOL };
-            let cell = [(at(t), y + 1), (at(t + 1).max(at(t) + 1), y + self.row - 1)];
+            let cell = [(at(t), y + 1), (at(t + 1).max(at(t) + 3), y + self.row - 1)];
             root.draw(&Rectangle::new(cell, colour.filled()))?;
         }
         for y in [top, middle, bottom] {

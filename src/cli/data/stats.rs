@@ -2,11 +2,12 @@
 
 use std::fmt::Write;
 
+use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::Source;
 use crate::cli::models::grouped;
-use crate::cli::{print, table};
+use crate::cli::print;
 use crate::task::oracle::{self, Ceiling};
 use crate::train::split_name;
 
@@ -75,7 +76,8 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
         return print(serde_json::to_string_pretty(&all)?);
     }
 
-    let mut facts = table(&["grammar", ""], 1..2);
+    let mut facts = Table::new();
+    facts.load_style(presets::NOTHING);
     for (name, value) in [
         ("seed", task.seed().to_string()),
         ("attempts until valid", grammar.attempts().to_string()),
@@ -89,12 +91,13 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
         ("mean accepted length, # included", format!("{:.1}", census.string_length)),
         ("strings in a sample, the last one cut", format!("{:.2}", census.strings)),
         ("test part", split.to_string()),
-        ("Bayes ceiling", percent(ceiling)),
+        ("Bayes ceiling, expected", percent(ceiling)),
+        ("  and on these samples", percent(hits)),
         ("always the most frequent state", percent(census.majority)),
     ] {
         facts.add_row([name, &value]);
     }
-    let mut out = format!("{facts}\n\nout-degrees\n");
+    let mut out = format!("{}\n\nout-degrees\n", facts.trim_fmt());
     // about ten rows, each for as many degrees as that takes
     let step = (most - least + 1).div_ceil(10).max(1);
     let of_row = |degree: usize| (degree - least) / step;
