@@ -11,5 +11,7 @@ pub mod error;
 pub mod files;
 pub mod model;
 pub mod ops;
+pub mod plot;
+pub mod report;
 pub mod task;
 pub mod train;

@@ -187,8 +187,18 @@ fn evaluation_at_several_gaps_and_in_pieces() {
     let place = Place::new(TINY);
     place.ok(&["train", "tiny.yaml", "--out", "run", "--set", "task.eval_gaps=[0.2, 0.5]"]);
     place.ok(&["eval", "run", "--gap", "0.2,0.5,1,2", "--json", "whole.json", "--chunk", "4096"]);
-    place.ok(&["eval", "run/checkpoint.safetensors", "--gap", "0.2,0.5,1,2", "--json", "pieces.json", "--chunk", "7"]);
-    let read = |name: &str| -> Vec<Value> { serde_json::from_slice(&fs::read(place.path(name)).unwrap()).unwrap() };
+    place.ok(&[
+        "eval",
+        "run/checkpoint.safetensors",
+        "--gap",
+        "0.2,0.5,1,2",
+        "--json",
+        "pieces.json",
+        "--chunk",
+        "7",
+    ]);
+    let read =
+        |name: &str| -> Vec<Value> { serde_json::from_slice(&fs::read(place.path(name)).unwrap()).unwrap() };
     let (whole, pieces) = (read("whole.json"), read("pieces.json"));
     assert_eq!(whole.len(), 4);
     for (whole, pieces) in whole.iter().zip(&pieces) {
@@ -212,7 +222,16 @@ fn every_model_trains_and_learns() {
     for model in MODELS {
         let name = format!("model.name={}", model.name);
         let run = place.path(model.name);
-        place.ok(&["train", "tiny.yaml", "--out", run.to_str().unwrap(), "--set", &name, "--set", "task.noise=0"]);
+        place.ok(&[
+            "train",
+            "tiny.yaml",
+            "--out",
+            run.to_str().unwrap(),
+            "--set",
+            &name,
+            "--set",
+            "task.noise=0",
+        ]);
         let metrics = metrics(&run);
         let validations: Vec<&Value> = metrics.iter().filter(|m| m["split"] == "validation").collect();
         let accuracy = |m: &Value| m["accuracy"].as_f64().unwrap();
@@ -238,7 +257,14 @@ fn as_released_with_the_emulation() {
 fn weights_that_explode_end_the_run_with_a_name() {
     let place = Place::new(TINY);
     let (code, stderr) = place.run(&[
-        "train", "tiny.yaml", "--out", "run", "--set", "train.lr=100", "--set", "train.warmup=0",
+        "train",
+        "tiny.yaml",
+        "--out",
+        "run",
+        "--set",
+        "train.lr=100",
+        "--set",
+        "train.warmup=0",
     ]);
     assert_eq!(code, 1, "{stderr}");
     let last = stderr.lines().last().unwrap();
@@ -251,7 +277,9 @@ fn weights_that_explode_end_the_run_with_a_name() {
 fn golden_state(golden: &Golden, path: &Path) {
     let tensors: HashMap<String, Tensor> = golden
         .names()
-        .filter_map(|name| Some((name.strip_prefix("param.")?.to_string(), golden.get(name, candle_core::DType::F32))))
+        .filter_map(|name| {
+            Some((name.strip_prefix("param.")?.to_string(), golden.get(name, candle_core::DType::F32)))
+        })
         .collect();
     candle_core::safetensors::save(&tensors, path).unwrap();
 }
@@ -266,13 +294,11 @@ fn imported_weights_predict_what_pytorch_predicts() {
         candle_core::safetensors::save(&HashMap::from([("x", x)]), place.path("x.safetensors")).unwrap();
         let name = format!("model.name={}", model.name);
         let set = ["--set", &name, "--set", "model.width=64", "--set", "model.state=16"];
-        place.ok(
-            &[
-                &["import", "--config", "tiny.yaml", "--weights", "state.safetensors", "--out", "m.safetensors"],
-                &set[..],
-            ]
-            .concat(),
-        );
+        place.ok(&[
+            &["import", "--config", "tiny.yaml", "--weights", "state.safetensors", "--out", "m.safetensors"],
+            &set[..],
+        ]
+        .concat());
         place.ok(&["predict", "m.safetensors", "--input", "x.safetensors", "--output", "y.safetensors"]);
         let y = candle_core::safetensors::load(place.path("y.safetensors"), &Device::Cpu).unwrap();
         let error = relative_rms(&y["logits"], &golden.f64("logits"));
@@ -340,21 +366,51 @@ fn bad_input_is_refused_before_any_work() {
         (&["predict", "run", "--input", "weights.safetensors", "--output", "y"], "no tensor `x`"),
         (&["predict", "run", "--input", "none", "--output", "y"], "none"),
         (
-            &["import", "--config", "tiny.yaml", "--weights", "weights.safetensors", "--out", "c", "--set",
-              "model.name=mamba"],
+            &[
+                "import",
+                "--config",
+                "tiny.yaml",
+                "--weights",
+                "weights.safetensors",
+                "--out",
+                "c",
+                "--set",
+                "model.name=mamba",
+            ],
             "layers.0.",
         ),
         (
-            &["import", "--config", "tiny.yaml", "--weights", "weights.safetensors", "--out", "c", "--set",
-              "model.layers=1"],
+            &[
+                "import",
+                "--config",
+                "tiny.yaml",
+                "--weights",
+                "weights.safetensors",
+                "--out",
+                "c",
+                "--set",
+                "model.layers=1",
+            ],
             "layers.1.",
         ),
         (
-            &["import", "--config", "tiny.yaml", "--weights", "weights.safetensors", "--out", "c", "--set",
-              "model.width=32"],
+            &[
+                "import",
+                "--config",
+                "tiny.yaml",
+                "--weights",
+                "weights.safetensors",
+                "--out",
+                "c",
+                "--set",
+                "model.width=32",
+            ],
             "has shape",
         ),
-        (&["import", "--config", "tiny.yaml", "--weights", "cut.safetensors", "--out", "c"], "cut.safetensors"),
+        (
+            &["import", "--config", "tiny.yaml", "--weights", "cut.safetensors", "--out", "c"],
+            "cut.safetensors",
+        ),
         (&["export", "cut.safetensors", "--out", "w"], "cut.safetensors"),
     ];
     for (args, part) in cases {

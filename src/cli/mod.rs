@@ -5,6 +5,7 @@ mod devices;
 mod eval;
 mod models;
 mod predict;
+mod report;
 mod tasks;
 mod train;
 mod transfer;
@@ -12,7 +13,7 @@ mod transfer;
 use std::io::Write;
 
 use clap::{Parser, Subcommand};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
 use crate::bad_input;
 
@@ -41,6 +42,7 @@ enum Command {
     Predict(predict::PredictArgs),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
+    Report(report::ReportArgs),
     Data(data::DataArgs),
     Models(models::ModelsArgs),
     Tasks(tasks::TasksArgs),
@@ -61,6 +63,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Predict(args) => predict::run(args),
         Command::Import(args) => transfer::import(args),
         Command::Export(args) => transfer::export(args),
+        Command::Report(args) => report::run(args),
         Command::Data(args) => data::run(args),
         Command::Models(args) => models::run(args),
         Command::Tasks(args) => tasks::run(args),
@@ -77,9 +80,12 @@ pub(crate) fn print(text: impl std::fmt::Display) -> anyhow::Result<()> {
 }
 
 /// A table with these columns, those in `numbers` flush right.
-pub(crate) fn table(columns: &[&str], numbers: std::ops::Range<usize>) -> Table {
+pub(crate) fn table(columns: &[&str], numbers: impl IntoIterator<Item = usize>) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(columns);
+    table
+        .load_style(presets::UTF8_HORIZONTAL_ONLY.row_separator(LineStyle::none()))
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(columns);
     for column in numbers {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);

@@ -1,85 +1,22 @@
 //! A sample drawn: which symbol is shown when, what stands in the gaps, and the states to name.
 
-use std::path::Path;
-use std::sync::Once;
-
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::FontTransform;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{FontStyle, FontTransform, register_font};
 
+use crate::plot::{COLOURS, Drawn, INK, Picture, centred, font};
 use crate::task::batch::BLANK;
 use crate::task::grammar::letter;
 use crate::task::{Batch, Sample, Task};
-use crate::{bail_input, files};
 
-/// File formats, told by the extension.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Format {
-    Svg,
-    Png,
-}
-
-impl Format {
-    pub(super) fn of(path: &Path) -> anyhow::Result<Self> {
-        let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-        match extension.as_str() {
-            "svg" => Ok(Format::Svg),
-            "png" => Ok(Format::Png),
-            _ => bail_input!("--picture is {}; its name must end in .svg or .png", path.display()),
-        }
-    }
-}
-
-/// The bundled font first, so that SVG looks the same where it is installed.
-const FONT: &str = "DejaVu Sans, sans-serif";
-
-// Colours that the colour-blind tell apart (Okabe and Ito).
-const SYMBOL: RGBColor = RGBColor(0, 114, 178);
-const DISTRACTOR: RGBColor = RGBColor(213, 94, 0);
+const SYMBOL: RGBColor = COLOURS[0];
+const DISTRACTOR: RGBColor = COLOURS[1];
 const GAP: RGBColor = RGBColor(232, 232, 232);
 const FRAME: RGBColor = RGBColor(190, 190, 190);
-const INK: RGBColor = RGBColor(40, 40, 40);
-
-/// Draws `sample`, whose timesteps are `batch`, to a file.
-pub(super) fn draw(
-    task: &Task,
-    sample: &Sample,
-    batch: Batch,
-    title: &str,
-    path: &Path,
-    format: Format,
-) -> anyhow::Result<()> {
-    static FONT_READY: Once = Once::new();
-    FONT_READY.call_once(|| {
-        let bytes = include_bytes!("../../../assets/DejaVuSans.ttf");
-        // It fails only for a file that is no font.
-        let _ = register_font(FONT, FontStyle::Normal, bytes);
-    });
-    let scene = Scene::new(task, sample, &batch, title);
-    let size = scene.size();
-    match format {
-        Format::Svg => {
-            let mut text = String::new();
-            let root = SVGBackend::with_string(&mut text, size).into_drawing_area();
-            scene.draw(&root).map_err(|error| anyhow::anyhow!("cannot draw {}: {error}", path.display()))?;
-            drop(root);
-            files::write_atomic(path, |out| out.write_all(text.as_bytes()))
-        }
-        Format::Png => {
-            // the encoder writes to a path and looks at its extension
-            let scratch = tempfile::Builder::new().suffix(".png").tempfile()?;
-            let root = BitMapBackend::new(scratch.path(), size).into_drawing_area();
-            scene.draw(&root).map_err(|error| anyhow::anyhow!("cannot draw {}: {error}", path.display()))?;
-            drop(root);
-            let bytes = std::fs::read(scratch.path())?;
-            files::write_atomic(path, |out| out.write_all(&bytes))
-        }
-    }
-}
 
 /// The picture: strips of timesteps below one another, each with the symbols and a band of states.
-struct Scene<'a> {
+pub(super) struct Scene<'a> {
     task: &'a Task,
     sample: &'a Sample,
     batch: &'a Batch,
@@ -102,16 +39,9 @@ const TICKS: i32 = 36;
 /// Space for the name of the axis.
 const BOTTOM: i32 = 18;
 
-fn font(size: i32) -> TextStyle<'static> {
-    TextStyle::from((FONT, size).into_font()).color(&INK)
-}
-
-fn centred(size: i32) -> TextStyle<'static> {
-    font(size).pos(Pos::new(HPos::Center, VPos::Center))
-}
-
 impl<'a> Scene<'a> {
-    fn new(task: &'a Task, sample: &'a Sample, batch: &'a Batch, title: &'a str) -> Self {
+    /// `sample`, whose timesteps are `batch`.
+    pub(super) fn new(task: &'a Task, sample: &'a Sample, batch: &'a Batch, title: &'a str) -> Self {
         // up to four strips of about 100 timesteps; longer ones beyond
         let strips = batch.steps.div_ceil(110).clamp(1, 4);
         let strip = batch.steps.div_ceil(strips).max(40);
@@ -127,36 +57,12 @@ impl<'a> Scene<'a> {
         self.row * self.task.grammar().alphabet() as i32
     }
 
-    fn size(&self) -> (u32, u32) {
-        let height = TOP + self.strips() as i32 * (self.raster() + BAND + TICKS) + BOTTOM;
-        ((LEFT + WIDTH + RIGHT) as u32, height as u32)
-    }
-
     /// Where timestep `t` of a strip begins.
     fn x(&self, t: usize) -> i32 {
         LEFT + (t as f64 * f64::from(WIDTH) / self.strip as f64).round() as i32
     }
 
-    fn draw<B: DrawingBackend>(
-        &self,
-        root: &DrawingArea<B, Shift>,
-    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
-        root.fill(&WHITE)?;
-        root.draw_text(self.title, &font(18), (LEFT, 12))?;
-        self.legend(root)?;
-        for strip in 0..self.strips() {
-            let top = TOP + strip as i32 * (self.raster() + BAND + TICKS);
-            self.strip(root, strip * self.strip, top)?;
-        }
-        let (_, height) = self.size();
-        root.draw_text("timestep", &centred(14), (LEFT + WIDTH / 2, height as i32 - 14))?;
-        root.present()
-    }
-
-    fn legend<B: DrawingBackend>(
-        &self,
-        root: &DrawingArea<B, Shift>,
-    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+    fn legend<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Drawn<B> {
         let distractors = !self.sample.distractors.is_empty();
         let mut entries = vec![(SYMBOL, "symbol".to_string())];
         if distractors {
@@ -183,12 +89,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Timesteps from `first` on, with the upper edge at `top`.
-    fn strip<B: DrawingBackend>(
-        &self,
-        root: &DrawingArea<B, Shift>,
-        first: usize,
-        top: i32,
-    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+    fn strip<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>, first: usize, top: i32) -> Drawn<B> {
         let grammar = self.task.grammar();
         let last = (first + self.strip).min(self.batch.steps);
         let (middle, bottom) = (top + self.raster(), top + self.raster() + BAND);
@@ -256,6 +157,26 @@ impl<'a> Scene<'a> {
             root.draw_text(&t.to_string(), &centred(12), (x, bottom + 13))?;
         }
         Ok(())
+    }
+}
+
+impl Picture for Scene<'_> {
+    fn size(&self) -> (u32, u32) {
+        let height = TOP + self.strips() as i32 * (self.raster() + BAND + TICKS) + BOTTOM;
+        ((LEFT + WIDTH + RIGHT) as u32, height as u32)
+    }
+
+    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Drawn<B> {
+        root.fill(&WHITE)?;
+        root.draw_text(self.title, &font(18), (LEFT, 12))?;
+        self.legend(root)?;
+        for strip in 0..self.strips() {
+            let top = TOP + strip as i32 * (self.raster() + BAND + TICKS);
+            self.strip(root, strip * self.strip, top)?;
+        }
+        let (_, height) = self.size();
+        root.draw_text("timestep", &centred(14), (LEFT + WIDTH / 2, height as i32 - 14))?;
+        root.present()
     }
 }
 

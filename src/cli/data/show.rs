@@ -4,9 +4,10 @@ use std::fmt::Write;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use super::picture::{self, Format};
+use super::picture::Scene;
 use super::{PartName, Source};
 use crate::cli::print;
+use crate::plot::{self, Format};
 use crate::task::{Part, Sample, Task};
 use crate::train::split_name;
 use crate::{bail_input, files};
@@ -38,7 +39,7 @@ pub(super) struct ShowArgs {
 }
 
 pub(super) fn run(args: ShowArgs) -> anyhow::Result<()> {
-    let format = args.picture.as_deref().map(Format::of).transpose()?;
+    let format = args.picture.as_deref().map(|path| Format::of("--picture", path)).transpose()?;
     if let Some(path) = &args.picture {
         files::check_writable(path)?;
     }
@@ -69,7 +70,8 @@ pub(super) fn run(args: ShowArgs) -> anyhow::Result<()> {
     print(format_args!("{title}\n\n{}", text(&task, sample, width, colour).trim_end()))?;
     if let (Some(path), Some(format)) = (&args.picture, format) {
         let sample = sample.clone();
-        picture::draw(&task, &sample, samples.into_batch(), &title, path, format)?;
+        let batch = samples.into_batch();
+        plot::save(&Scene::new(&task, &sample, &batch, &title), path, format)?;
         print(format_args!("\npicture: {}", path.display()))?;
     }
     Ok(())
