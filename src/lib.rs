@@ -15,3 +15,8 @@ pub mod plot;
 pub mod report;
 pub mod task;
 pub mod train;
+
+/// The README's example builds and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
