@@ -1,18 +1,19 @@
 //! Checkpoints: weights under the names of the PyTorch layers, and what is needed to use them again.
 //!
 //! A checkpoint is a safetensors file. Its metadata holds `format` (the version of this layout),
-//! `version` (of the program), `config` (resolved YAML), `step` (updates made), `features` and `classes`
-//! (sizes of the first and the last layer). The bytes are a function of the contents.
+//! `version` (of the program), `config` (resolved YAML) and `step` (updates made). The bytes are a function
+//! of the contents.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
 use crate::config::{self, Config};
-use crate::model::RecNet;
+use crate::model::{self, RecNet};
 use crate::{bad_input, bail_input, files};
 
 /// The layout that this program writes and reads.
@@ -58,38 +59,32 @@ impl Checkpoint {
                 env!("CARGO_PKG_VERSION")
             )
         }
-        let number = |name: &str| {
-            field(name)?
-                .parse::<usize>()
-                .map_err(|_| bad_input!("{what} is damaged: its `{name}` is no whole number"))
-        };
-        Ok(Self {
-            config: config::load::parse(field("config")?, &format!("the configuration in {what}"), &[])?,
-            step: number("step")?,
-            features: number("features")?,
-            classes: number("classes")?,
-            tensors,
-        })
+        let step = field("step")?
+            .parse()
+            .map_err(|_| bad_input!("{what} is damaged: its `step` is no whole number"))?;
+        let config = config::load::parse(field("config")?, &format!("the configuration in {what}"), &[])?;
+        Self::new(config, step, tensors).with_context(|| what.to_string())
     }
 
-    /// Wraps weights of the PyTorch layers; the sizes of the first and the last layer come from them.
+    /// Wraps weights of the PyTorch layers.
     pub fn from_weights(config: Config, tensors: HashMap<String, Tensor>) -> anyhow::Result<Self> {
+        let checkpoint = Self::new(config, 0, tensors)?;
+        checkpoint.model(&Device::Cpu)?;
+        Ok(checkpoint)
+    }
+
+    /// Takes the sizes of the first and the last layer from the weights, and checks that all of them fit.
+    fn new(config: Config, step: usize, tensors: HashMap<String, Tensor>) -> anyhow::Result<Self> {
         let dims = |name: &str| match tensors.get(name).map(Tensor::dims) {
-            Some(&[rows, columns]) => Ok((rows, columns)),
+            Some(&[rows, columns]) if rows > 0 && columns > 0 => Ok((rows, columns)),
             Some(other) => {
                 Err(bad_input!("the tensor {name} has shape {other:?}; it must have two dimensions"))
             }
             None => Err(bad_input!("the weights lack the tensor {name}")),
         };
         let (features, classes) = (dims("encoder.weight")?.1, dims("decoder.weight")?.0);
-        if features == 0 || classes == 0 {
-            bail_input!(
-                "the weights are for {features} input features and {classes} classes; both must be at least 1"
-            )
-        }
-        let checkpoint = Self { config, step: 0, features, classes, tensors };
-        checkpoint.model(&Device::Cpu)?;
-        Ok(checkpoint)
+        model::check_weights(&config.model, features, classes, &tensors)?;
+        Ok(Self { config, step, features, classes, tensors })
     }
 
     /// The model with these weights.
@@ -119,8 +114,6 @@ impl Checkpoint {
             ("version", env!("CARGO_PKG_VERSION").to_string()),
             ("config", self.config.to_yaml()),
             ("step", self.step.to_string()),
-            ("features", self.features.to_string()),
-            ("classes", self.classes.to_string()),
         ];
         write_tensors(path, self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &metadata)
     }

@@ -108,7 +108,6 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
                 task.classes()
             )
         }
-        checkpoint.model(&candle_core::Device::Cpu).with_context(|| path.display().to_string())?;
         let mut gaps = args.gap.clone();
         if gaps.is_empty() {
             gaps = config.task.eval_gaps.clone();

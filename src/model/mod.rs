@@ -14,6 +14,8 @@ mod mamba2;
 mod short_conv;
 mod transformer;
 
+use std::collections::HashMap;
+
 use candle_core::{Result, Tensor};
 
 use crate::config::ModelConfig;
@@ -169,6 +171,18 @@ pub fn count_parameters(config: &ModelConfig, features: usize, classes: usize) -
     let builder = Builder::new();
     recnet::declare(find(&config.name)?, config, features, classes, &builder)?;
     Ok(builder.declared())
+}
+
+/// Refuses weights that do not fit a configured model, before anything is allocated for it.
+pub fn check_weights(
+    config: &ModelConfig,
+    features: usize,
+    classes: usize,
+    tensors: &HashMap<String, Tensor>,
+) -> anyhow::Result<()> {
+    let builder = Builder::new();
+    recnet::declare(find(&config.name)?, config, features, classes, &builder)?;
+    builder.check(tensors)
 }
 
 /// The width whose parameter count comes nearest to `budget`, among the multiples of 8 that the model's

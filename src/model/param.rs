@@ -5,6 +5,7 @@
 //! out in one flat buffer, in the order of their declaration, and draws their initial values. Clipping
 //! and the optimizer run over the flat buffers; views of them are what the operations see.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, Var};
@@ -197,6 +198,31 @@ impl InplaceOp2 for AddAssign {
     }
 }
 
+/// Refuses weights that lack a parameter, have it in another shape, or hold more.
+fn check<'a>(
+    params: impl Iterator<Item = &'a Param> + Clone,
+    tensors: &HashMap<String, Tensor>,
+) -> anyhow::Result<()> {
+    for param in params.clone() {
+        let Some(tensor) = tensors.get(param.name()) else {
+            bail_input!("the weights lack the tensor {} of shape {:?}", param.name(), param.shape())
+        };
+        if tensor.dims() != param.shape() {
+            bail_input!(
+                "the tensor {} has shape {:?} in the weights, but this model needs {:?}",
+                param.name(),
+                tensor.dims(),
+                param.shape()
+            )
+        }
+    }
+    let known: HashSet<&str> = params.map(Param::name).collect();
+    if let Some(name) = tensors.keys().filter(|name| !known.contains(name.as_str())).min() {
+        bail_input!("the weights hold a tensor {name} that this model does not have")
+    }
+    Ok(())
+}
+
 /// Declares parameters under a path of names.
 pub struct Builder {
     prefix: String,
@@ -241,6 +267,11 @@ impl Builder {
     pub fn declared(&self) -> usize {
         let specs = self.specs.lock().unwrap();
         specs.iter().filter(|p| p.trained()).map(|p| p.shape().iter().product::<usize>()).sum()
+    }
+
+    /// Refuses weights that do not fit what was declared; nothing is allocated.
+    pub fn check(&self, tensors: &HashMap<String, Tensor>) -> anyhow::Result<()> {
+        check(self.specs.lock().unwrap().iter(), tensors)
     }
 
     /// Lays the declared parameters out, trained ones first, and draws their values from `seed`.
@@ -343,28 +374,13 @@ impl ParamStore {
     }
 
     /// Every parameter and buffer by name, as a checkpoint holds them.
-    pub fn named(&self) -> impl Iterator<Item = &Param> {
+    pub fn named(&self) -> impl Iterator<Item = &Param> + Clone {
         self.params.iter().chain(&self.buffers)
     }
 
     /// Copies values in by name. Every name must be there with its shape, and no other.
-    pub fn load(&self, tensors: &std::collections::HashMap<String, Tensor>) -> anyhow::Result<()> {
-        for param in self.named() {
-            let Some(tensor) = tensors.get(param.name()) else {
-                bail_input!("the weights lack the tensor {} of shape {:?}", param.name(), param.shape())
-            };
-            if tensor.dims() != param.shape() {
-                bail_input!(
-                    "the tensor {} has shape {:?} in the weights, but this model needs {:?}",
-                    param.name(),
-                    tensor.dims(),
-                    param.shape()
-                )
-            }
-        }
-        if let Some(name) = tensors.keys().filter(|name| !self.named().any(|p| p.name() == *name)).min() {
-            bail_input!("the weights hold a tensor {name} that this model does not have")
-        }
+    pub fn load(&self, tensors: &HashMap<String, Tensor>) -> anyhow::Result<()> {
+        check(self.named(), tensors)?;
         for param in self.named() {
             let own = param.value();
             let tensor = tensors[param.name()].to_dtype(own.dtype())?.to_device(own.device())?;

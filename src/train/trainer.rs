@@ -219,3 +219,99 @@ impl Trainer {
         Ok("the norm of the gradient overflows".into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::load::parse;
+    use crate::task::{Part, Task};
+
+    fn config(sets: &[&str]) -> Config {
+        let text = "
+seed: 5
+task: {preset: task2, ambiguities: 4, depth: 3, length: 10, samples: {train: 800}}
+model: {name: gated_delta_net, layers: 2, width: 16, dropout: 0.3}
+train: {batch: 8, warmup: 10, eval_every: 16}";
+        let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+        parse(text, "test", &sets).unwrap()
+    }
+
+    fn trainer(sets: &[&str]) -> (Trainer, Batch) {
+        let config = config(sets);
+        let task = Task::new(&config.task, config.seed).unwrap();
+        let trainer = Trainer::new(&config, task.features(), task.classes(), &Device::Cpu).unwrap();
+        (trainer, task.batch(Part::Train, 0, 8, None).unwrap())
+    }
+
+    fn gradient(trainer: &Trainer) -> Vec<f32> {
+        trainer.net().params().gradient().to_vec1().unwrap()
+    }
+
+    fn distance(a: &[f32], b: &[f32]) -> f64 {
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let error: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
+        (error / a.iter().map(|a| square(*a)).sum::<f64>()).sqrt()
+    }
+
+    /// Batches of unequal lengths, with dropout: masks and means are those of the whole batch.
+    #[test]
+    fn micro_batches_give_the_gradient_of_the_batch() {
+        let (whole, batch) = trainer(&["train.micro_batch=8"]);
+        let (loss, accuracy) = whole.accumulate(&batch).unwrap();
+        let want = gradient(&whole);
+        for micro in [1, 3, 4] {
+            let (parts, _) = trainer(&[&format!("train.micro_batch={micro}")]);
+            let (l, a) = parts.accumulate(&batch).unwrap();
+            assert!((l - loss).abs() < 1e-6 && a == accuracy, "{micro}: loss {l}, not {loss}");
+            let error = distance(&want, &gradient(&parts));
+            assert!(error < 1e-5, "{micro}: gradient off by {error:.1e}");
+        }
+    }
+
+    #[test]
+    fn emulation_drops_nothing_after_the_first_evaluation() {
+        let authors = ["train.emulate=authors", "task.split=as-released"];
+        let (mut emulated, batch) = trainer(&authors);
+        let (clean, _) = trainer(&["task.split=as-released"]);
+        let (dry, _) = trainer(&["task.split=as-released", "model.dropout=0"]);
+        let loss = |trainer: &Trainer| trainer.accumulate(&batch).unwrap().0;
+        assert_eq!(loss(&emulated), loss(&clean));
+        assert_ne!(loss(&emulated), loss(&dry));
+        // The first evaluation comes after 16 samples, two updates.
+        emulated.step = 2;
+        assert_eq!(loss(&emulated), loss(&dry));
+    }
+
+    #[test]
+    fn emulation_adds_the_means_of_micro_batches() {
+        let authors = ["train.emulate=authors", "task.split=as-released", "model.dropout=0"];
+        let (whole, batch) = trainer(&authors);
+        whole.accumulate(&batch).unwrap();
+        let (parts, _) = trainer(&[&authors[..], &["train.micro_batch=4"]].concat());
+        let (loss, _) = parts.accumulate(&batch).unwrap();
+        let [first, last] = [0..4, 4..8].map(|rows| {
+            let loss = whole.accumulate(&batch.rows(rows)).unwrap().0;
+            (loss, gradient(&whole))
+        });
+        assert!((loss - last.0).abs() < 1e-6, "the last micro-batch is reported");
+        let sum: Vec<f32> = first.1.iter().zip(&last.1).map(|(a, b)| a + b).collect();
+        assert!(distance(&sum, &gradient(&parts)) < 1e-5);
+    }
+
+    #[test]
+    fn an_update_that_is_not_finite_leaves_the_weights_alone() {
+        let (mut trainer, batch) = trainer(&["train.micro_batch=8"]);
+        let params = trainer.net().params();
+        let name = "layers.1.o_proj.weight";
+        let param = params.params().iter().find(|param| param.name() == name).unwrap();
+        let bad = (param.value().ones_like().unwrap() * f64::NAN).unwrap();
+        param.value().slice_set(&bad, 0, 0).unwrap();
+        let before: Vec<u32> = params.value().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect();
+        let error = trainer.update(&batch).unwrap_err();
+        let what = &error.downcast_ref::<NotFinite>().expect("its own error").what;
+        assert_eq!(*what, format!("the weights {name} are not finite"));
+        let values = trainer.net().params().value().to_vec1::<f32>().unwrap();
+        assert_eq!(values.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), before);
+        assert_eq!(trainer.step(), 0);
+    }
+}
