@@ -59,6 +59,7 @@ impl GapRule {
 }
 
 /// Random numbers for the gaps of one sample.
+#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 pub enum GapStream {
     /// The sample's own stream.
     HeldOut(Pcg64),
@@ -158,6 +159,7 @@ impl Sample {
 
 /// Where the noise of one sample comes from.
 #[derive(Clone)]
+#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 pub enum NoiseStream {
     /// Drawn by position with Philox: counter [channel / 4, step, index low, index high].
     HeldOut { key: [u32; 2], index: u64 },

@@ -253,14 +253,14 @@ impl Pcg64 {
 /// The Mersenne Twister MT19937 with the calls of three libraries on top.
 #[derive(Clone)]
 pub struct Mt19937 {
-    words: Box<[u32; 624]>,
+    words: [u32; 624],
     at: usize,
 }
 
 impl Mt19937 {
     /// Knuth's initialisation: `np.random.seed` and `torch.manual_seed`.
     pub fn from_u32(seed: u32) -> Self {
-        let mut words = Box::new([0u32; 624]);
+        let mut words = [0u32; 624];
         words[0] = seed;
         for i in 1..624 {
             let last = words[i - 1];
