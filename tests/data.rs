@@ -387,6 +387,34 @@ fn samples_are_the_authors() {
     });
 }
 
+/// Sizes and seeds that no golden file has: transitions and 21 samples each, from a separate implementation
+/// whose random calls were compared with numpy's.
+#[test]
+fn other_sizes_and_large_seeds() {
+    for (vocab, ambiguities, depth, density, start_states, seed, length, min, max, attempts, want) in [
+        (6, 2, 3, 0.4, 4, (1 << 33) + 5, 20, 1, 20, 47, "f2bc7b923c799a465b1127ee70aa7c29"),
+        (6, 2, 3, 0.4, 4, u64::MAX, 20, 1, 20, 9, "2bac5b145d842b5a1e3786859946d109"),
+        // more symbols than letters; one start state
+        (60, 3, 2, 0.4, 1, 1 << 32, 60, 1, 60, 1, "776bac11040e2c25c4f3f568b6fb924c"),
+        // nothing ambiguous
+        (9, 0, 1, 0.4, 1, 12_345_678_901, 30, 1, 30, 1, "380f4ba92b8fc0d4195856479694d6f8"),
+        // the most instances
+        (8, 7, 100, 9.0, 4, (1 << 40) + 9, 50, 1, 50, 1, "d1fa880c1e84c8535eec23fd3f277171"),
+        // many start states; lengths cut on both sides
+        (41, 40, 3, 0.4, 30, 13, 33, 3, 20, 1, "907ef9006f783821d89270cee30b8c3a"),
+    ] {
+        let grammar = GrammarConfig { vocab, ambiguities, depth, density, start_states, seed };
+        let string = StringConfig { min, max: Auto::Value(max) };
+        let task = task(&grammar, TaskConfig { length, string, ..task_config(&grammar) });
+        assert_eq!(task.grammar().attempts(), attempts);
+        let mut text = task.grammar().transitions_text();
+        for index in (0..20).chain([1 << 40]) {
+            text += &task.line(&task.states(Part::Train, index).unwrap());
+        }
+        assert_eq!(sha256(&text)[..32], *want, "{grammar:?}");
+    }
+}
+
 fn digest(hash: Sha256) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

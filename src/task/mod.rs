@@ -3,16 +3,21 @@
 //! # Two profiles
 //!
 //! `split: as-released` draws what the authors' generator draws, bit for bit. Sample i comes from
-//! `default_rng(seed · i)`; test samples are the first training samples. Where the released code leaves
-//! the streams of gaps and noise to its worker processes, sample i seeds numpy's global generator and
-//! PyTorch's with `seed · i mod 2³²`, as its own on-the-fly mode does with the former.
+//! `default_rng(seed · i)` whatever its part, so validation and test samples are the first training
+//! samples. Where the released code leaves the streams of gaps and noise to its worker processes, sample i
+//! seeds numpy's global generator and PyTorch's with `seed · i mod 2³²`, as its own on-the-fly mode does
+//! with the former; whether there is a gap is drawn from one generator that runs on from sample to sample.
 //!
 //! `split: held-out`, the default, uses the same grammar and one stream for each (seed, part, purpose,
 //! index): PCG64 over the seed sequence of the five words [seed low, seed high, tag, index low, index
-//! high], where the tag is different for every part and purpose. Five words are never the entropy of an
-//! as-released sample (a product of two 64-bit numbers has at most four), and no two of them are equal.
+//! high], where the tag is different for every part and purpose. So no two streams have the same words,
+//! and none has those of an as-released sample (a product of two 64-bit numbers has at most four). Each
+//! stream is used for one sample only: neither the number of threads nor the size of batches matters, and
+//! any sample can be drawn without those before it.
+//!
 //! Noise is drawn by position with Philox: counter [channel / 4, step, index low, index high], key from
-//! the hash of the words (seed, tag), so that a GPU can draw the same.
+//! the hash of the words (seed, tag), so that windows, batches and a GPU can draw the same. The hash leaves
+//! 64 bits of them: keys of two seeds may collide, which for noise does no harm.
 
 pub mod batch;
 pub mod grammar;
