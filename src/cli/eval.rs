@@ -13,7 +13,7 @@ use super::print;
 use crate::checkpoint::Checkpoint;
 use crate::config::Split;
 use crate::device::parse_device;
-use crate::task::{Part, Task, oracle};
+use crate::task::{Part, Task};
 use crate::train::evaluate::{EvalPlan, Evaluation, evaluate};
 use crate::train::{count, device_name, split_name};
 use crate::{bail_input, files};
@@ -154,7 +154,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
                 checkpoint: checkpoint.clone(),
                 parameters: net.params().count(),
                 gap,
-                ceiling: oracle::ceiling(task, Some(gap))?.accuracy,
+                ceiling: task.ceiling(gap)?,
                 evaluation: evaluation.context("the evaluation ended early")?,
             });
         }

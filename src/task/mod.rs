@@ -257,19 +257,18 @@ impl Task {
         BatchStream { batches }
     }
 
-    /// The accuracy that no model exceeds; see [`oracle::ceiling`].
-    ///
-    /// Worked out once. 1 where the test part cannot be drawn: no model can be judged there.
-    pub fn ceiling(&self) -> f64 {
-        *self.ceiling.get_or_init(|| oracle::ceiling(self, None).map_or(1.0, |ceiling| ceiling.accuracy))
-    }
-
-    /// [`Task::ceiling`] where the test gap is `gap`. Blanks of any length leave it as it is.
-    pub fn ceiling_at(&self, gap: f64) -> f64 {
-        if self.config.gap.kind == GapKind::Blank || gap == self.config.test_gap {
-            return self.ceiling();
+    /// The accuracy that no model exceeds where the test gap is `gap`; see [`oracle::ceiling`].
+    pub fn ceiling(&self, gap: f64) -> anyhow::Result<f64> {
+        let work_out = || Ok(oracle::ceiling(self, Some(gap))?.accuracy);
+        // Blanks of any length tell nothing: one figure for all of them.
+        if self.config.gap.kind == GapKind::Distractor {
+            return work_out();
         }
-        oracle::ceiling(self, Some(gap)).map_or(1.0, |ceiling| ceiling.accuracy)
+        if let Some(&known) = self.ceiling.get() {
+            return Ok(known);
+        }
+        let ceiling = work_out()?;
+        Ok(*self.ceiling.get_or_init(|| ceiling))
     }
 
     /// SHA-256 over what decides the data: grammar and configuration.

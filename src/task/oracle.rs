@@ -253,7 +253,7 @@ fn most_probable(all: &mut [Hypothesis]) -> (Option<u32>, f64) {
 }
 
 /// The accuracy of an observer that has only the last `k` elements, for each of `ks`, over the elements of
-/// the first samples of the test part (at most 200): the share of elements whose most probable state was
+/// the test part: the share of elements whose most probable state was
 /// the true one.
 ///
 /// The observer does not know where in a string or in the sample its window lies, unless the window
@@ -263,12 +263,10 @@ fn most_probable(all: &mut [Hypothesis]) -> (Option<u32>, f64) {
 /// that makes Σ_n f(s, n) · h(end, n + k - 1) · Π share. After a `#`, only the new string counts. Gaps and
 /// distractors are not shown.
 pub fn window_curve(task: &Task, ks: &[usize]) -> anyhow::Result<Vec<f64>> {
-    /// Enough for a standard error of half a per cent and less.
-    const SAMPLES: usize = 200;
     let knowledge = Knowledge::new(task);
     let places = Places::new(&knowledge);
     let grammar = task.grammar();
-    let count = task.config().samples.test.min(SAMPLES) as u64;
+    let count = task.config().samples.test as u64;
     // states and their symbols
     let samples: Vec<(Vec<u32>, Vec<u32>)> = (0..count)
         .into_par_iter()

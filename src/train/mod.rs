@@ -41,7 +41,7 @@ use self::trainer::{NotFinite, Trainer};
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Emulate, Precision, Split, TaskPreset};
 use crate::error::Interrupted;
-use crate::task::{Part, Task, oracle};
+use crate::task::{Part, Task};
 use crate::{bad_input, bail_input, files, model};
 
 /// How a run is carried out.
@@ -425,7 +425,7 @@ impl Run<'_> {
             let Some(evaluation) = self.evaluate(Part::Test, Some(gap), progress)? else {
                 return Err(self.stop(false)?);
             };
-            let ceiling = oracle::ceiling(&self.task, Some(gap))?.accuracy;
+            let ceiling = self.task.ceiling(gap)?;
             progress.line(&format!(
                 "test at gap {gap}: accuracy {:.2} % ({:.1} % of the ceiling {:.2} %), loss {:.4}",
                 100.0 * evaluation.accuracy,
