@@ -8,10 +8,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
 use crate::ops::philox::philox4x32;
-use crate::ops::real::Real;
 use crate::{bail_input, dispatch};
 
 /// How a parameter's initial values are drawn.
@@ -144,7 +143,7 @@ impl Param {
                 grad.shape()
             )
         }
-        own.inplace_op2(&grad.contiguous()?, &AddAssign)
+        own.inplace_op2(&grad.contiguous()?, &crate::ops::add::AddAssign)
     }
 
     /// The parameter as a tensor of the graph, for mixers written with Candle's own operations.
@@ -170,31 +169,6 @@ impl crate::ops::Node for Identity {
     }
     fn backward(&self, _: &crate::ops::tape::Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         Ok(grads.to_vec())
-    }
-}
-
-/// dst ← dst + src.
-struct AddAssign;
-
-impl InplaceOp2 for AddAssign {
-    fn name(&self) -> &'static str {
-        "add_assign"
-    }
-    fn cpu_fwd(&self, dst: &mut CpuStorage, dl: &Layout, src: &CpuStorage, sl: &Layout) -> Result<()> {
-        fn add<F: Real>(dst: &mut [F], dl: &Layout, src: &[F], sl: &Layout) -> Result<()> {
-            let (Some((d0, d1)), Some((s0, s1))) = (dl.contiguous_offsets(), sl.contiguous_offsets()) else {
-                candle_core::bail!("add_assign: expected contiguous tensors")
-            };
-            for (d, &s) in dst[d0..d1].iter_mut().zip(&src[s0..s1]) {
-                *d += s;
-            }
-            Ok(())
-        }
-        match (dst, src) {
-            (CpuStorage::F32(dst), CpuStorage::F32(src)) => add(dst, dl, src, sl),
-            (CpuStorage::F64(dst), CpuStorage::F64(src)) => add(dst, dl, src, sl),
-            _ => candle_core::bail!("add_assign: expected f32 or f64 on both sides"),
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Letters: B batch, T timesteps, H heads, K key dim, V value dim, D width or channels, N state, P head
 //! dim of Mamba-2, G groups, C classes, W taps. Tensors are contiguous, batch first, time second.
 
+pub mod add;
 pub mod attention;
 pub mod causal_conv1d;
 pub mod delta;
@@ -25,4 +26,4 @@ pub mod ssd;
 pub mod swiglu;
 pub mod tape;
 
-pub use tape::{Arg, Node, no_grad};
+pub use tape::{Arg, Node, no_grad, view};

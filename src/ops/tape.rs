@@ -2,25 +2,32 @@
 //!
 //! Candle's custom ops take at most three tensors and give one, and its backward pass adds every
 //! gradient into a fresh zero tensor of the argument's size. A recurrence has up to eight inputs and two
-//! outputs. [`apply`] bridges the two: the tape sees one-element *tokens* where the operation has
-//! tensors, so nothing is packed or copied.
+//! outputs, and those zeros and sums are a third of a CPU's training step. [`apply`] bridges the two: the
+//! tape sees one-element *tokens* where the operation has tensors, so nothing is packed or copied, and
+//! gradients pass from node to node beside it.
 //!
 //! ```text
 //!   inputs ──► Gather (token) ──► Core (token) ──► Emit (output 0)
 //!   inputs ──► Gather (token) ──┘             └──► Emit (output 1)
 //! ```
 //!
-//! Going back, every `Emit` leaves the gradient of its output in the node's shared [`Run`]; `Core` then
-//! has all of them, calls [`Node::backward`] once, and every `Gather` hands out what belongs to its inputs.
+//! Going back, Candle's order of nodes is what counts: a `Core` is reached when every node that used its
+//! outputs is done. By then each of them has put its gradient where it belongs, into the output of the
+//! node that made its input; the core calls [`Node::backward`] once with what came together. An input
+//! that no node of ours made (a variable, the result of one of Candle's operations) is gathered as it is,
+//! and an output that one of Candle's operations uses gets its gradient through `Emit`: both worlds mix.
 //!
 //! Parameters stay off the tape altogether: [`Param`] is an argument whose gradient is added straight to
 //! its place in the flat gradient buffer, which is what makes micro-batches, clipping and the optimizer
 //! one pass each.
 
 use std::cell::Cell;
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, TensorId,
+};
 
 use super::real::Real;
 use crate::model::param::Param;
@@ -75,6 +82,8 @@ pub struct Run {
 #[derive(Clone)]
 pub enum Arg {
     Tensor(Tensor),
+    /// A tensor seen in another shape; see [`view`].
+    View(Tensor, Shape),
     Param(Param),
 }
 
@@ -90,20 +99,75 @@ impl From<&Param> for Arg {
     }
 }
 
+/// `tensor` in another shape with as many elements, for the next operation: `Tensor::reshape` without a
+/// node on the tape and without its pass over the gradient.
+pub fn view(tensor: &Tensor, shape: impl Into<Shape>) -> Arg {
+    Arg::View(tensor.clone(), shape.into())
+}
+
 impl Arg {
     /// The value, cut off from the graph.
-    pub fn value(&self) -> Tensor {
+    fn value(&self) -> Result<Tensor> {
         match self {
-            Arg::Tensor(tensor) => tensor.detach(),
-            Arg::Param(param) => param.value(),
+            Arg::Tensor(tensor) => tensor.detach().contiguous(),
+            Arg::View(tensor, shape) => tensor.detach().contiguous()?.reshape(shape),
+            Arg::Param(param) => param.value().contiguous(),
         }
     }
 
     pub fn shape(&self) -> Shape {
         match self {
             Arg::Tensor(tensor) => tensor.shape().clone(),
+            Arg::View(_, shape) => shape.clone(),
             Arg::Param(param) => param.value().shape().clone(),
         }
+    }
+
+    /// The tensor on the graph.
+    fn tensor(&self) -> Option<&Tensor> {
+        match self {
+            Arg::Tensor(tensor) | Arg::View(tensor, _) => Some(tensor),
+            Arg::Param(_) => None,
+        }
+    }
+}
+
+/// Where an output's gradient comes together.
+#[derive(Clone)]
+struct Output {
+    shared: Arc<Shared>,
+    index: usize,
+    /// The core's token: what a node that uses the output hangs on.
+    token: Tensor,
+}
+
+/// The living outputs of nodes, by the tensors they are. An entry leaves with its tensor.
+static OUTPUTS: LazyLock<Mutex<HashMap<TensorId, Output>>> = LazyLock::new(Default::default);
+
+/// A gradient that is still growing.
+#[derive(Clone)]
+struct Sum {
+    grad: Tensor,
+    /// Whether the storage belongs to this sum alone.
+    own: bool,
+}
+
+impl Output {
+    /// Adds to the gradient of the output.
+    fn add(&self, grad: Tensor) -> Result<()> {
+        let slot = &mut self.shared.output_grads.lock().unwrap()[self.index];
+        *slot = Some(match slot.take() {
+            None => Sum { grad, own: false },
+            Some(Sum { grad: sum, own: true }) => {
+                sum.inplace_op2(&grad.reshape(sum.shape())?.contiguous()?, &super::add::AddAssign)?;
+                Sum { grad: sum, own: true }
+            }
+            Some(Sum { grad: first, own: false }) => {
+                let grad = grad.reshape(first.shape())?;
+                Sum { grad: super::add::sum(&first.contiguous()?, &grad.contiguous()?)?, own: true }
+            }
+        });
+        Ok(())
     }
 }
 
@@ -125,15 +189,10 @@ pub fn no_grad<T>(f: impl FnOnce() -> T) -> T {
 
 /// Applies `node` to `args` and puts the result on the tape.
 pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
-    let values: Vec<Tensor> = args.iter().map(|arg| arg.value().contiguous()).collect::<Result<_>>()?;
+    let values: Vec<Tensor> = args.iter().map(Arg::value).collect::<Result<_>>()?;
     let recording = !NO_GRAD.with(Cell::get);
-    let needs: Vec<bool> = args
-        .iter()
-        .map(|arg| match arg {
-            Arg::Tensor(tensor) => recording && tensor.track_op(),
-            Arg::Param(_) => recording,
-        })
-        .collect();
+    let needs: Vec<bool> =
+        args.iter().map(|arg| recording && arg.tensor().is_none_or(Tensor::track_op)).collect();
     let save = needs.contains(&true);
     let device = values[0].device().clone();
     let Forward { outputs, saved } = node.forward(&values, save)?;
@@ -143,56 +202,82 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
     }
 
     let count = outputs.len();
-    let shared = Arc::new(Shared {
-        node: Box::new(node),
-        args: args.to_vec(),
-        run: Mutex::new(Some(Run { args: values, saved, needs: needs.clone() })),
-        output_grads: Mutex::new(vec![None; count]),
-        input_grads: Mutex::new(vec![None; args.len()]),
-    });
-    let mut token = None;
-    let tracked: Vec<usize> = (0..args.len()).filter(|&i| needs[i]).collect();
-    let inputs: Vec<(usize, Tensor)> = tracked
+    let targets: Vec<Target> = args
         .iter()
-        .filter_map(|&i| match &args[i] {
-            Arg::Tensor(tensor) => Some((i, tensor.clone())),
-            Arg::Param(_) => None,
+        .zip(&needs)
+        .map(|(arg, needed)| match (arg, arg.tensor()) {
+            _ if !needed => Target::None,
+            (Arg::Param(param), _) => Target::Param(param.clone()),
+            (_, Some(tensor)) => match OUTPUTS.lock().unwrap().get(&tensor.id()) {
+                Some(output) => Target::Output(output.clone()),
+                None => Target::Candle(tensor.clone()),
+            },
+            (_, None) => Target::None,
         })
         .collect();
-    for group in inputs.chunks(2) {
-        let gather = Gather { shared: shared.clone(), inputs: group.iter().map(|(i, _)| *i).collect() };
-        token = Some(match (token, group) {
-            (None, [(_, a)]) => a.apply_op1(gather)?,
-            (None, [(_, a), (_, b)]) => a.apply_op2(b, gather)?,
-            (Some(token), [(_, a)]) => a.apply_op2(&token, gather)?,
-            (Some(token), [(_, a), (_, b)]) => a.apply_op3(b, &token, gather)?,
-            _ => unreachable!("chunks of two"),
+    // What the core waits for: tokens of the nodes before it, each once, and tensors from elsewhere.
+    let mut edges: Vec<(Option<usize>, Tensor)> = Vec::new();
+    for (i, target) in targets.iter().enumerate() {
+        match target {
+            Target::Candle(tensor) => edges.push((Some(i), tensor.clone())),
+            Target::Output(output) if edges.iter().all(|(_, edge)| edge.id() != output.token.id()) => {
+                edges.push((None, output.token.clone()));
+            }
+            _ => {}
+        }
+    }
+    let shared = Arc::new(Shared {
+        node: Box::new(node),
+        run: Mutex::new(Some(Run { args: values, saved, needs })),
+        output_grads: Mutex::new(vec![None; count]),
+        input_grads: Mutex::new(vec![None; args.len()]),
+        targets: Mutex::new(targets),
+    });
+    let mut token: Option<Tensor> = None;
+    for group in edges.chunks(2) {
+        let mut group = group.to_vec();
+        group.extend(token.take().map(|token| (None, token)));
+        let gather = Gather { shared: shared.clone(), inputs: group.iter().map(|(input, _)| *input).collect() };
+        token = Some(match &group[..] {
+            [(_, a)] => a.apply_op1(gather)?,
+            [(_, a), (_, b)] => a.apply_op2(b, gather)?,
+            [(_, a), (_, b), (_, c)] => a.apply_op3(b, c, gather)?,
+            _ => unreachable!("chunks of two, and a token"),
         });
     }
-    let token = match token {
-        Some(token) => token,
-        // Only parameters: hang the node on the anchor, so that the tape reaches it.
-        None => args
-            .iter()
-            .find_map(|arg| match arg {
-                Arg::Param(param) => Some(param.anchor()),
-                Arg::Tensor(_) => None,
-            })
-            .expect("something needs a gradient"),
-    };
+    // Only parameters: hang the node on the anchor, so that the tape reaches it.
+    let anchor = || args.iter().find_map(|arg| if let Arg::Param(param) = arg { Some(param.anchor()) } else { None });
+    let token = token.or_else(anchor).expect("something needs a gradient");
     let core = token.apply_op1(Core { shared: shared.clone() })?;
     outputs
         .into_iter()
         .enumerate()
-        .map(|(i, value)| core.apply_op1(Emit::new(value, Some((shared.clone(), i)))))
+        .map(|(index, value)| {
+            let output = Output { shared: shared.clone(), index, token: core.clone() };
+            let emit = Emit::new(value, Some(output.clone()));
+            let id = emit.id.clone();
+            let tensor = core.apply_op1(emit)?;
+            OUTPUTS.lock().unwrap().insert(tensor.id(), output);
+            let _ = id.set(tensor.id());
+            Ok(tensor)
+        })
         .collect()
+}
+
+/// Where the gradient of an argument goes.
+enum Target {
+    None,
+    Param(Param),
+    Output(Output),
+    /// A tensor that no node of ours made: its gradient goes back through Candle's own store.
+    Candle(Tensor),
 }
 
 struct Shared {
     node: Box<dyn Node>,
-    args: Vec<Arg>,
     run: Mutex<Option<Run>>,
-    output_grads: Mutex<Vec<Option<Tensor>>>,
+    targets: Mutex<Vec<Target>>,
+    output_grads: Mutex<Vec<Option<Sum>>>,
     input_grads: Mutex<Vec<Option<Tensor>>>,
 }
 
@@ -205,15 +290,19 @@ fn token_grad(token: &Tensor) -> Result<Tensor> {
     token.zeros_like()
 }
 
-/// Stands for up to two inputs of a node, and the token of the inputs before them.
+/// Stands for up to three things that a node waits for: inputs whose gradients it hands out, or tokens.
 struct Gather {
     shared: Arc<Shared>,
-    inputs: Vec<usize>,
+    /// Which argument an input is; none for a token.
+    inputs: Vec<Option<usize>>,
 }
 
 impl Gather {
-    fn take(&self, k: usize) -> Option<Tensor> {
-        self.shared.input_grads.lock().unwrap()[self.inputs[k]].take()
+    fn take(&self, k: usize, input: &Tensor) -> Result<Option<Tensor>> {
+        match self.inputs[k] {
+            Some(i) => Ok(self.shared.input_grads.lock().unwrap()[i].take()),
+            None => token_grad(input).map(Some),
+        }
     }
 }
 
@@ -224,8 +313,8 @@ impl CustomOp1 for Gather {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok(token_storage())
     }
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.take(0))
+    fn bwd(&self, a: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        self.take(0, a)
     }
 }
 
@@ -236,17 +325,8 @@ impl CustomOp2 for Gather {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok(token_storage())
     }
-    fn bwd(
-        &self,
-        _: &Tensor,
-        second: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        match self.inputs.len() {
-            1 => Ok((self.take(0), Some(token_grad(second)?))),
-            _ => Ok((self.take(0), self.take(1))),
-        }
+    fn bwd(&self, a: &Tensor, b: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((self.take(0, a)?, self.take(1, b)?))
     }
 }
 
@@ -267,13 +347,13 @@ impl CustomOp3 for Gather {
     }
     fn bwd(
         &self,
-        _: &Tensor,
-        _: &Tensor,
-        token: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
         _: &Tensor,
         _: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        Ok((self.take(0), self.take(1), Some(token_grad(token)?)))
+        Ok((self.take(0, a)?, self.take(1, b)?, self.take(2, c)?))
     }
 }
 
@@ -300,18 +380,20 @@ impl CustomOp1 for Core {
             .lock()
             .unwrap()
             .iter_mut()
-            .map(|grad| grad.take().map(|grad| grad.contiguous()).transpose())
+            .map(|sum| sum.take().map(|sum| sum.grad.contiguous()).transpose())
             .collect::<Result<_>>()?;
         let grads = shared.node.backward(&run, &output_grads)?;
-        let mut input_grads = shared.input_grads.lock().unwrap();
-        for (i, grad) in grads.into_iter().enumerate() {
+        // Taken as well: with the links gone, nodes are freed one by one, not in a deep recursion.
+        let targets = std::mem::take(&mut *shared.targets.lock().unwrap());
+        for (i, (target, grad)) in targets.into_iter().zip(grads).enumerate() {
             let Some(grad) = grad else { continue };
-            if !run.needs[i] {
-                continue;
-            }
-            match &shared.args[i] {
-                Arg::Tensor(_) => input_grads[i] = Some(grad),
-                Arg::Param(param) => param.accumulate(&grad)?,
+            match target {
+                Target::None => {}
+                Target::Param(param) => param.accumulate(&grad)?,
+                Target::Output(output) => output.add(grad)?,
+                Target::Candle(tensor) => {
+                    shared.input_grads.lock().unwrap()[i] = Some(grad.reshape(tensor.shape())?);
+                }
             }
         }
         Ok(Some(token_grad(token)?))
@@ -321,18 +403,29 @@ impl CustomOp1 for Core {
 /// One output of a node: takes the core's token, gives the tensor that the forward pass made.
 struct Emit {
     value: Mutex<Option<Value>>,
-    target: Option<(Arc<Shared>, usize)>,
+    output: Option<Output>,
+    /// The tensor that this became.
+    id: Arc<OnceLock<TensorId>>,
 }
 
 impl Emit {
-    fn new(value: Value, target: Option<(Arc<Shared>, usize)>) -> Self {
-        Self { value: Mutex::new(Some(value)), target }
+    fn new(value: Value, output: Option<Output>) -> Self {
+        Self { value: Mutex::new(Some(value)), output, id: Default::default() }
+    }
+}
+
+impl Drop for Emit {
+    fn drop(&mut self) {
+        if let Some(id) = self.id.get() {
+            // Dropped after the lock is free: it may hold the last reference to other outputs.
+            let _entry = OUTPUTS.lock().unwrap().remove(id);
+        }
     }
 }
 
 impl CustomOp1 for Emit {
     fn name(&self) -> &'static str {
-        self.target.as_ref().map_or("emit", |(shared, _)| shared.node.name())
+        self.output.as_ref().map_or("emit", |output| output.shared.node.name())
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         match self.value.lock().unwrap().take() {
@@ -341,8 +434,8 @@ impl CustomOp1 for Emit {
         }
     }
     fn bwd(&self, token: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        if let Some((shared, i)) = &self.target {
-            shared.output_grads.lock().unwrap()[*i] = Some(grad.clone());
+        if let Some(output) = &self.output {
+            output.add(grad.clone())?;
         }
         Ok(Some(token_grad(token)?))
     }

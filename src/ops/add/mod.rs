@@ -1,0 +1,84 @@
+//! Sums of two tensors: in the graph, into a new tensor, and in place.
+
+use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor};
+use rayon::prelude::*;
+
+use super::real::Real;
+use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use crate::{dispatch, slices};
+
+/// Elements that one task works through.
+const BLOCK: usize = 1 << 14;
+
+/// a + b, two tensors of one shape.
+pub fn add(a: impl Into<Arg>, b: impl Into<Arg>) -> Result<Tensor> {
+    let (a, b) = (a.into(), b.into());
+    if a.shape() != b.shape() {
+        candle_core::bail!("add: shapes {:?} and {:?} differ", a.shape(), b.shape())
+    }
+    Ok(apply(Add, &[a, b])?.remove(0))
+}
+
+struct Add;
+
+impl Node for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        let value = dispatch!(args[0].dtype(), F => {
+            slices!(F; a = &args[0], b = &args[1]);
+            Value::cpu(sums::<F>(a, b), args[0].shape())
+        });
+        Ok(Forward { outputs: vec![value], saved: vec![] })
+    }
+
+    fn backward(&self, _: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![grads[0].clone(), grads[0].clone()])
+    }
+}
+
+fn sums<F: Real>(a: &[F], b: &[F]) -> Vec<F> {
+    let mut out = vec![F::zero(); a.len()];
+    out.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK)).for_each(|((out, a), b)| {
+        for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+            *out = a + b;
+        }
+    });
+    out
+}
+
+/// a + b outside the graph, both contiguous and of one shape.
+pub(crate) fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    dispatch!(a.dtype(), F => {
+        slices!(F; x = a, y = b);
+        Tensor::from_vec(sums::<F>(x, y), a.shape(), &Device::Cpu)
+    })
+}
+
+/// dst ← dst + src.
+pub(crate) struct AddAssign;
+
+impl InplaceOp2 for AddAssign {
+    fn name(&self) -> &'static str {
+        "add_assign"
+    }
+
+    fn cpu_fwd(&self, dst: &mut CpuStorage, dl: &Layout, src: &CpuStorage, sl: &Layout) -> Result<()> {
+        fn add<F: Real>(dst: &mut [F], dl: &Layout, src: &[F], sl: &Layout) -> Result<()> {
+            let (Some((d0, d1)), Some((s0, s1))) = (dl.contiguous_offsets(), sl.contiguous_offsets()) else {
+                candle_core::bail!("add_assign: expected contiguous tensors")
+            };
+            dst[d0..d1].par_chunks_mut(BLOCK).zip(src[s0..s1].par_chunks(BLOCK)).for_each(|(dst, src)| {
+                super::rows::add(src, dst);
+            });
+            Ok(())
+        }
+        match (dst, src) {
+            (CpuStorage::F32(dst), CpuStorage::F32(src)) => add(dst, dl, src, sl),
+            (CpuStorage::F64(dst), CpuStorage::F64(src)) => add(dst, dl, src, sl),
+            _ => candle_core::bail!("add_assign: expected f32 or f64 on both sides"),
+        }
+    }
+}
