@@ -57,11 +57,16 @@ fn set_readable(_: &File) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Whether a file with this name is one that a killed process left unfinished.
+pub fn is_unfinished(name: &std::ffi::OsStr) -> bool {
+    name.to_string_lossy().starts_with(UNFINISHED)
+}
+
 /// Deletes what a killed process left unfinished in `dir`.
 pub fn delete_unfinished(dir: &Path) {
     let Ok(entries) = std::fs::read_dir(dir) else { return };
     for entry in entries.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+        if is_unfinished(&entry.file_name()) {
             // Only litter: a file that cannot be deleted does no harm.
             let _ = std::fs::remove_file(entry.path());
         }

@@ -60,7 +60,11 @@ fn ceilings_of_the_paper_grammars() {
         assert!((ceiling.accuracy - want).abs() < 3e-4, "{ceiling:?}, expected {want}");
         assert!((ceiling.hits - want).abs() < 1e-3, "{ceiling:?}, expected {want}");
         assert_eq!(task.ceiling(0.1).unwrap(), ceiling.accuracy);
-        assert_eq!(oracle::ceiling(&task, Some(1.0)).unwrap().accuracy, ceiling.accuracy, "blanks tell nothing");
+        assert_eq!(
+            oracle::ceiling(&task, Some(1.0)).unwrap().accuracy,
+            ceiling.accuracy,
+            "blanks tell nothing"
+        );
         let strings = oracle::census(&task).unwrap().strings;
         assert!((strings - number("strings_per_sample")).abs() < 1e-9);
     }

@@ -125,7 +125,7 @@ fn a_killed_run_ends_as_an_uninterrupted_one() {
     let mut kills = 0;
     let mut wait = 20;
     while !place.path("killed/summary.json").exists() {
-        let mut child = place.command(&train).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = place.command(&train).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         // Longer every time: the run must come to its end.
         let deadline = Instant::now() + Duration::from_millis(wait);
         wait += 13;
@@ -134,13 +134,21 @@ fn a_killed_run_ends_as_an_uninterrupted_one() {
         }
         kills += usize::from(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
-        child.wait().unwrap();
+        let Output { status, stderr, .. } = child.wait_with_output().unwrap();
+        // Killed or at its end: no kill may leave anything that the next run refuses.
+        assert!(status.code().is_none_or(|code| code == 0), "{}", String::from_utf8_lossy(&stderr));
     }
     assert!(kills >= 3, "only {kills} kills: the run is too short for this test");
     same_end(&place.path("whole"), &place.path("killed"));
     let left: Vec<_> = fs::read_dir(place.path("killed")).unwrap().flatten().map(|e| e.file_name()).collect();
     // What kills left half-written is swept up by the next run; the last one was not killed.
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with(".unfinished")), "{left:?}");
+    // Killed before the first file: nothing to go on from, nothing in the way.
+    fs::create_dir(place.path("early")).unwrap();
+    fs::write(place.path("early/.lock"), "").unwrap();
+    fs::write(place.path("early/.unfinished-1"), "half").unwrap();
+    place.ok(&["train", "tiny.yaml", "--out", "early", "--resume"]);
+    same_end(&place.path("whole"), &place.path("early"));
     // A resume of a finished run changes nothing.
     place.ok(&train);
     same_end(&place.path("whole"), &place.path("killed"));
@@ -168,6 +176,7 @@ fn an_interrupted_run_saves_and_says_how_to_go_on() {
         .spawn()
         .unwrap();
     while !place.path("stopped/state.safetensors").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it saved anything");
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
@@ -456,6 +465,7 @@ fn two_processes_do_not_train_in_one_directory() {
         .spawn()
         .unwrap();
     while !place.path("run/state.safetensors").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it saved anything");
         std::thread::sleep(Duration::from_millis(1));
     }
     let (code, stderr) =

@@ -12,6 +12,7 @@ use crate::ops::gates::sigmoid;
 use crate::ops::l2norm::l2norm;
 use crate::ops::linear::linear;
 use crate::ops::norms::{RmsEps, rms_norm};
+use crate::ops::view;
 
 pub(super) const MODEL: Model = Model {
     name: "delta_net",
@@ -52,14 +53,14 @@ impl Mixer for DeltaNet {
     fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, width) = x.dims3()?;
         let keys = (batch, steps, self.heads, self.head_dim);
-        let q = l2norm(&self.q.forward(x, 0, call)?.reshape(keys)?)?;
-        let k = l2norm(&self.k.forward(x, 1, call)?.reshape(keys)?)?;
-        let v = self.v.forward(x, 2, call)?.reshape((batch, steps, self.heads, 2 * self.head_dim))?;
+        let q = l2norm(view(&self.q.forward(x, 0, call)?, keys))?;
+        let k = l2norm(view(&self.k.forward(x, 1, call)?, keys))?;
+        let v = view(&self.v.forward(x, 2, call)?, (batch, steps, self.heads, 2 * self.head_dim));
         let beta = sigmoid(&linear(x, &self.beta, None)?, 1.0)?;
         let scale = (self.head_dim as f64).powf(-0.5);
-        let (o, state) = gated_delta_rule(&q, &k, &v, &beta, None, scale, call.recall_arg(3))?;
+        let (o, state) = gated_delta_rule(&q, &k, v, &beta, None, scale, call.recall_arg(3))?;
         call.keep(3, state);
-        let o = rms_norm(&o.reshape((batch, steps, 2 * width))?, &self.norm, 1e-5, RmsEps::Inside)?;
+        let o = rms_norm(view(&o, (batch, steps, 2 * width)), &self.norm, 1e-5, RmsEps::Inside)?;
         linear(&o, &self.out, None)
     }
 }

@@ -7,12 +7,12 @@
 use candle_core::{Result, Tensor};
 
 use super::{Builder, Call, Dims, Init, Mixer, Model, Param, ShortConv};
-use crate::ops::Arg;
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::gates::{decay_gate, sigmoid};
 use crate::ops::l2norm::l2norm;
 use crate::ops::linear::linear;
 use crate::ops::norms::{GateOrder, gated_rms_norm};
+use crate::ops::{Arg, view};
 
 pub(super) const MODEL: Model = Model {
     name: "gated_delta_net",
@@ -72,17 +72,17 @@ impl Mixer for GatedDelta {
         let (batch, t, width) = x.dims3()?;
         let (heads, k_dim, n) = (self.heads, self.head_dim, self.steps);
         // A token's Householder steps stand one after the other: [B, T, n, H, ..] is [B, T n, H, ..].
-        let q = l2norm(&self.q.forward(x, 0, call)?.reshape((batch, t, heads, k_dim))?)?;
-        let k = l2norm(&self.k.forward(x, 1, call)?.reshape((batch, t * n, heads, k_dim))?)?;
-        let v = self.v.forward(x, 2, call)?.reshape((batch, t * n, heads, 2 * k_dim))?;
-        let beta = linear(x, &self.beta, None)?.reshape((batch, t * n, heads))?;
-        let beta = sigmoid(&beta, self.beta_scale)?;
+        let q = l2norm(view(&self.q.forward(x, 0, call)?, (batch, t, heads, k_dim)))?;
+        let k = l2norm(view(&self.k.forward(x, 1, call)?, (batch, t * n, heads, k_dim)))?;
+        let v = view(&self.v.forward(x, 2, call)?, (batch, t * n, heads, 2 * k_dim));
+        let beta = linear(x, &self.beta, None)?;
+        let beta = sigmoid(view(&beta, (batch, t * n, heads)), self.beta_scale)?;
         let g = decay_gate(&linear(x, &self.decay, None)?, &self.a_log, &self.dt_bias)?;
         let scale = (k_dim as f64).powf(-0.5);
-        let (o, state) = gated_delta_rule(&q, &k, &v, &beta, Some(Arg::from(&g)), scale, call.recall_arg(3))?;
+        let (o, state) = gated_delta_rule(&q, &k, v, &beta, Some(Arg::from(&g)), scale, call.recall_arg(3))?;
         call.keep(3, state);
-        let o = o.reshape((batch, t, 2 * width))?;
+        let o = view(&o, (batch, t, 2 * width));
         let gate = linear(x, &self.gate, None)?;
-        linear(&gated_rms_norm(&o, &gate, &self.norm, 1e-5, GateOrder::AfterNorm)?, &self.out, None)
+        linear(&gated_rms_norm(o, &gate, &self.norm, 1e-5, GateOrder::AfterNorm)?, &self.out, None)
     }
 }

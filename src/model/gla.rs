@@ -7,11 +7,11 @@
 use candle_core::{Result, Tensor};
 
 use super::{Builder, Call, Dims, Init, Mixer, Model, Param, ShortConv};
-use crate::ops::Arg;
 use crate::ops::gates::log_sigmoid;
 use crate::ops::gla::gla;
 use crate::ops::linear::linear;
 use crate::ops::norms::{GateOrder, gated_rms_norm};
+use crate::ops::{Arg, view};
 
 /// The gate's logarithm is divided by this, so that states begin long-lived.
 const GATE_DIVISOR: f64 = 16.0;
@@ -64,17 +64,17 @@ impl Mixer for Gla {
     fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, width) = x.dims3()?;
         let keys = (batch, steps, self.heads, self.head_dim);
-        let q = self.q.forward(x, 0, call)?.reshape(keys)?;
-        let k = self.k.forward(x, 1, call)?.reshape(keys)?;
-        let v = self.v.forward(x, 2, call)?.reshape((batch, steps, self.heads, 2 * self.head_dim))?;
+        let q = view(&self.q.forward(x, 0, call)?, keys);
+        let k = view(&self.k.forward(x, 1, call)?, keys);
+        let v = view(&self.v.forward(x, 2, call)?, (batch, steps, self.heads, 2 * self.head_dim));
         let decay = linear(x, &self.decay_down, None)?;
         let decay = linear(&decay, &self.decay_up, Some(Arg::from(&self.decay_bias)))?;
-        let decay = log_sigmoid(&decay, GATE_DIVISOR)?.reshape(keys)?;
+        let decay = view(&log_sigmoid(&decay, GATE_DIVISOR)?, keys);
         let scale = (self.head_dim as f64).powf(-0.5);
-        let (o, state) = gla(&q, &k, &v, &decay, scale, call.recall_arg(3))?;
+        let (o, state) = gla(q, k, v, decay, scale, call.recall_arg(3))?;
         call.keep(3, state);
-        let o = o.reshape((batch, steps, 2 * width))?;
+        let o = view(&o, (batch, steps, 2 * width));
         let gate = linear(x, &self.gate, None)?;
-        linear(&gated_rms_norm(&o, &gate, &self.norm, 1e-5, GateOrder::AfterNorm)?, &self.out, None)
+        linear(&gated_rms_norm(o, &gate, &self.norm, 1e-5, GateOrder::AfterNorm)?, &self.out, None)
     }
 }

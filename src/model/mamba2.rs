@@ -6,11 +6,11 @@
 use candle_core::{Result, Tensor};
 
 use super::{Builder, Call, Dims, Init, Mixer, Model, Param};
-use crate::ops::Arg;
 use crate::ops::causal_conv1d::causal_conv1d_silu;
 use crate::ops::linear::linear;
 use crate::ops::norms::{GateOrder, gated_rms_norm};
 use crate::ops::ssd::ssd;
+use crate::ops::{Arg, view};
 
 pub(super) const MODEL: Model = Model {
     name: "mamba2",
@@ -89,15 +89,15 @@ impl Mixer for Mamba2 {
             call.keep(slot, tail);
             Ok(y)
         };
-        let x = part(0, &self.x)?.reshape((batch, steps, self.heads, self.head_dim))?;
-        let b = part(1, &self.b)?.reshape((batch, steps, 1, self.state))?;
-        let c = part(2, &self.c)?.reshape((batch, steps, 1, self.state))?;
+        let x = view(&part(0, &self.x)?, (batch, steps, self.heads, self.head_dim));
+        let b = view(&part(1, &self.b)?, (batch, steps, 1, self.state));
+        let c = view(&part(2, &self.c)?, (batch, steps, 1, self.state));
         let dt = linear(u, &self.dt, None)?;
-        let (y, state) = ssd(&x, &dt, &self.a_log, &b, &c, &self.d, &self.dt_bias, call.recall_arg(3))?;
+        let (y, state) = ssd(x, &dt, &self.a_log, b, c, &self.d, &self.dt_bias, call.recall_arg(3))?;
         call.keep(3, state);
-        let y = y.reshape((batch, steps, 2 * width))?;
+        let y = view(&y, (batch, steps, 2 * width));
         let z = linear(u, &self.z, None)?;
-        let y = gated_rms_norm(&y, &z, &self.norm, 1e-5, GateOrder::BeforeNorm)?;
+        let y = gated_rms_norm(y, &z, &self.norm, 1e-5, GateOrder::BeforeNorm)?;
         linear(&y, &self.out, None)
     }
 }

@@ -8,12 +8,13 @@ use candle_core::{Result, Tensor};
 
 use super::{Builder, Call, Dims, Init, Mixer, Model, Param};
 use crate::bail_input;
-use crate::ops::Arg;
+use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
 use crate::ops::dropout::dropout;
 use crate::ops::linear::linear;
 use crate::ops::norms::{RmsEps, rms_norm};
 use crate::ops::swiglu::swiglu;
+use crate::ops::{Arg, view};
 
 pub(super) const MODEL: Model = Model {
     name: "transformer",
@@ -40,7 +41,7 @@ impl Affine {
         }
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: impl Into<Arg>) -> Result<Tensor> {
         linear(x, &self.weight, Some(Arg::from(&self.bias)))
     }
 }
@@ -103,23 +104,24 @@ impl Mixer for Transformer {
         let per_head = (batch, steps, self.heads, self.head_dim);
         let past = call.recall(0).zip(call.recall(1));
         let offset = past.as_ref().map_or(0, |(k, _)| k.dims()[1]);
-        let q = qk_norm_rope(&self.q.forward(x)?.reshape(per_head)?, &self.q_norm, self.rope_base, offset)?;
-        let k = qk_norm_rope(&self.k.forward(x)?.reshape(per_head)?, &self.k_norm, self.rope_base, offset)?;
-        let v = self.v.forward(x)?.reshape(per_head)?;
+        let q = qk_norm_rope(view(&self.q.forward(x)?, per_head), &self.q_norm, self.rope_base, offset)?;
+        let k = qk_norm_rope(view(&self.k.forward(x)?, per_head), &self.k_norm, self.rope_base, offset)?;
+        let v = self.v.forward(x)?;
         let (k, v) = match past {
             Some((past_k, past_v)) => (Tensor::cat(&[&past_k, &k], 1)?, Tensor::cat(&[&past_v, &v], 1)?),
             None => (k, v),
         };
-        let o = causal_attention(&q, &k, &v, (self.head_dim as f64).powf(-0.5))?;
+        let scale = (self.head_dim as f64).powf(-0.5);
+        let o = causal_attention(&q, &k, view(&v, k.shape()), scale)?;
         call.keep(0, k);
         call.keep(1, v);
-        let o = self.out.forward(&o.reshape((batch, steps, width))?)?;
-        let h = (x + rms_norm(&o, &self.out_norm, RMS_EPS, RmsEps::Outside)?)?;
+        let o = self.out.forward(view(&o, (batch, steps, width)))?;
+        let h = add(x, &rms_norm(&o, &self.out_norm, RMS_EPS, RmsEps::Outside)?)?;
         let mut y = self.down.forward(&swiglu(&self.up.forward(&h)?, &self.beta)?)?;
         if let Some(mask) = &call.dropout {
             y = dropout(&y, mask)?;
         }
-        h + y
+        add(&h, &y)
     }
 
     fn check_weights(&self) -> anyhow::Result<()> {

@@ -237,7 +237,8 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
     for group in edges.chunks(2) {
         let mut group = group.to_vec();
         group.extend(token.take().map(|token| (None, token)));
-        let gather = Gather { shared: shared.clone(), inputs: group.iter().map(|(input, _)| *input).collect() };
+        let gather =
+            Gather { shared: shared.clone(), inputs: group.iter().map(|(input, _)| *input).collect() };
         token = Some(match &group[..] {
             [(_, a)] => a.apply_op1(gather)?,
             [(_, a), (_, b)] => a.apply_op2(b, gather)?,
@@ -246,7 +247,8 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
         });
     }
     // Only parameters: hang the node on the anchor, so that the tape reaches it.
-    let anchor = || args.iter().find_map(|arg| if let Arg::Param(param) = arg { Some(param.anchor()) } else { None });
+    let anchor =
+        || args.iter().find_map(|arg| if let Arg::Param(param) = arg { Some(param.anchor()) } else { None });
     let token = token.or_else(anchor).expect("something needs a gradient");
     let core = token.apply_op1(Core { shared: shared.clone() })?;
     outputs
@@ -325,7 +327,13 @@ impl CustomOp2 for Gather {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok(token_storage())
     }
-    fn bwd(&self, a: &Tensor, b: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         Ok((self.take(0, a)?, self.take(1, b)?))
     }
 }

@@ -234,13 +234,18 @@ fn find_state(config: &Config, options: &Options) -> Result<Option<State>> {
     Ok(None)
 }
 
+/// Whether `dir` holds anything but what a run that was killed at once leaves.
 fn used(dir: &Path) -> bool {
-    std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+    let Ok(entries) = std::fs::read_dir(dir) else { return false };
+    entries.flatten().map(|entry| entry.file_name()).any(|name| name != LOCK && !files::is_unfinished(&name))
 }
+
+/// Held by the process that trains in a run directory.
+const LOCK: &str = ".lock";
 
 /// Keeps two processes from training in one directory.
 fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join(".lock");
+    let path = dir.join(LOCK);
     let file = File::create(&path).map_err(|e| bad_input!("cannot write {}: {e}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
