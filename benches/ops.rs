@@ -23,6 +23,10 @@ use selectivbench::ops::ssd::ssd;
 use selectivbench::ops::swiglu::swiglu;
 use selectivbench::ops::{Arg, no_grad};
 
+/// The allocator of the program.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const BATCH: usize = 8;
 const STEPS: usize = 400;
 const HEADS: usize = 4;

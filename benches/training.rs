@@ -9,6 +9,10 @@ use selectivbench::model::MODELS;
 use selectivbench::task::{Part, Task};
 use selectivbench::train::trainer::Trainer;
 
+/// The allocator of the program.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn updates(c: &mut Criterion) {
     let mut config = defaults();
     config.train.batch = 8;
