@@ -141,7 +141,7 @@ impl RecNet {
         &self.params
     }
 
-    /// Weight [classes, width] and bias [classes] of the last linear layer.
+    /// Weight [classes, width] and bias \[classes\] of the last linear layer.
     pub fn decoder(&self) -> (&Param, &Param) {
         (&self.decoder.0, &self.decoder.1)
     }

@@ -27,7 +27,7 @@ use crate::{bail_input, files};
 ///   symbols [N, L] u8        class id of each element: 0 for #, then A..Z, a..z
 ///   labels [N, L] i32        the state to name
 ///   gaps [N, L] i32          timesteps behind each element
-///   distractors [D] u8       class ids shown in the gaps, gap after gap; empty where gaps are blank
+///   distractors \[D\] u8       class ids shown in the gaps, gap after gap; empty where gaps are blank
 ///   distractor_first [N+1] i64   where each sample's distractors begin; the last is D
 /// The metadata hold the seed, the split, the names of the symbols and, by label, of the states. Noise is
 /// not written.

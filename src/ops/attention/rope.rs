@@ -12,7 +12,7 @@ const EPS: f64 = 1e-8;
 
 /// w ⊙ x / (√(mean x²) + 1e-8) per head, then rotary position embedding.
 ///
-/// x [B, T, H, D] with D even, w [D]; gives [B, T, H, D]. The halves (x₁, x₂) of a head turn by
+/// x [B, T, H, D] with D even, w \[D\]; gives [B, T, H, D]. The halves (x₁, x₂) of a head turn by
 /// θ = (offset + t) · base^(−2i/D): y₁ = x₁ cos θ + x₂ sin θ, y₂ = −x₁ sin θ + x₂ cos θ, the sign of the
 /// authors' released code (the opposite of the usual one). `offset` is the position of the first step.
 /// Source: Su et al., "RoFormer", 2021.

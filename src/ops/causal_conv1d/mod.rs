@@ -10,7 +10,7 @@ use crate::{dispatch, slices};
 
 /// y_t = silu(bias + Σ_j w_j ⊙ x_{t-W+1+j}), and the last W−1 inputs.
 ///
-/// x [B, T, D], weight [D, W] or [D, 1, W] with `weight[:, W-1]` on the current step, bias [D], state
+/// x [B, T, D], weight [D, W] or [D, 1, W] with `weight[:, W-1]` on the current step, bias \[D\], state
 /// [B, W−1, D]: the inputs before the first step, zeros if absent. Gives (y [B, T, D], final state
 /// [B, W−1, D]). A sequence fed in pieces, each with the final state of the one before, gives the same
 /// bits as in one piece. Source: `causal_conv1d_fn` of causal-conv1d with activation "silu".

@@ -9,7 +9,7 @@ use crate::{dispatch, slices};
 
 /// y = W·onehot(id) + b, without the one-hot vectors: what a linear encoder gives on symbols.
 ///
-/// ids [B, T] u32, weight [D, Vocab], bias [D]; gives [B, T, D]. An id of Vocab or more is a blank step,
+/// ids [B, T] u32, weight [D, Vocab], bias \[D\]; gives [B, T, D]. An id of Vocab or more is a blank step,
 /// whose input is all zero: its row is the bias.
 pub fn embedding(ids: &Tensor, weight: impl Into<Arg>, bias: impl Into<Arg>) -> Result<Tensor> {
     let (weight, bias) = (weight.into(), bias.into());

@@ -13,7 +13,7 @@ const BLOCK: usize = 4096;
 
 /// Log decay per head, g = −exp(a_log) · softplus(a + dt_bias).
 ///
-/// `a` is [B, T, H], `a_log` and `dt_bias` are [H], f32 or f64; returns [B, T, H], never above 0.
+/// `a` is [B, T, H], `a_log` and `dt_bias` are \[H\], f32 or f64; returns [B, T, H], never above 0.
 /// Gated DeltaNet's gate (Yang et al. 2025, arXiv:2412.06464, section 3.4, after Mamba-2); the softplus is
 /// its argument above 20, as in PyTorch.
 ///

@@ -4,7 +4,7 @@
 //! of a panel is K rows, and a token is one pass over them.
 
 use super::super::real::{Real, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, store, sum};
+use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, sum};
 
 /// The arguments of one call, as slices; shapes as in [`super::gla`].
 #[derive(Clone, Copy)]
@@ -91,14 +91,7 @@ impl<F: Real> Gla<'_, F> {
 
     /// The panel from `column` on of a [B, H, K, V] array; zeros for none.
     fn panel(&self, array: Option<&[F]>, (b, h): (usize, usize), column: usize) -> Vec<Lanes<F>> {
-        let size = self.key * self.value;
-        match array {
-            Some(array) => array[(b * self.heads + h) * size..][..size]
-                .chunks_exact(self.value)
-                .map(|row| load(row, column))
-                .collect(),
-            None => vec![[F::zero(); LANES]; self.key],
-        }
+        panel(array, b * self.heads + h, (self.key, self.value), column)
     }
 
     /// Computes outputs and final state; with `save` also the checkpoints.

@@ -63,7 +63,7 @@ impl Targets {
 
 /// Cross-entropy of `softmax(x Wᵀ + b)` and the vote of every window.
 ///
-/// x [B, T, D], weight [C, D], bias [C]. The loss is summed over the valid steps and divided by
+/// x [B, T, D], weight [C, D], bias \[C\]. The loss is summed over the valid steps and divided by
 /// `denominator` (their number in the whole batch). A window votes for the class with the largest sum of
 /// probabilities over its steps, the first on ties. Logits exist for 2,048 steps at a time; the
 /// gradients of x, weight and bias are formed beside them, so that they are computed once.
@@ -138,7 +138,7 @@ impl Vote {
         }
     }
 
-    /// Takes the next piece: x [B, t, D] with its own targets, weight [C, D], bias [C].
+    /// Takes the next piece: x [B, t, D] with its own targets, weight [C, D], bias \[C\].
     ///
     /// Votes are the same as in one piece, to the last bit of every probability.
     pub fn feed(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor, targets: &Targets) -> Result<()> {

@@ -117,7 +117,7 @@ impl Vote {
     }
 }
 
-/// Loss, votes and, if asked for, gradients of x [rows, D] against W [C, D] and b [C].
+/// Loss, votes and, if asked for, gradients of x [rows, D] against W [C, D] and b \[C\].
 pub fn run<F: Real>(
     x: &[F],
     w: &[F],

@@ -11,7 +11,7 @@ use crate::{dispatch, slices};
 
 /// y = x Wᵀ + b over the last dimension.
 ///
-/// x [.., I], weight [O, I], bias [O], all f32 or all f64; gives [.., O]. As PyTorch's `nn.Linear`.
+/// x [.., I], weight [O, I], bias \[O\], all f32 or all f64; gives [.., O]. As PyTorch's `nn.Linear`.
 pub fn linear(x: impl Into<Arg>, weight: impl Into<Arg>, bias: Option<Arg>) -> Result<Tensor> {
     let (x, weight) = (x.into(), weight.into());
     let (x_shape, w_shape) = (x.shape(), weight.shape());

@@ -29,7 +29,7 @@ pub enum GateOrder {
 
 /// y = w ⊙ (x − mean) / √(var + eps) + b over the last dimension, with the biased variance.
 ///
-/// x [.., n], w [n], b [n]. As PyTorch's `nn.LayerNorm`.
+/// x [.., n], w \[n\], b \[n\]. As PyTorch's `nn.LayerNorm`.
 pub fn layer_norm(x: impl Into<Arg>, w: impl Into<Arg>, b: impl Into<Arg>, eps: f64) -> Result<Tensor> {
     let (x, w, b) = (x.into(), w.into(), b.into());
     let n = w.shape().elem_count();
@@ -46,7 +46,7 @@ pub fn layer_norm(x: impl Into<Arg>, w: impl Into<Arg>, b: impl Into<Arg>, eps: 
 
 /// RMS norm of each group of n along the last dimension, all with the same weight.
 ///
-/// x [.., m], w [n] where n divides m. Source: Zhang and Sennrich, "Root mean square layer
+/// x [.., m], w \[n\] where n divides m. Source: Zhang and Sennrich, "Root mean square layer
 /// normalization", 2019; the released layers differ in where they add `eps`.
 pub fn rms_norm(x: impl Into<Arg>, w: impl Into<Arg>, eps: f64, place: RmsEps) -> Result<Tensor> {
     let (x, w) = (x.into(), w.into());
@@ -56,7 +56,7 @@ pub fn rms_norm(x: impl Into<Arg>, w: impl Into<Arg>, eps: f64, place: RmsEps) -
 
 /// RMS norm of each group of n along the last dimension with a silu gate; `eps` inside the root.
 ///
-/// x [.., m], z [.., m], w [n] where n divides m: n is the head's value dimension in
+/// x [.., m], z [.., m], w \[n\] where n divides m: n is the head's value dimension in
 /// flash-linear-attention, all channels in Mamba-2.
 pub fn gated_rms_norm(
     x: impl Into<Arg>,

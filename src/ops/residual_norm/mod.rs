@@ -11,7 +11,7 @@ use crate::{dispatch, slices};
 
 /// LayerNorm(residual + dropout(branch)) over the last dimension.
 ///
-/// branch [B, T, D], residual [B, T, D], w [D], b [D]; without `dropout` the branch is added as it is.
+/// branch [B, T, D], residual [B, T, D], w \[D\], b \[D\]; without `dropout` the branch is added as it is.
 /// Nothing is kept for the backward pass: mask, sum and statistics are found again.
 pub fn residual_dropout_layer_norm(
     branch: impl Into<Arg>,

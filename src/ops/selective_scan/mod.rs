@@ -20,9 +20,9 @@ const NAME: &str = "selective_scan";
 /// | `delta` | [B, T, D] | step sizes before bias and softplus |
 /// | `a_log` | [D, N] | A = −exp(a_log) |
 /// | `b`, `c` | [B, T, N] | input and output maps, shared by the channels |
-/// | `d` | [D] | skip connection |
+/// | `d` | \[D\] | skip connection |
 /// | `z` | [B, T, D] | gate; none: no gate |
-/// | `delta_bias` | [D] | |
+/// | `delta_bias` | \[D\] | |
 /// | `state` | [B, D, N] | before the first token; none: zeros |
 ///
 /// Returns the outputs [B, T, D] and the final state [B, D, N]. All arguments share one dtype, f32 or f64.

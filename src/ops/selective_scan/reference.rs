@@ -1,7 +1,7 @@
 //! CPU reference of the selective scan: one token after the other.
 //!
-//! Channels are independent but for B and C, which all of them share. A task takes [`GROUP`] channels of
-//! one batch entry; the state of a channel is N numbers, in tiles of [`TILE`].
+//! Channels are independent but for B and C, which all of them share. A task takes `GROUP` channels of
+//! one batch entry; the state of a channel is N numbers, in tiles of `TILE`.
 
 use rayon::prelude::*;
 

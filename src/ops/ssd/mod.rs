@@ -18,10 +18,10 @@ const NAME: &str = "ssd";
 /// |---|---|---|
 /// | `x` | [B, T, H, P] | inputs |
 /// | `dt` | [B, T, H] | step sizes before bias and softplus |
-/// | `a_log` | [H] | A = −exp(a_log) |
+/// | `a_log` | \[H\] | A = −exp(a_log) |
 /// | `b`, `c` | [B, T, G, N] | input and output maps; head h uses group h / (H/G) |
-/// | `d` | [H] | skip connection |
-/// | `dt_bias` | [H] | |
+/// | `d` | \[H\] | skip connection |
+/// | `dt_bias` | \[H\] | |
 /// | `state` | [B, H, P, N] | before the first token; none: zeros |
 ///
 /// Returns the outputs [B, T, H, P] and the final state [B, H, P, N]. All arguments share one dtype, f32

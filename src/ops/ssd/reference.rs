@@ -1,6 +1,6 @@
 //! CPU reference of the state space duality recurrence: one token after the other.
 //!
-//! The P rows of a head's state are independent of each other; each is N numbers, in tiles of [`TILE`].
+//! The P rows of a head's state are independent of each other; each is N numbers, in tiles of `TILE`.
 
 use rayon::prelude::*;
 
@@ -12,7 +12,7 @@ const TILE: usize = 16;
 
 type Tile<F> = [F; TILE];
 
-/// Rows of the state that the backward pass takes through a chunk together: their states stay in cache.
+/// Rows of the state that go through the tokens together: their states stay in cache.
 const BLOCK: usize = 16;
 
 /// The arguments of one call, as slices; shapes as in [`super::ssd`].
@@ -79,9 +79,9 @@ fn tiles<'a, F: Real>(rows: impl Iterator<Item = &'a [F]>) -> Vec<Tile<F>> {
 impl<F: Real> Head<'_, F> {
     /// Takes one row of the state through token `t`: h ← a h + dt x B; returns C·h.
     #[inline(always)]
-    fn token(&self, h: &mut [Tile<F>], t: usize, p: usize) -> F {
+    fn token(&self, h: &mut [Tile<F>], t: usize, x: F) -> F {
         let (b, c) = (&self.b[t * self.tiles..][..self.tiles], &self.c[t * self.tiles..][..self.tiles]);
-        let (decay, x) = (self.decay[t], self.dt[t] * self.x.at(t)[p]);
+        let (decay, x) = (self.decay[t], self.dt[t] * x);
         let mut y = [F::zero(); TILE];
         for ((h, b), c) in h.iter_mut().zip(b).zip(c) {
             for l in 0..TILE {
@@ -126,13 +126,21 @@ impl<F: Real> Ssd<'_, F> {
                 None => vec![[F::zero(); TILE]; dim * head.tiles],
             };
             let mut y = vec![F::zero(); self.steps * dim];
-            let mut checkpoints = Vec::new();
-            for (t, y) in y.chunks_exact_mut(dim).enumerate() {
-                if save && t % CHUNK == 0 {
-                    checkpoints.extend_from_slice(state.as_flattened());
-                }
-                for (p, (y, row)) in y.iter_mut().zip(state.chunks_exact_mut(head.tiles)).enumerate() {
-                    *y = self.d[h].fma(head.x.at(t)[p], head.token(row, t, p));
+            let chunks = if save { self.steps.div_ceil(CHUNK) } else { 0 };
+            let mut checkpoints = vec![F::zero(); chunks * dim * head.tiles * TILE];
+            // Block by block through all tokens: a block stays in the first cache.
+            for (block, state) in state.chunks_mut(BLOCK * head.tiles).enumerate() {
+                let p0 = block * BLOCK;
+                for (t, y) in y.chunks_exact_mut(dim).enumerate() {
+                    if save && t % CHUNK == 0 {
+                        let at = (t / CHUNK * dim + p0) * head.tiles * TILE;
+                        checkpoints[at..at + state.len() * TILE].copy_from_slice(state.as_flattened());
+                    }
+                    let x = &head.x.at(t)[p0..];
+                    let rows = y[p0..].iter_mut().zip(state.chunks_exact_mut(head.tiles)).zip(x);
+                    for ((y, row), &x) in rows {
+                        *y = self.d[h].fma(x, head.token(row, t, x));
+                    }
                 }
             }
             let last: Vec<F> =
@@ -229,8 +237,8 @@ impl<F: Real> Ssd<'_, F> {
                     let (before, after) =
                         states[(t - first) * width..(t - first + 2) * width].split_at_mut(width);
                     after.copy_from_slice(before);
-                    for (p, row) in after.chunks_exact_mut(tiles_n).enumerate() {
-                        head.token(row, t, p0 + p);
+                    for (row, &x) in after.chunks_exact_mut(tiles_n).zip(&head.x.at(t)[p0..]) {
+                        head.token(row, t, x);
                     }
                 }
                 for t in (first..last).rev() {

@@ -9,7 +9,7 @@ use crate::{dispatch, slices};
 
 /// a ⊙ σ(β a) ⊙ b, where (a, b) are the halves of the last dimension.
 ///
-/// x [.., 2n], beta [1]; gives [.., n]. Source: Shazeer, "GLU variants improve transformer", 2020.
+/// x [.., 2n], beta \[1\]; gives [.., n]. Source: Shazeer, "GLU variants improve transformer", 2020.
 pub fn swiglu(x: impl Into<Arg>, beta: impl Into<Arg>) -> Result<Tensor> {
     let (x, beta) = (x.into(), beta.into());
     if !matches!(x.shape().dims().last(), Some(m) if *m > 0 && m % 2 == 0) || beta.shape().elem_count() != 1 {
