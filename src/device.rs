@@ -6,8 +6,7 @@ use crate::error::nearest;
 use crate::{bad_input, bail_input};
 
 /// What a build without CUDA says to somebody who wants it.
-pub const NO_CUDA: &str = "this build has no CUDA; build with `cargo build --release --features cuda` on a machine \
-                           with the CUDA toolkit";
+pub const NO_CUDA: &str = "this build computes on the CPU only";
 
 /// The device that `auto`, `cpu` or `cuda:N` names. `auto` is the first GPU of a build with CUDA, and the
 /// CPU of one without.

@@ -42,12 +42,15 @@ macro_rules! bail_input {
     ($($arg:tt)*) => { return Err($crate::bad_input!($($arg)*)) };
 }
 
+/// The exit code of a run that was stopped on request.
+pub const INTERRUPTED: i32 = 130;
+
 /// The exit code that an error stands for: 2 bad input, 130 interrupted, 1 anything else.
 pub fn exit_code(error: &anyhow::Error) -> i32 {
     if error.chain().any(|cause| cause.is::<BadInput>()) {
         2
     } else if error.chain().any(|cause| cause.is::<Interrupted>()) {
-        130
+        INTERRUPTED
     } else {
         1
     }

@@ -9,7 +9,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() {
     if let Err(error) = cli::run(cli::Cli::parse()) {
-        eprintln!("error: {error:#}");
-        std::process::exit(error::exit_code(&error));
+        let code = error::exit_code(&error);
+        // Being stopped on request is no error.
+        let label = if code == error::INTERRUPTED { "" } else { "error: " };
+        eprintln!("{label}{error:#}");
+        std::process::exit(code);
     }
 }

@@ -12,7 +12,7 @@ pub fn listen() -> anyhow::Result<()> {
     LISTENING.call_once(|| {
         result = ctrlc::set_handler(|| {
             if ASKED.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
+                std::process::exit(crate::error::INTERRUPTED);
             }
         });
     });

@@ -8,7 +8,8 @@ use super::super::real::{Real, map_heads, scatter_heads, sigmoid, softplus, sum_
 use super::super::scan::{CHUNK, Rows, load, sum};
 
 /// Numbers in a tile: the tiles of a row cover N, padded with zeros.
-const TILE: usize = 16;
+/// Loops over 16 are unrolled into scalar code before they are vectorised.
+const TILE: usize = 32;
 
 type Tile<F> = [F; TILE];
 
