@@ -1,4 +1,4 @@
-//! selectivbench: train, evaluate and profile linear recurrent sequence models on SelectivBench tasks.
+//! selectivbench: train and evaluate linear recurrent sequence models on SelectivBench tasks.
 //!
 //! Dependencies point one way: [`cli`] → [`train`] → [`model`] → [`ops`]; [`task`] is the benchmark and
 //! knows no model.

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::print;
 use crate::device::{NO_CUDA, parse_device};
 
-/// Lists the devices that --device can name.
+/// List the devices that --device can name.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   selectivbench devices

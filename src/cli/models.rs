@@ -9,7 +9,7 @@ use crate::bail_input;
 use crate::config::{Auto, MOST_LAYERS, MOST_SIZE, ModelConfig, count};
 use crate::model::{self, Dims, MODELS};
 
-/// Lists the models with their parameter counts and state sizes.
+/// List the models with their parameter counts and state sizes.
 ///
 /// Sizes are for the given width and layers, or, with --budget, for the width whose parameter count
 /// comes nearest to the budget: equal width is not equal size.

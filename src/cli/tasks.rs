@@ -10,7 +10,7 @@ use crate::task::batch::TIMESTEP;
 /// Where the tasks were published.
 const REFERENCE: &str = "Bouhadjar et al. 2026, arXiv 2601.12598";
 
-/// Lists the task presets with their sizes.
+/// List the task presets with their sizes.
 ///
 /// Sizes are those of the defaults; every field can be overridden in a configuration. Timesteps are the
 /// mean of a sample.
