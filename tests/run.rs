@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use assert_cmd::cargo::cargo_bin_cmd;
@@ -54,6 +54,14 @@ impl Place {
     fn run(&self, args: &[&str]) -> (i32, String) {
         let Output { status, stderr, .. } = self.command(args).output().unwrap();
         (status.code().unwrap_or(-1), String::from_utf8(stderr).unwrap())
+    }
+
+    /// Waits until the run that `child` trains has saved its state.
+    fn wait_for_state(&self, run: &str, child: &mut Child) {
+        while !self.path(run).join("state.safetensors").exists() {
+            assert!(child.try_wait().unwrap().is_none(), "the run ended before it saved anything");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn ok(&self, args: &[&str]) -> String {
@@ -175,10 +183,7 @@ fn an_interrupted_run_saves_and_says_how_to_go_on() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    while !place.path("stopped/state.safetensors").exists() {
-        assert!(child.try_wait().unwrap().is_none(), "the run ended before it saved anything");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    place.wait_for_state("stopped", &mut child);
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     let status = child.wait().unwrap();
     let mut stderr = String::new();
@@ -464,10 +469,7 @@ fn two_processes_do_not_train_in_one_directory() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    while !place.path("run/state.safetensors").exists() {
-        assert!(child.try_wait().unwrap().is_none(), "the run ended before it saved anything");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    place.wait_for_state("run", &mut child);
     let (code, stderr) =
         place.run(&["train", "tiny.yaml", "--out", "run", "--resume", "--set", "task.samples.train=20000"]);
     child.kill().unwrap();

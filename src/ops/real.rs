@@ -3,7 +3,7 @@
 //! Every reference implementation is written once for `F: Real` and runs in f32 for training and in f64
 //! for checks. Loops are plain slices and zips, so that the compiler vectorises them.
 
-use candle_core::{Result, Tensor, WithDType};
+use candle_core::{Result, WithDType};
 use rayon::prelude::*;
 
 /// f32 or f64.
@@ -128,27 +128,6 @@ pub fn dot<F: Real>(a: &[F], b: &[F]) -> F {
         sum = x.fma(*y, sum);
     }
     sum
-}
-
-/// y ← y + a·x.
-#[inline(always)]
-pub fn axpy<F: Real>(a: F, x: &[F], y: &mut [F]) {
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y = a.fma(x, *y);
-    }
-}
-
-/// The elements of a contiguous CPU tensor; fails on another dtype or device.
-pub fn with_slice<F: Real, T>(tensor: &Tensor, f: impl FnOnce(&[F]) -> T) -> Result<T> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let candle_core::Storage::Cpu(storage) = &*storage else {
-        candle_core::bail!("expected a tensor on the CPU")
-    };
-    let data = F::cpu_storage_as_slice(storage)?;
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(f(&data[start..end])),
-        None => candle_core::bail!("expected a contiguous tensor of shape {:?}", tensor.shape()),
-    }
 }
 
 /// Binds the elements of contiguous CPU tensors to slices: `slices!(F; q = &args[0], k = &args[1]);`.
