@@ -381,7 +381,7 @@ template <class R> constexpr int GRAD_SLICE = CHUNK<R>;
 
 // Gradients of all but the states. Grid: (chunks, G blocks_per_group, B). Block: GRAD_WARPS warps.
 // Shared memory, ldn = 8 NT + PAD, PS = GRAD_SLICE:
-//   b, c [C][ldn], S0, E [PS][ldn], x, dy [C][PS + PAD], M [C][C + PAD], then f32 KINDS [C] and 16 [C].
+//   b, c [C][ldn], S0, E [PS][ldn], x, dy [C][PS + PAD], M, C B^T [C][C + PAD], then f32 KINDS [C] and 20 [C].
 // states, d_states [B,H,chunks,P,N]: S0 and E.
 // dbc: with one block per group db and dc [B,T,G,N] in the activations' type, else partial sums
 // [2][blocks_per_group][B,T,G,N] f32. params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
@@ -404,7 +404,8 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     E* sx = se + PS * LDN;
     E* sdy = sx + C * LDP;
     E* sm = sdy + C * LDP;
-    float* w = reinterpret_cast<float*>(sm + C * LDM);
+    E* scb = sm + C * LDM;
+    float* w = reinterpret_cast<float*>(scb + C * LDM);
     float* q_rows = w + KINDS * C;    // [2][C] sum over j < i of Q step, of each half of the columns
     float* q_cols = q_rows + 2 * C;   // [MT][C] sum over i > j of Q
     float* q_diag = q_cols + MT * C;  // [C]
@@ -412,6 +413,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     float* inter = yx + C;            // [2][C] exp(l) dy . (C S0^T)
     float* rest = inter + 2 * C;      // [2][C] r
     float* dots = rest + 2 * C;       // [GRAD_WARPS] <S0, E>
+    float* sums = dots + C;           // [4][C] of the head: the first warp's sums over the slices of P, and dt
 
     const int warp = warp_id(), lane = lane_id(), mi = warp / 2, side = warp % 2;
     const int chunk = blockIdx.x, chunks = gridDim.x, t0 = chunk * C, tokens = min(C, T - t0);
@@ -429,14 +431,12 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     const int r0 = 16 * mi, u0 = 8 * UT * side, n0 = 4 * NT * side, v0 = 8 * XT * side;
     // Whether the warp's part of M has entries on or below the diagonal.
     const bool active = u0 <= r0 + 15;
-    float cb[UT][4] = {}, a_sum[UT][4] = {}, db_acc[NT / 2][4] = {}, dc_acc[NT / 2][4] = {};
-    // Of the head, in the first warp: sums over the slices of P.
-    float d_step[C / WARP], d_log[C / WARP], before[C / WARP], skip_sum, dot;
+    float a_sum[UT][4] = {}, db_acc[NT / 2][4] = {}, dc_acc[NT / 2][4] = {};
+    float skip_sum = 0.f, dot = 0.f;
 
     for (int h = first; h < last; h++) {
         const long long bh = batch * H + h;
         const float rate = -__expf(a_log[h]), bias = dt_bias[h], skip = d[h];
-        float raw[C / WARP];
         for (int p0 = 0; p0 < P; p0 += PS) {
             const int width = min(PS, P - p0), width_pad = ceil_div(width, 16) * 16;
             const long long at = x_at + (long long)h * P + p0, state_at = (bh * chunks + chunk) * size + (long long)p0 * N;
@@ -446,17 +446,19 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
             fetch_tile(se, LDN, d_states + state_at, N, width, N, width_pad, 8 * NT);
             cp_async_commit();
             if (warp == 0 && p0 == 0) {
+                float raw[C / WARP];
                 read_steps<C>(raw, dt + (batch * T + t0) * H + h, tokens, H);
-                float steps[C / WARP];
 #pragma unroll
-                for (int i = 0; i < C / WARP; i++) steps[i] = raw[i];
-                chunk_decays<C>(w, steps, tokens, bias, rate);
+                for (int i = 0; i < C / WARP; i++) sums[3 * C + C / WARP * lane + i] = raw[i];
+                chunk_decays<C>(w, raw, tokens, bias, rate);
             }
             cp_async_wait<0>();
             __syncthreads();
 
             if (active) {
                 if (h == first && p0 == 0) {
+                    float cb[UT][4] = {};
+#pragma unroll 1
                     for (int k = 0; k < n_pad; k += 16) {
                         const FragA<R> fa = load_a<R, AlongK>(sc + r0 * LDN + k, LDN);
 #pragma unroll
@@ -467,8 +469,15 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                             mma<R>(cb[j + 1], fa, fb[1]);
                         }
                     }
+#pragma unroll
+                    for (int j = 0; j < UT; j++)
+#pragma unroll
+                        for (int half = 0; half < 2; half++)
+                            store2(scb + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0), cb[j][2 * half],
+                                   cb[j][2 * half + 1]);
                 }
                 float dm[UT][4] = {};
+#pragma unroll 1
                 for (int k = 0; k < width_pad; k += 16) {
                     const FragA<R> fa = load_a<R, AlongK>(sdy + r0 * LDP + k, LDP);
 #pragma unroll
@@ -482,14 +491,19 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                 float by_row[2] = {};
 #pragma unroll
                 for (int j = 0; j < UT; j++) {
-                    float by_col[2] = {}, m[4];
+                    float by_col[2] = {}, m[4], cb[4];
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const float2 v = load2(scb + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0));
+                        cb[2 * half] = v.x, cb[2 * half + 1] = v.y;
+                    }
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int r = r0 + acc_row(0, e), col = u0 + acc_col(j, e);
                         const float step = w[STEP * C + col];
                         const float decay = col > r ? 0.f : exp_neg(w[L * C + r] - w[L * C + col]);
-                        const float q = dm[j][e] * cb[j][e] * decay;
-                        m[e] = cb[j][e] * decay * step;
+                        const float q = dm[j][e] * cb[e] * decay;
+                        m[e] = cb[e] * decay * step;
                         a_sum[j][e] += dm[j][e] * decay * step;
                         if (col == r) {
                             q_diag[r] = q;
@@ -534,7 +548,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                         fa[k] = load_a<R, AlongK>(sdy + r0 * LDP + 16 * k, LDP);
                         scale_m(fa[k], w + DECAY * C + r0);
                     }
-                float sums[2] = {};
+                float by_row[2] = {};
 #pragma unroll
                 for (int j = 0; j < NT / 2; j += 2) {
                     float z[2][4] = {};
@@ -551,14 +565,14 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
 #pragma unroll
                         for (int half = 0; half < 2; half++) {
                             const float2 v = load2(sc + (r0 + acc_row(0, 2 * half)) * LDN + n0 + acc_col(j + nt, 0));
-                            sums[half] += z[nt][2 * half] * v.x + z[nt][2 * half + 1] * v.y;
+                            by_row[half] += z[nt][2 * half] * v.x + z[nt][2 * half + 1] * v.y;
                             dc_acc[j + nt][2 * half] += z[nt][2 * half];
                             dc_acc[j + nt][2 * half + 1] += z[nt][2 * half + 1];
                         }
                 }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const float sum = row_sum(sums[half]);
+                    const float sum = row_sum(by_row[half]);
                     if (lane % 4 == 0) inter[side * C + r0 + acc_row(0, 2 * half)] = sum;
                 }
             }
@@ -578,6 +592,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
             // dx through the state after the chunk; columns beyond the slice hold rubbish and are not used.
             float out[XT][4] = {};
             if (v0 < width_pad) {
+#pragma unroll 1
                 for (int k = 0; k < n_pad; k += 16) {
                     const FragA<R> fa = load_a<R, AlongK>(sb + r0 * LDN + k, LDN);
 #pragma unroll
@@ -608,6 +623,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
             __syncthreads();
 
             if (v0 < width_pad) {
+#pragma unroll 1
                 for (int k = mi; k < MT; k++) {
                     const FragA<R> fa = load_a<R, AlongMN>(sm + 16 * k * LDM + r0, LDM);
 #pragma unroll
@@ -639,20 +655,18 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
             if (warp == 0) {
                 // Gradients of the steps and log decays; lane i has tokens PER i ...
                 constexpr int PER = C / WARP;
-                if (p0 == 0) {
-#pragma unroll
-                    for (int i = 0; i < PER; i++) d_step[i] = d_log[i] = before[i] = 0.f;
-                    skip_sum = dot = 0.f;
-                }
+                if (p0 == 0) skip_sum = dot = 0.f;
 #pragma unroll
                 for (int i = 0; i < PER; i++) {
                     const int t = PER * lane + i;
+                    const bool more = p0 > 0;
                     float cols = 0.f;
                     for (int k = 0; k < MT; k++) cols += q_cols[k * C + t];
                     const float r = rest[t] + rest[C + t], step = w[STEP * C + t];
-                    d_step[i] += cols + q_diag[t] + r;
-                    d_log[i] += q_rows[t] + q_rows[C + t] - cols * step + inter[t] + inter[C + t];
-                    before[i] += step * r;
+                    const float log = q_rows[t] + q_rows[C + t] - cols * step + inter[t] + inter[C + t];
+                    sums[t] = (more ? sums[t] : 0.f) + cols + q_diag[t] + r;
+                    sums[C + t] = (more ? sums[C + t] : 0.f) + log;
+                    sums[2 * C + t] = (more ? sums[2 * C + t] : 0.f) + step * r;
                     skip_sum += yx[t];
                 }
                 for (int k = 0; k < GRAD_WARPS<R>; k++) dot += dots[k];
@@ -661,6 +675,12 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
         }
         if (warp == 0) {
             constexpr int PER = C / WARP;
+            float d_log[PER], before[PER];
+#pragma unroll
+            for (int i = 0; i < PER; i++) {
+                d_log[i] = sums[C + PER * lane + i];
+                before[i] = sums[2 * C + PER * lane + i];
+            }
             // Sums over what comes after (d_log) and before, from a lane's own to those of other lanes.
 #pragma unroll
             for (int i = PER - 2; i >= 0; i--) d_log[i] += d_log[i + 1];
@@ -687,7 +707,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                 if (lane + 1 < WARP) g += right;
                 if (lane > 0) g += left;
                 if (t < tokens) {
-                    const float own = (d_step[i] + rate * g) * sigmoid(raw[i] + bias);
+                    const float own = (sums[t] + rate * g) * sigmoid(sums[3 * C + t] + bias);
                     log_sum += g * rate * w[STEP * C + t];
                     bias_sum += own;
                     d_dt[(batch * T + t0 + t) * H + h] = from_f<E>(own);
