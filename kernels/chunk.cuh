@@ -189,6 +189,26 @@ __device__ __forceinline__ void store_block(E* p, long long ld, int rows, int co
     }
 }
 
+// Rows [16 x 8 NT] of a state, the accumulators of one warp, from memory [rows x n] with row stride n; zeros outside or
+// for none.
+template <int NT>
+__device__ __forceinline__ void load_rows(float (&s)[NT][4], const float* p, int rows, int n) {
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int r = acc_row(0, e), c = acc_col(j, e);
+            s[j][e] = p && r < rows && c < n ? p[r * n + c] : 0.f;
+        }
+}
+template <int NT, class E>
+__device__ __forceinline__ void store_rows(const float (&s)[NT][4], E* p, int rows, int n) {
+    const bool pair = can_pair(p, n, n);
+#pragma unroll
+    for (int j = 0; j < NT; j += 2)
+        if (8 * j < n) store_block(p + 8 * j, n, rows, n - 8 * j, s[j], s[j + 1], pair);
+}
+
 // As load_tile, in the background: the tile is there after cp_async_commit, cp_async_wait and a barrier.
 template <class E>
 __device__ __forceinline__ void fetch_tile(E* s, int lds, const E* g, long long ldg, int rows, int cols, int rows_pad,

@@ -78,49 +78,28 @@ __device__ __forceinline__ void read_steps(float (&raw)[C / WARP], const E* dt, 
     }
 }
 
-// Rows [16 x 8 NT] of a state or its gradient: accumulators of one warp.
+// s = decay s + sum_t weight_t u_t^T v_t for rows [16 x 8 NT] of a state, the accumulators of one warp; u [C x 16] and
+// v [C x 8 NT] have rows of tokens.
 template <class R, int NT>
-struct State {
-    float s[NT][4];
-
-    // From memory [rows x n], row stride n; zeros outside or for none.
-    __device__ __forceinline__ void load(const float* p, int rows, int n) {
+__device__ __forceinline__ void update(float (&s)[NT][4], float decay, const float* weight, const typename R::elem* u,
+                                       int ldu, const typename R::elem* v, int ldv) {
 #pragma unroll
-        for (int j = 0; j < NT; j++)
+    for (int j = 0; j < NT; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int r = acc_row(0, e), c = acc_col(j, e);
-                s[j][e] = p && r < rows && c < n ? p[r * n + c] : 0.f;
-            }
-    }
-    template <class E>
-    __device__ __forceinline__ void store(E* p, int rows, int n) const {
-        const bool pair = can_pair(p, n, n);
-#pragma unroll
-        for (int j = 0; j < NT; j += 2)
-            if (8 * j < n) store_block(p + 8 * j, n, rows, n - 8 * j, s[j], s[j + 1], pair);
-    }
-    // s = decay s + sum_t weight_t u_t^T v_t; u [C x 16], v [C x 8 NT] with rows of tokens.
-    __device__ __forceinline__ void update(float decay, const float* weight, const typename R::elem* u, int ldu,
-                                           const typename R::elem* v, int ldv) {
-#pragma unroll
-        for (int j = 0; j < NT; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) s[j][e] *= decay;
+        for (int e = 0; e < 4; e++) s[j][e] *= decay;
 #pragma unroll 1
-        for (int k = 0; k < CHUNK<R>; k += 16) {
-            FragA<R> a = load_a<R, AlongMN>(u + k * ldu, ldu);
-            scale_k(a, weight + k);
+    for (int k = 0; k < CHUNK<R>; k += 16) {
+        FragA<R> a = load_a<R, AlongMN>(u + k * ldu, ldu);
+        scale_k(a, weight + k);
 #pragma unroll
-            for (int j = 0; j < NT; j += 2) {
-                FragB<R> b[2];
-                load_b<R, AlongMN>(b, v + k * ldv + 8 * j, ldv);
-                mma<R>(s[j], a, b[0]);
-                mma<R>(s[j + 1], a, b[1]);
-            }
+        for (int j = 0; j < NT; j += 2) {
+            FragB<R> b[2];
+            load_b<R, AlongMN>(b, v + k * ldv + 8 * j, ldv);
+            mma<R>(s[j], a, b[0]);
+            mma<R>(s[j + 1], a, b[1]);
         }
     }
-};
+}
 
 // Grid: (B H slices of 128 rows of P, segments). Block: a warp for 16 rows of P, at most 8.
 // Shared memory: see `forward_shared` in src/ops/ssd/cuda.rs; ldx = 16 warps + PAD, ldn = 8 NT + PAD:
@@ -175,8 +154,8 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
         read_steps<C>(raw, dt + (long long)first * C * H, T - first * C, H);
         chunk_decays<C>(decays, raw, T - first * C, bias, rate);
     }
-    State<R, NT> s;
-    s.load(state0 ? state0 + ((long long)blockIdx.y * gridDim.x / slices + bh) * size + warp_at : nullptr, rows, N);
+    float s[NT][4];
+    load_rows(s, state0 ? state0 + ((long long)blockIdx.y * gridDim.x / slices + bh) * size + warp_at : nullptr, rows, N);
     const bool pair = can_pair(y, row_x, width);
 
     for (int chunk = first; chunk < last; chunk++) {
@@ -192,7 +171,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
             cp_async_commit();
             if (warp == 0) read_steps<C>(raw, dt + (t0 + (long long)C) * H, T - t0 - C, H);
         }
-        if (saved) s.store(saved + (bh * chunks + chunk) * size + warp_at, rows, N);
+        if (saved) store_rows(s, saved + (bh * chunks + chunk) * size + warp_at, rows, N);
 
         // M, by blocks of 16 x 16 on and below the diagonal.
         for (int unit = warp; unit < MT * (MT + 1) / 2; unit += warps) {
@@ -229,7 +208,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
 #pragma unroll
             for (int k = 0; k < NT; k += 2) {
                 FragB<R> fb[2];
-                acc_as_b<R>(fb, s.s[k], s.s[k + 1]);
+                acc_as_b<R>(fb, s[k], s[k + 1]);
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
                     const FragA<R> fa = load_a<R, AlongK>(sc + 16 * i * LDN + 8 * k, LDN);
@@ -275,9 +254,9 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
                 }
             store_block(y + (t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1], pair);
         }
-        s.update(w[DECAY * C + C - 1], w + WEIGHT * C, tx, ldx, tb, LDN);
+        update<R>(s, w[DECAY * C + C - 1], w + WEIGHT * C, tx, ldx, tb, LDN);
     }
-    if (last == chunks) s.store(state1 + bh * size + warp_at, rows, N);
+    if (last == chunks) store_rows(s, state1 + bh * size + warp_at, rows, N);
 }
 
 // Goes through the chunks with nothing but the state. Forward: u = x, v = b, weights exp(l_C - l) step. In reverse:
@@ -333,8 +312,8 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
         steps(0, raw);
         make_decays(0, raw);
     }
-    State<R, NT> s;
-    s.load(start ? start + segment * size + warp_at : nullptr, rows, N);
+    float s[NT][4];
+    load_rows(s, start ? start + segment * size + warp_at : nullptr, rows, N);
     float total = 0.f;
     for (int i = 0; i < count; i++) {
         const float* w = decays + i % 2 * KINDS * C;
@@ -345,17 +324,17 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
             fetch(i + 1);
             if (warp == 0) steps(i + 1, raw);
         }
-        if (states) s.store(states + (bh * chunks + chunk_of(i)) * size + warp_at, rows, N);
+        if (states) store_rows(s, states + (bh * chunks + chunk_of(i)) * size + warp_at, rows, N);
         total += w[L * C + C - 1];
-        s.update(w[DECAY * C + C - 1], w + (reverse ? DECAY : WEIGHT) * C, su + i % 2 * C * ldx + 16 * warp, ldx,
+        update<R>(s, w[DECAY * C + C - 1], w + (reverse ? DECAY : WEIGHT) * C, su + i % 2 * C * ldx + 16 * warp, ldx,
                  sv + i % 2 * C * LDN, LDN);
         if (warp == 0 && i + 1 < count) make_decays(i + 1, raw);
     }
     if (log_decay) {
-        if (end) s.store(end + segment * size + warp_at, rows, N);
+        if (end) store_rows(s, end + segment * size + warp_at, rows, N);
         if (threadIdx.x == 0 && slice == 0) log_decay[segment] = total;
     } else if (end && blockIdx.y == (reverse ? 0 : gridDim.y - 1)) {
-        s.store(end + bh * size + warp_at, rows, N);
+        store_rows(s, end + bh * size + warp_at, rows, N);
     }
 }
 
