@@ -22,7 +22,8 @@
 //   dg_t = <S1, dS1>_k + sum_{i >= t} (q_i dq_i - k_i dk_i)
 //
 // dg without the terms i = j, which cancel, and with <S1, dS1> computed anew every SPAN tokens: between them it is the
-// dg of the block's first token.
+// dg of the block's first token. Its other terms cancel in part, too, so that both of its products are made of the very
+// operands that the tensor cores multiplied, rounded as they were: what is then left is right but for f32's rounding.
 //
 // Value columns are independent of each other in o and dv, key rows in dq and dk. Hence two kernels, each forward and
 // backward in time with exchanged roles, each with the state that it needs whole in registers:
@@ -35,12 +36,29 @@
 #include "chunk.cuh"
 
 // Tokens that are in shared memory at a time, in blocks of 16; tokens between two states that are kept.
-constexpr int STAGE = 32, BLOCKS = STAGE / 16, SPAN = 64;
+constexpr int STAGE = 32, BLOCKS = STAGE / 16, SPAN = 256;
 
 // The largest -L for which exp(-L) is used as a factor: two factors of that size stay in range, and on the route
 // for f32 their rounding stays below 1e-5.
 template <class R> constexpr float LIMIT = 60.f;
 template <> constexpr float LIMIT<F32> = 20.f;
+
+// What a product on route R makes of an operand.
+template <class R>
+__device__ __forceinline__ float operand(float x) {
+    if constexpr (__is_same(R, Bf16)) return to_f(from_f<bf16>(x));
+    if constexpr (__is_same(R, Tf32)) return __uint_as_float(to_tf32(x));
+    return x;
+}
+
+// Log decays below this count as this: what is left, 1e-14, is nothing, and the sums of a block keep their digits.
+constexpr float NEVER = -32.f;
+
+// Where a channel decays by more than this in a block, what passes through the whole block is nothing beside what the
+// route rounds.
+template <class R> constexpr float OPAQUE = -7.f;
+template <> constexpr float OPAQUE<Tf32> = -9.f;
+template <> constexpr float OPAQUE<F32> = -16.f;
 
 // Buffers for stages: with two the next is on its way during the work on this one.
 template <class R, int NT> constexpr int BUFFERS = sizeof(typename R::elem) == 4 && NT == 32 ? 1 : 2;
@@ -58,7 +76,7 @@ __device__ __forceinline__ bool decay_tile(float* g, int ldg, typename R::elem* 
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             const float2 v = load2(l + i * ldg);
-            sum.x += v.x, sum.y += v.y;
+            sum.x += fmaxf(v.x, NEVER), sum.y += fmaxf(v.y, NEVER);
             store2(l + i * ldg, sum.x, sum.y);
         }
         strong |= sum.x < -LIMIT<R> || sum.y < -LIMIT<R>;
@@ -243,47 +261,30 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
     }
 }
 
-// Eight numbers of every lane, 16 or 32 bytes, for the same lane of another kernel.
-template <class E>
-__device__ __forceinline__ void keep(E* p, const float (&a)[4], const float (&b)[4]) {
-    constexpr int W = 16 / sizeof(E);
-    const float x[8] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]};
-#pragma unroll
-    for (int i = 0; i < 8; i += W) {
-        float y[W];
-#pragma unroll
-        for (int j = 0; j < W; j++) y[j] = x[i + j];
-        store_vec<W>(p + i, y);
-    }
+// Eight numbers of every lane, for the same lane of the other call.
+__device__ __forceinline__ void keep(float* p, const float (&a)[4], const float (&b)[4]) {
+    store_vec<4>(p, a);
+    store_vec<4>(p + 4, b);
 }
-template <class E>
-__device__ __forceinline__ void recall(const E* p, float (&a)[4], float (&b)[4]) {
-    constexpr int W = 16 / sizeof(E);
-    float x[8];
-#pragma unroll
-    for (int i = 0; i < 8; i += W) {
-        float y[W];
-        load_vec<W>(p + i, y);
-#pragma unroll
-        for (int j = 0; j < W; j++) x[i + j] = y[j];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) a[i] = x[i], b[i] = x[4 + i];
+__device__ __forceinline__ void recall(const float* p, float (&a)[4], float (&b)[4]) {
+    load_vec<4>(p, a);
+    load_vec<4>(p + 4, b);
 }
 
 // Forward: x = k, y = q, z = do, u = v, state0 the state before the first token; writes dx = dq, kept and products.
 // In reverse: x = q, y = k, z = v, u = do, state0 the gradient of the state after the last token; writes dx = dk, dg
 // and the gradient of the initial state, and reads what the forward call wrote.
-// kept [B,H,ceil(T/SPAN) + 1,tiles,NT/2,32,8] and products [B,H,ceil(T/16),tiles,32,8] in the activations' type, as the
-// lanes hold them; tiles = ceil(K/16).
+// kept [B,H,ceil(T/SPAN),tiles,NT/2,32,8] and products [B,H,ceil(T/16),tiles,32,8] f32, as the lanes hold them;
+// tiles = ceil(K/16). The last of `kept`, after the last token, is written only with `keep_end`: without a gradient of
+// the final state, state0 none, nobody reads it.
 // Grid: B H slices of 128 rows of K. Block: a warp for 16 rows of K, at most 8.
 // Shared memory, BUFFERS times: g f32 [STAGE][ldx], z, u [STAGE][8 NT + PAD], x, y [STAGE][ldx] with
 // ldx = 16 warps + PAD; then D [STAGE][16 + PAD], f32 exp(L) [BLOCKS][16 warps], D_ii [STAGE], <S, dS> [16 warps].
 template <class R, int NT>
 __device__ __forceinline__ void keys(const typename R::elem* x, const typename R::elem* y, const float* g,
                                      const typename R::elem* z, const typename R::elem* u, const float* state0,
-                                     typename R::elem* dx, float* dg, float* d_state0, typename R::elem* kept,
-                                     typename R::elem* products, int T, int H, int K, int V, float scale, int reverse) {
+                                     typename R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T,
+                                     int H, int K, int V, float scale, int reverse, int keep_end) {
     using E = typename R::elem;
     constexpr int LDV = 8 * NT + PAD, LDD = 16 + PAD, N = BUFFERS<R, NT>;
     DYNAMIC_SHARED(memory);
@@ -309,7 +310,9 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     if (dg) dg += at_k;
     z += batch * T * row_v + h * V;
     u += batch * T * row_v + h * V;
-    const auto state_at = [&](int span) { return kept + (((bh * (spans + 1) + span) * tiles + tile) * (NT / 2) * WARP + lane) * 8; };
+    const auto state_at = [&](int span) {
+        return kept + (((bh * spans + span - 1) * tiles + tile) * (NT / 2) * WARP + lane) * 8;
+    };
 
     const auto fetch = [&](int i) {
         const int t0 = (reverse ? stages - 1 - i : i) * STAGE, tokens = min(STAGE, T - t0), at = i % N;
@@ -327,7 +330,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     const bool pair = can_pair(dx, row_k, width), pair_g = can_pair(dg, row_k, width);
     const auto keep_state = [&](int span) {
         if (!useful) return;
-        E* p = state_at(span);
+        float* p = state_at(span);
 #pragma unroll
         for (int j = 0; j < NT; j += 2) keep(p + j / 2 * WARP * 8, s[j], s[j + 1]);
     };
@@ -377,9 +380,9 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                                     scale);
         strong = __syncthreads_or(strong);
 
-        if (useful && !reverse && t0 % SPAN == 0) keep_state(t0 / SPAN);
-        if (useful && reverse && (stage + 1 == stages || (t0 + STAGE) % SPAN == 0)) {
-            const E* p = state_at(stage + 1 == stages ? spans : (t0 + STAGE) / SPAN);
+        if (!reverse && t0 > 0 && t0 % SPAN == 0) keep_state(t0 / SPAN);
+        if (useful && reverse && (stage + 1 == stages ? state0 != nullptr : (t0 + STAGE) % SPAN == 0)) {
+            const float* p = state_at(stage + 1 == stages ? spans : (t0 + STAGE) / SPAN);
             float sums[2] = {};
 #pragma unroll
             for (int j = 0; j < NT; j += 2) {
@@ -388,7 +391,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
 #pragma unroll
                 for (int nt = 0; nt < 2; nt++)
 #pragma unroll
-                    for (int e = 0; e < 4; e++) sums[e / 2] += a[nt][e] * s[j + nt][e];
+                    for (int e = 0; e < 4; e++) sums[e / 2] += a[nt][e] * operand<R>(s[j + nt][e]);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -407,7 +410,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
         for (int n = 0; n < (useful ? BLOCKS : 0); n++) {
             const int block = reverse ? BLOCKS - 1 - n : n, r0 = 16 * block, sub = t0 / 16 + block;
             if (t0 + r0 >= T) continue;
-            E* product = products + (((bh * ceil_div(T, 16) + sub) * tiles + tile) * WARP + lane) * 8;
+            float* product = products + (((bh * ceil_div(T, 16) + sub) * tiles + tile) * WARP + lane) * 8;
             // Through the state, and inside the block without its diagonal.
             float outer[2][4] = {}, inner[2][4] = {};
 #pragma unroll
@@ -426,8 +429,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 mma<R>(inner[0], fa, fb[0]);
                 mma<R>(inner[1], fa, fb[1]);
             }
-            const float out_scale = reverse ? 1.f : scale;
-            float total[2][4], product_of[2][4];
+            float total[2][4], outer_product[2][4], inner_product[2][4];
+            bool opaque[2][2];
 #pragma unroll
             for (int nt = 0; nt < 2; nt++)
 #pragma unroll
@@ -437,51 +440,78 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                     const float2 xs = load2(tx + (r0 + r) * ldx + c), ys = load2(ty + (r0 + r) * ldx + c);
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const float le = e ? l.y : l.x, ende = e ? end.y : end.x;
-                        float in = inner[nt][2 * half + e], own = e ? xs.y : xs.x;
-                        const float out = outer[nt][2 * half + e] * exp_neg(reverse ? ende - le : le);
+                        const float le = e ? l.y : l.x, ende = e ? end.y : end.x, own = e ? ys.y : ys.x;
+                        const float factor = reverse ? exp_neg(ende - le) : scale * exp_neg(le);
+                        float& sum = total[nt][2 * half + e];
+                        sum = outer[nt][2 * half + e];
+                        opaque[nt][e] = ende < OPAQUE<R>;
+                        // As the tile of the other call has it.
+                        const float here = operand<R>(reverse ? own * exp_neg(ende - le) : scale * own * exp_neg(le));
+                        outer_product[nt][2 * half + e] = here * sum;
                         if (strong) {
-                            own = 0.f;
+                            float in = 0.f, diag = 0.f;
                             const int col = c + e;
-                            if (col < width)
-                                for (int m = 0; m < 16; m++) {
-                                    const int t = t0 + r0 + m;
-                                    if (t >= T || (reverse ? m < r : m > r)) continue;
-                                    const float xm = to_f(x[t * row_k + col]) * (reverse ? scale : 1.f);
-                                    const float lm = tg[(r0 + m) * ldx + col];
-                                    if (m == r) own = xm;
-                                    else in += to_f(reverse ? d[m * LDD + r] : d[r * LDD + m]) * xm *
-                                               exp_neg(reverse ? lm - le : le - lm);
-                                }
+                            for (int m = 0; col < width && m < 16; m++) {
+                                const int t = t0 + r0 + m;
+                                if (t >= T || (reverse ? m < r : m > r)) continue;
+                                const float xm = scale * to_f(x[t * row_k + col]), lm = tg[(r0 + m) * ldx + col];
+                                if (m == r) diag = diagonal[r0 + r] * xm;
+                                else in += to_f(reverse ? d[m * LDD + r] : d[r * LDD + m]) * xm *
+                                           exp_neg(reverse ? lm - le : le - lm);
+                            }
+                            inner_product[nt][2 * half + e] = own * in;
+                            sum = factor * sum + in + diag;
                         } else {
-                            const float back = exp_up(reverse ? -le : le - ende);
-                            in *= back;
-                            own *= back;
+                            const float up = exp_up(-ende);
+                            const float in = inner[nt][2 * half + e] * up;
+                            inner_product[nt][2 * half + e] = here * in;
+                            sum = factor * (sum + in + diagonal[r0 + r] * (e ? xs.y : xs.x) * up);
                         }
-                        const float strict = out_scale * (out + in);
-                        total[nt][2 * half + e] = strict + out_scale * diagonal[r0 + r] * own;
-                        product_of[nt][2 * half + e] = strict * (e ? ys.y : ys.x);
                     }
                 }
             store_block(dx + (t0 + r0) * row_k + c0, row_k, T - t0 - r0, mine, total[0], total[1], pair);
             if (!reverse) {
-                keep(product, product_of[0], product_of[1]);
+#pragma unroll
+                for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) inner_product[nt][e] += outer_product[nt][e];
+                keep(product, inner_product[0], inner_product[1]);
             } else {
                 float qdq[2][4];
                 recall(product, qdq[0], qdq[1]);
-                // Sums over the rows from each on: rows g + 8, then g.
+                const bool sparse = __any_sync(FULL, opaque[0][0] || opaque[0][1] || opaque[1][0] || opaque[1][1]);
+                // Rows g and g + 8 of a column; what is inside the block counts from each row on, what leaves it
+                // through the state up to each row, or, where all else passes through as well, from each row on.
 #pragma unroll
                 for (int nt = 0; nt < 2; nt++) {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        float low = qdq[nt][e] - product_of[nt][e], high = qdq[nt][2 + e] - product_of[nt][2 + e];
+                        float low = qdq[nt][e] - inner_product[nt][e], high = qdq[nt][2 + e] - inner_product[nt][2 + e];
+                        float low_out = outer_product[nt][e], high_out = outer_product[nt][2 + e], passing = through[nt][e];
+                        if (sparse) {
+#pragma unroll
+                            for (int o = 4; o < WARP; o *= 2) {
+                                const float l = __shfl_up_sync(FULL, low_out, o), r = __shfl_up_sync(FULL, high_out, o);
+                                if (lane >= o) low_out += l, high_out += r;
+                            }
+                            const float half = __shfl_sync(FULL, low_out, WARP - 4 + lane % 4);
+                            const float all = half + __shfl_sync(FULL, high_out, WARP - 4 + lane % 4);
+                            // Without the row itself.
+                            const float l = __shfl_up_sync(FULL, low_out, 4), r = __shfl_up_sync(FULL, high_out, 4);
+                            low_out = lane < 4 ? 0.f : l;
+                            high_out = lane < 4 ? half : half + r;
+                            passing = opaque[nt][e] ? 0.f : passing - all;
+                        } else {
+                            low -= low_out, high -= high_out;
+                            low_out = high_out = 0.f;
+                        }
 #pragma unroll
                         for (int o = 4; o < WARP; o *= 2) {
                             const float l = __shfl_down_sync(FULL, low, o), r = __shfl_down_sync(FULL, high, o);
                             if (lane + o < WARP) low += l, high += r;
                         }
-                        high += through[nt][e];
-                        low += __shfl_sync(FULL, high, lane % 4);
+                        low += __shfl_sync(FULL, high, lane % 4) + low_out + passing;
+                        high += high_out + passing;
                         qdq[nt][e] = low, qdq[nt][2 + e] = high;
                         through[nt][e] = __shfl_sync(FULL, low, lane % 4);
                     }
@@ -503,7 +533,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             }
         }
     }
-    if (!reverse) keep_state(spans);
+    if (keep_end) keep_state(spans);
     if (reverse && d_state0 && useful) store_rows(s, d_state0 + bh * K * V + (long long)(k0 + c0) * V, mine, V);
 }
 
@@ -515,9 +545,10 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256, KEY_BLOCKS) gla_keys_n##N_MAX##_##SUFFIX(                        \
         const R::elem* x, const R::elem* y, const float* g, const R::elem* z, const R::elem* u, const float* state0,   \
-        R::elem* dx, float* dg, float* d_state0, R::elem* kept, R::elem* products, int T, int H, int K, int V,         \
-        float scale, int reverse) {                                                                                    \
-        keys<R, N_MAX / 8>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V, scale, reverse);       \
+        R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T, int H, int K, int V,             \
+        float scale, int reverse, int keep_end) {                                                                      \
+        keys<R, N_MAX / 8>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V, scale, reverse,        \
+                           keep_end);                                                                                  \
     }
 #define ROUTE(SUFFIX, R)            \
     KERNELS(64, 512, 2, SUFFIX, R)  \
