@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor};
 
 use crate::ops::philox::philox4x32;
 use crate::{bail_input, dispatch};
@@ -65,7 +65,8 @@ impl Init {
 struct Placed {
     value: Tensor,
     grad: Tensor,
-    anchor: Tensor,
+    /// The value in the number format of matrix products, where that is not its own.
+    shadow: Option<Tensor>,
 }
 
 struct Spec {
@@ -127,9 +128,10 @@ impl Param {
         self.view(&self.placed().grad)
     }
 
-    /// The variable that makes the tape reach nodes whose only inputs are parameters.
-    pub(crate) fn anchor(&self) -> Tensor {
-        self.placed().anchor.clone()
+    /// A view of the value as matrix products take it: in bf16 if the store computes in bf16.
+    pub fn weight(&self) -> Tensor {
+        let placed = self.placed();
+        self.view(placed.shadow.as_ref().unwrap_or(&placed.value))
     }
 
     /// Adds to the gradient.
@@ -250,39 +252,53 @@ impl Builder {
 
     /// Lays the declared parameters out, trained ones first, and draws their values from `seed`.
     ///
-    /// Every parameter has a stream of its own, found from its name: adding one leaves the others' values.
+    /// `dtype` is what the model computes in; with bf16 the values themselves stay f32, and matrix products
+    /// take them from a bf16 copy. Every parameter has a random stream of its own, found from its name:
+    /// adding one leaves the others' values.
     pub fn finish(self, seed: u64, dtype: DType, device: &Device) -> Result<ParamStore> {
         let params = std::mem::take(&mut *self.specs.lock().unwrap());
         let (trained, buffers): (Vec<_>, Vec<_>) = params.into_iter().partition(Param::trained);
-        let count: usize = trained.iter().map(|p| p.spec.shape.iter().product::<usize>()).sum();
+        let size = |param: &Param| param.spec.shape.iter().product::<usize>();
         let mut values = Vec::new();
+        let mut offsets = Vec::new();
+        let mut end = 0;
         for param in trained.iter().chain(&buffers) {
             let mut stream = Stream::new(seed, param.name());
+            offsets.push(values.len());
             values.extend(param.spec.init.draw(param.shape(), || stream.next_f64()));
+            values.resize(values.len().next_multiple_of(ALIGN), 0.0);
+            if param.trained() {
+                end = values.len();
+            }
         }
         let total = values.len();
-        let flat = Tensor::from_vec(values, total, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
-        let grad = Tensor::zeros(total, dtype, device)?;
-        let anchor = Var::zeros(1, DType::F32, device)?.as_tensor().clone();
-        let mut offset = 0;
-        for param in trained.iter().chain(&buffers) {
-            let n: usize = param.spec.shape.iter().product();
-            let shape = Shape::from(param.spec.shape.clone());
+        let flat = Tensor::from_vec(values, total, &Device::Cpu)?;
+        let half = dtype == DType::BF16;
+        let flat = flat.to_dtype(if half { DType::F32 } else { dtype })?.to_device(device)?;
+        let shadow = if half { Some(flat.to_dtype(dtype)?) } else { None };
+        let grad = flat.zeros_like()?;
+        for (param, &offset) in trained.iter().chain(&buffers).zip(&offsets) {
+            let view = |flat: &Tensor| flat.narrow(0, offset, size(param))?.reshape(param.spec.shape.as_slice());
             let placed = Placed {
-                value: flat.narrow(0, offset, n)?.reshape(shape.clone())?,
-                grad: grad.narrow(0, offset, n)?.reshape(shape)?,
-                anchor: anchor.clone(),
+                value: view(&flat)?,
+                grad: view(&grad)?,
+                shadow: shadow.as_ref().map(view).transpose()?,
             };
             if param.spec.placed.set(placed).is_err() {
                 candle_core::bail!("parameter {} was laid out twice", param.name())
             }
-            offset += n;
         }
-        let value = flat.narrow(0, 0, count)?;
-        let gradient = grad.narrow(0, 0, count)?;
-        Ok(ParamStore { params: trained, buffers, value, gradient })
+        let value = flat.narrow(0, 0, end)?;
+        let gradient = grad.narrow(0, 0, end)?;
+        let shadow = shadow.map(|shadow| shadow.narrow(0, 0, end)).transpose()?;
+        let count = trained.iter().map(size).sum();
+        Ok(ParamStore { params: trained, buffers, value, gradient, shadow, count })
     }
 }
+
+/// Parameters begin at multiples of this many values, so that vectors and matrix products find them aligned;
+/// the values between two parameters are zero and stay so.
+const ALIGN: usize = 8;
 
 /// Uniform numbers in [0, 1) for one named parameter.
 struct Stream {
@@ -314,6 +330,8 @@ pub struct ParamStore {
     buffers: Vec<Param>,
     value: Tensor,
     gradient: Tensor,
+    shadow: Option<Tensor>,
+    count: usize,
 }
 
 impl ParamStore {
@@ -329,10 +347,23 @@ impl ParamStore {
 
     /// Number of trained values.
     pub fn count(&self) -> usize {
-        self.value.elem_count()
+        self.count
     }
 
-    /// All trained values, flat.
+    /// The copy of [`ParamStore::value`] that matrix products take, if they compute in bf16.
+    pub fn shadow(&self) -> Option<&Tensor> {
+        self.shadow.as_ref()
+    }
+
+    /// Brings the copy up to date after values were written from outside.
+    pub fn refresh(&self) -> Result<()> {
+        match &self.shadow {
+            Some(shadow) => shadow.slice_set(&self.value.to_dtype(shadow.dtype())?, 0, 0),
+            None => Ok(()),
+        }
+    }
+
+    /// All trained values, flat, with zeros between parameters that end at odd places.
     pub fn value(&self) -> &Tensor {
         &self.value
     }
@@ -360,6 +391,6 @@ impl ParamStore {
             let tensor = tensors[param.name()].to_dtype(own.dtype())?.to_device(own.device())?;
             own.slice_set(&tensor.contiguous()?, 0, 0)?;
         }
-        Ok(())
+        Ok(self.refresh()?)
     }
 }

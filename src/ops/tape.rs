@@ -3,30 +3,38 @@
 //! Candle's custom ops take at most three tensors and give one, and its backward pass adds every
 //! gradient into a fresh zero tensor of the argument's size. A recurrence has up to eight inputs and two
 //! outputs, and those zeros and sums are a third of a CPU's training step. [`apply`] bridges the two: the
-//! tape sees one-element *tokens* where the operation has tensors, so nothing is packed or copied, and
-//! gradients pass from node to node beside it.
+//! gradients pass from node to node beside Candle's tape, and nothing is packed or copied.
+//!
+//! A node whose inputs all lead back to parameters and to nodes of ours is *pure*: it waits in
+//! [`PENDING`] until every younger node has put its gradient into the outputs it used, and runs then;
+//! Candle sees only one-element anchors, and on a GPU the tape costs no kernel. The output that
+//! `Tensor::backward` starts from hangs on the [anchor], which is the last that Candle reaches.
+//!
+//! A node that uses a tensor from elsewhere (a variable, the result of one of Candle's operations), or the
+//! output of such a node, is *mixed*: Candle's order of nodes must then hold across both worlds, so it is
+//! a chain of one-element *tokens* on Candle's tape. The gathers hand gradients out to the tensors from
+//! elsewhere, the core runs the node.
 //!
 //! ```text
-//!   inputs ──► Gather (token) ──► Core (token) ──► Emit (output 0)
-//!   inputs ──► Gather (token) ──┘             └──► Emit (output 1)
+//!   tensors from elsewhere ──► Gather (token) ──► Core (token) ──► Emit (output)
+//!   tokens of mixed nodes  ──► Gather (token) ──┘             └──► Emit (output)
 //! ```
 //!
-//! Going back, Candle's order of nodes is what counts: a `Core` is reached when every node that used its
-//! outputs is done. By then each of them has put its gradient where it belongs, into the output of the
-//! node that made its input; the core calls [`Node::backward`] once with what came together. An input
-//! that no node of ours made (a variable, the result of one of Candle's operations) is gathered as it is,
-//! and an output that one of Candle's operations uses gets its gradient through `Emit`: both worlds mix.
+//! In both worlds a gradient goes where it belongs at once: into the output of the node that made the
+//! input. An output that one of Candle's operations uses gets its gradient through `Emit`.
 //!
 //! Parameters stay off the tape altogether: [`Param`] is an argument whose gradient is added straight to
 //! its place in the flat gradient buffer, which is what makes micro-batches, clipping and the optimizer
 //! one pass each.
 
-use std::cell::Cell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, TensorId,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, DeviceLocation, Layout, Result,
+    Shape, Storage, Tensor, TensorId, Var,
 };
 
 use super::real::Real;
@@ -34,11 +42,16 @@ use crate::model::param::Param;
 
 /// A value that a [`Node`] computed: storage and shape, not yet a tensor of the graph.
 pub struct Value {
-    storage: Storage,
-    shape: Shape,
+    pub(crate) storage: Storage,
+    pub(crate) shape: Shape,
 }
 
 impl Value {
+    /// The value as a tensor outside the graph.
+    pub fn into_tensor(self) -> Tensor {
+        Tensor::from_storage(self.storage, self.shape, candle_core::op::BackpropOp::none(), false)
+    }
+
     /// A value on the CPU, contiguous, row-major.
     pub fn cpu<F: Real>(data: Vec<F>, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
@@ -62,6 +75,11 @@ pub trait Node: Send + Sync + 'static {
     /// The op's name, as in `src/ops/<name>` and `kernels/<name>.cu`.
     fn name(&self) -> &'static str;
 
+    /// The outputs that the backward pass wants to see again, by index.
+    fn keeps(&self) -> &'static [usize] {
+        &[]
+    }
+
     /// Computes the outputs from `args`. `save` is false when no backward pass can follow.
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward>;
 
@@ -74,8 +92,13 @@ pub trait Node: Send + Sync + 'static {
 pub struct Run {
     pub args: Vec<Tensor>,
     pub saved: Vec<Tensor>,
+    /// The outputs that [`Node::keeps`] names, in its order.
+    pub outputs: Vec<Tensor>,
     /// Which arguments want a gradient.
     pub needs: Vec<bool>,
+    /// The arguments that are parameters. A backward pass may add to [`Param::grad`] itself and give no
+    /// gradient for such an argument: a matrix product adds for nothing.
+    pub params: Vec<Option<Param>>,
 }
 
 /// An argument of an operation: a tensor of the graph, or a parameter.
@@ -85,6 +108,8 @@ pub enum Arg {
     /// A tensor seen in another shape; see [`view`].
     View(Tensor, Shape),
     Param(Param),
+    /// A parameter, seen in the number format that matrix products compute in.
+    Weight(Param),
 }
 
 impl From<&Tensor> for Arg {
@@ -112,6 +137,7 @@ impl Arg {
             Arg::Tensor(tensor) => tensor.detach().contiguous(),
             Arg::View(tensor, shape) => tensor.detach().contiguous()?.reshape(shape),
             Arg::Param(param) => param.value().contiguous(),
+            Arg::Weight(param) => param.weight().contiguous(),
         }
     }
 
@@ -119,7 +145,7 @@ impl Arg {
         match self {
             Arg::Tensor(tensor) => tensor.shape().clone(),
             Arg::View(_, shape) => shape.clone(),
-            Arg::Param(param) => param.value().shape().clone(),
+            Arg::Param(param) | Arg::Weight(param) => param.value().shape().clone(),
         }
     }
 
@@ -127,7 +153,14 @@ impl Arg {
     fn tensor(&self) -> Option<&Tensor> {
         match self {
             Arg::Tensor(tensor) | Arg::View(tensor, _) => Some(tensor),
-            Arg::Param(_) => None,
+            Arg::Param(_) | Arg::Weight(_) => None,
+        }
+    }
+
+    fn param(&self) -> Option<&Param> {
+        match self {
+            Arg::Param(param) | Arg::Weight(param) => Some(param),
+            Arg::Tensor(_) | Arg::View(..) => None,
         }
     }
 }
@@ -137,8 +170,8 @@ impl Arg {
 struct Output {
     shared: Arc<Shared>,
     index: usize,
-    /// The core's token: what a node that uses the output hangs on.
-    token: Tensor,
+    /// The core's token, if the node is mixed: what a node that uses the output hangs on.
+    token: Option<Tensor>,
 }
 
 /// The living outputs of nodes, by the tensors they are. An entry leaves with its tensor.
@@ -167,7 +200,63 @@ impl Output {
                 Sum { grad: super::add::sum(&first.contiguous()?, &grad.contiguous()?)?, own: true }
             }
         });
+        if self.token.is_none() {
+            PENDING.with(|pending| pending.borrow_mut().insert(self.shared.age, self.shared.clone()));
+        }
         Ok(())
+    }
+}
+
+/// Numbers the nodes as they are made: whoever uses an output is younger than who made it.
+static AGE: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    /// Pure nodes with a gradient, by age.
+    static PENDING: RefCell<BTreeMap<u64, Arc<Shared>>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// Runs the waiting nodes, the youngest first, until none is left.
+fn run_pending() -> Result<()> {
+    let next = || PENDING.with(|pending| pending.borrow_mut().pop_last());
+    while let Some((_, shared)) = next() {
+        if let Err(error) = shared.backward() {
+            PENDING.with(|pending| pending.borrow_mut().clear());
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// What the outputs of pure nodes on a device hang on: the last tensor that Candle's backward pass reaches,
+/// which then runs them.
+fn anchor(device: &Device) -> Result<Tensor> {
+    static ANCHORS: LazyLock<Mutex<HashMap<DeviceLocation, Tensor>>> = LazyLock::new(Default::default);
+    let mut anchors = ANCHORS.lock().unwrap();
+    if let Some(anchor) = anchors.get(&device.location())
+        && anchor.device().same_device(device)
+    {
+        return Ok(anchor.clone());
+    }
+    let anchor = Var::zeros(1, DType::F32, device)?.apply_op1(Anchor)?;
+    anchors.insert(device.location(), anchor.clone());
+    Ok(anchor)
+}
+
+struct Anchor;
+
+impl CustomOp1 for Anchor {
+    fn name(&self) -> &'static str {
+        "anchor"
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok(token_storage())
+    }
+    fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda_token_storage(storage)
+    }
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        run_pending()?;
+        Ok(None)
     }
 }
 
@@ -197,38 +286,48 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
     let device = values[0].device().clone();
     let Forward { outputs, saved } = node.forward(&values, save)?;
     if !save {
-        let blank = Tensor::zeros(1, candle_core::DType::F32, &device)?;
-        return outputs.into_iter().map(|value| blank.apply_op1_no_bwd(&Emit::new(value, None))).collect();
+        return Ok(outputs.into_iter().map(Value::into_tensor).collect());
     }
 
     let count = outputs.len();
     let targets: Vec<Target> = args
         .iter()
         .zip(&needs)
-        .map(|(arg, needed)| match (arg, arg.tensor()) {
+        .map(|(arg, needed)| match (arg.param(), arg.tensor()) {
             _ if !needed => Target::None,
-            (Arg::Param(param), _) => Target::Param(param.clone()),
-            (_, Some(tensor)) => match OUTPUTS.lock().unwrap().get(&tensor.id()) {
+            (Some(param), _) => Target::Param(param.clone()),
+            (None, Some(tensor)) => match OUTPUTS.lock().unwrap().get(&tensor.id()) {
                 Some(output) => Target::Output(output.clone()),
                 None => Target::Candle(tensor.clone()),
             },
-            (_, None) => Target::None,
+            (None, None) => Target::None,
         })
         .collect();
-    // What the core waits for: tokens of the nodes before it, each once, and tensors from elsewhere.
+    // What a mixed node waits for: tensors from elsewhere, and tokens of the mixed nodes before it, each once.
     let mut edges: Vec<(Option<usize>, Tensor)> = Vec::new();
+    let mut pure_inputs = false;
     for (i, target) in targets.iter().enumerate() {
         match target {
             Target::Candle(tensor) => edges.push((Some(i), tensor.clone())),
-            Target::Output(output) if edges.iter().all(|(_, edge)| edge.id() != output.token.id()) => {
-                edges.push((None, output.token.clone()));
+            Target::Output(Output { token: Some(token), .. }) => {
+                if edges.iter().all(|(_, edge)| edge.id() != token.id()) {
+                    edges.push((None, token.clone()));
+                }
             }
-            _ => {}
+            Target::Output(Output { token: None, .. }) => pure_inputs = true,
+            Target::Param(_) | Target::None => {}
         }
     }
+    let mixed = !edges.is_empty();
+    if mixed && pure_inputs {
+        edges.push((None, anchor(&device)?));
+    }
+    let keeps = node.keeps();
+    let params = args.iter().map(|arg| arg.param().cloned()).collect();
     let shared = Arc::new(Shared {
         node: Box::new(node),
-        run: Mutex::new(Some(Run { args: values, saved, needs })),
+        age: AGE.fetch_add(1, Ordering::Relaxed),
+        run: Mutex::new(Some(Run { args: values, saved, outputs: vec![], needs, params })),
         output_grads: Mutex::new(vec![None; count]),
         input_grads: Mutex::new(vec![None; args.len()]),
         targets: Mutex::new(targets),
@@ -246,24 +345,28 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
             _ => unreachable!("chunks of two, and a token"),
         });
     }
-    // Only parameters: hang the node on the anchor, so that the tape reaches it.
-    let anchor =
-        || args.iter().find_map(|arg| if let Arg::Param(param) = arg { Some(param.anchor()) } else { None });
-    let token = token.or_else(anchor).expect("something needs a gradient");
-    let core = token.apply_op1(Core { shared: shared.clone() })?;
-    outputs
+    let token = token.map(|token| token.apply_op1(Core { shared: shared.clone() })).transpose()?;
+    let base = match &token {
+        Some(token) => token.clone(),
+        None => anchor(&device)?,
+    };
+    let outputs: Vec<Tensor> = outputs
         .into_iter()
         .enumerate()
         .map(|(index, value)| {
-            let output = Output { shared: shared.clone(), index, token: core.clone() };
-            let emit = Emit::new(value, Some(output.clone()));
+            let output = Output { shared: shared.clone(), index, token: token.clone() };
+            let emit = Emit { value: Mutex::new(Some(value)), output: output.clone(), id: Default::default() };
             let id = emit.id.clone();
-            let tensor = core.apply_op1(emit)?;
+            let tensor = base.apply_op1(emit)?;
             OUTPUTS.lock().unwrap().insert(tensor.id(), output);
             let _ = id.set(tensor.id());
             Ok(tensor)
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    if let Some(run) = &mut *shared.run.lock().unwrap() {
+        run.outputs = keeps.iter().map(|&i| outputs[i].detach()).collect();
+    }
+    Ok(outputs)
 }
 
 /// Where the gradient of an argument goes.
@@ -277,15 +380,59 @@ enum Target {
 
 struct Shared {
     node: Box<dyn Node>,
+    age: u64,
     run: Mutex<Option<Run>>,
     targets: Mutex<Vec<Target>>,
     output_grads: Mutex<Vec<Option<Sum>>>,
     input_grads: Mutex<Vec<Option<Tensor>>>,
 }
 
-/// A one-element tensor: what the tape carries instead of the node's tensors.
+impl Shared {
+    /// Runs the node's backward pass on what came together, and passes its gradients on.
+    fn backward(&self) -> Result<()> {
+        // Taken, not borrowed: what the forward pass kept is freed as the backward pass moves on.
+        let Some(run) = self.run.lock().unwrap().take() else {
+            candle_core::bail!("{}: backward was called twice on one graph", self.node.name())
+        };
+        let output_grads: Vec<Option<Tensor>> = self
+            .output_grads
+            .lock()
+            .unwrap()
+            .iter_mut()
+            .map(|sum| sum.take().map(|sum| sum.grad.contiguous()).transpose())
+            .collect::<Result<_>>()?;
+        let grads = self.node.backward(&run, &output_grads)?;
+        // Taken as well: with the links gone, nodes are freed one by one, not in a deep recursion.
+        let targets = std::mem::take(&mut *self.targets.lock().unwrap());
+        for (i, (target, grad)) in targets.into_iter().zip(grads).enumerate() {
+            let Some(grad) = grad else { continue };
+            match target {
+                Target::None => {}
+                Target::Param(param) => param.accumulate(&grad)?,
+                Target::Output(output) => output.add(grad)?,
+                Target::Candle(tensor) => {
+                    self.input_grads.lock().unwrap()[i] = Some(grad.reshape(tensor.shape())?);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A one-element tensor: what Candle's tape carries instead of the node's tensors.
 fn token_storage() -> (CpuStorage, Shape) {
     (CpuStorage::F32(vec![0.0]), Shape::from(1))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_token_storage(near: &CudaStorage) -> Result<(CudaStorage, Shape)> {
+    let token = near.device.alloc_zeros::<f32>(1)?;
+    Ok((CudaStorage::wrap_cuda_slice(token, near.device.clone()), Shape::from(1)))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_token_storage(_: &CudaStorage) -> Result<(CudaStorage, Shape)> {
+    candle_core::bail!("{}", crate::device::NO_CUDA)
 }
 
 fn token_grad(token: &Tensor) -> Result<Tensor> {
@@ -315,6 +462,9 @@ impl CustomOp1 for Gather {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok(token_storage())
     }
+    fn cuda_fwd(&self, a: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda_token_storage(a)
+    }
     fn bwd(&self, a: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         self.take(0, a)
     }
@@ -326,6 +476,15 @@ impl CustomOp2 for Gather {
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok(token_storage())
+    }
+    fn cuda_fwd(
+        &self,
+        a: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda_token_storage(a)
     }
     fn bwd(
         &self,
@@ -353,6 +512,17 @@ impl CustomOp3 for Gather {
     ) -> Result<(CpuStorage, Shape)> {
         Ok(token_storage())
     }
+    fn cuda_fwd(
+        &self,
+        a: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda_token_storage(a)
+    }
     fn bwd(
         &self,
         a: &Tensor,
@@ -365,7 +535,7 @@ impl CustomOp3 for Gather {
     }
 }
 
-/// The operation itself, seen by the tape as token in, token out.
+/// A mixed node, seen by Candle's tape as token in, token out.
 struct Core {
     shared: Arc<Shared>,
 }
@@ -377,48 +547,28 @@ impl CustomOp1 for Core {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok(token_storage())
     }
+    fn cuda_fwd(&self, token: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda_token_storage(token)
+    }
     fn bwd(&self, token: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        let shared = &self.shared;
-        // Taken, not borrowed: what the forward pass kept is freed as the backward pass moves on.
-        let Some(run) = shared.run.lock().unwrap().take() else {
-            candle_core::bail!("{}: backward was called twice on one graph", shared.node.name())
-        };
-        let output_grads: Vec<Option<Tensor>> = shared
-            .output_grads
-            .lock()
-            .unwrap()
-            .iter_mut()
-            .map(|sum| sum.take().map(|sum| sum.grad.contiguous()).transpose())
-            .collect::<Result<_>>()?;
-        let grads = shared.node.backward(&run, &output_grads)?;
-        // Taken as well: with the links gone, nodes are freed one by one, not in a deep recursion.
-        let targets = std::mem::take(&mut *shared.targets.lock().unwrap());
-        for (i, (target, grad)) in targets.into_iter().zip(grads).enumerate() {
-            let Some(grad) = grad else { continue };
-            match target {
-                Target::None => {}
-                Target::Param(param) => param.accumulate(&grad)?,
-                Target::Output(output) => output.add(grad)?,
-                Target::Candle(tensor) => {
-                    shared.input_grads.lock().unwrap()[i] = Some(grad.reshape(tensor.shape())?);
-                }
-            }
-        }
+        self.shared.backward()?;
         Ok(Some(token_grad(token)?))
     }
 }
 
-/// One output of a node: takes the core's token, gives the tensor that the forward pass made.
+/// One output of a node: takes the core's token or the anchor, gives the tensor that the forward pass made.
 struct Emit {
     value: Mutex<Option<Value>>,
-    output: Option<Output>,
+    output: Output,
     /// The tensor that this became.
     id: Arc<OnceLock<TensorId>>,
 }
 
 impl Emit {
-    fn new(value: Value, output: Option<Output>) -> Self {
-        Self { value: Mutex::new(Some(value)), output, id: Default::default() }
+    fn take(&self) -> (Storage, Shape) {
+        let value = self.value.lock().unwrap().take();
+        let Value { storage, shape } = value.expect("an Emit is applied once");
+        (storage, shape)
     }
 }
 
@@ -433,18 +583,22 @@ impl Drop for Emit {
 
 impl CustomOp1 for Emit {
     fn name(&self) -> &'static str {
-        self.output.as_ref().map_or("emit", |output| output.shared.node.name())
+        self.output.shared.node.name()
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        match self.value.lock().unwrap().take() {
-            Some(Value { storage: Storage::Cpu(storage), shape }) => Ok((storage, shape)),
+        match self.take() {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
             _ => candle_core::bail!("{}: the output is not on the CPU", CustomOp1::name(self)),
         }
     }
-    fn bwd(&self, token: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        if let Some(output) = &self.output {
-            output.add(grad.clone())?;
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        match self.take() {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            _ => candle_core::bail!("{}: the output is not on the GPU", CustomOp1::name(self)),
         }
+    }
+    fn bwd(&self, token: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.output.add(grad.clone())?;
         Ok(Some(token_grad(token)?))
     }
 }

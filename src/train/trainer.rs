@@ -93,6 +93,7 @@ impl Trainer {
             };
             own.slice_set(&saved.to_device(own.device())?, 0, 0)?;
         }
+        self.net.params().refresh()?;
         self.step = step;
         Ok(())
     }

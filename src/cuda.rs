@@ -1,0 +1,354 @@
+//! Launching the kernels of `kernels/*.cu` on Candle's device, memory and stream.
+//!
+//! Everything runs on one stream, in the order of its launch: a buffer that a tensor lets go is used again
+//! only by what is launched later. Nothing here waits for the GPU.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex};
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor};
+use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::{CudaFunction, CudaModule, CudaStream, DevicePtr, LaunchConfig, PushKernelArg};
+use cudarc::nvrtc::Ptx;
+
+use crate::ops::tape::Value;
+
+/// One compiled file of `kernels/`.
+pub struct Module {
+    pub name: &'static str,
+    image: &'static [u8],
+}
+
+/// The compiled files, by name: `kernels::DELTA` is `kernels/delta.cu`.
+pub mod kernels {
+    use super::Module;
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+/// Whether matrix products of f32 tensors may round their operands to tf32.
+static TF32: AtomicBool = AtomicBool::new(false);
+
+/// Lets matrix products of f32 tensors round their operands to tf32, in the whole process.
+pub fn allow_tf32(allow: bool) {
+    TF32.store(allow, Ordering::Relaxed);
+}
+
+/// Whether [`allow_tf32`] is on.
+pub fn tf32_allowed() -> bool {
+    TF32.load(Ordering::Relaxed)
+}
+
+/// Whether new buffers are filled with NaN, so that a kernel that leaves elements unwritten shows.
+static POISON: AtomicBool = AtomicBool::new(false);
+
+/// Fills new buffers with NaN from now on.
+pub fn poison(on: bool) {
+    POISON.store(on, Ordering::Relaxed);
+}
+
+/// The suffix of elementwise kernels for activations of this type.
+pub fn suffix(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("f32"),
+        DType::BF16 => Ok("bf16"),
+        other => candle_core::bail!("a GPU computes in f32 or bf16, not in {other:?}"),
+    }
+}
+
+/// The suffix of kernels that multiply matrices, for activations of this type.
+pub fn route(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 if tf32_allowed() => Ok("tf32"),
+        other => suffix(other),
+    }
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum KernelArg {
+    /// An address in device memory.
+    Ptr(u64),
+    I32(i32),
+    U32(u32),
+    I64(i64),
+    F32(f32),
+}
+
+/// The address that stands for an argument left out.
+pub const NULL: KernelArg = KernelArg::Ptr(0);
+
+impl From<i32> for KernelArg {
+    fn from(x: i32) -> Self {
+        KernelArg::I32(x)
+    }
+}
+
+impl From<u32> for KernelArg {
+    fn from(x: u32) -> Self {
+        KernelArg::U32(x)
+    }
+}
+
+impl From<i64> for KernelArg {
+    fn from(x: i64) -> Self {
+        KernelArg::I64(x)
+    }
+}
+
+impl From<f32> for KernelArg {
+    fn from(x: f32) -> Self {
+        KernelArg::F32(x)
+    }
+}
+
+/// A size; sizes that kernels take as `int` are far below 2³¹.
+impl From<usize> for KernelArg {
+    fn from(x: usize) -> Self {
+        KernelArg::I32(i32::try_from(x).expect("a size below 2^31"))
+    }
+}
+
+/// The shape of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    pub grid: (u32, u32, u32),
+    pub block: u32,
+    /// Dynamic shared memory, in bytes.
+    pub shared: usize,
+}
+
+impl Launch {
+    /// `blocks` blocks of `threads` threads, in one dimension.
+    pub fn new(blocks: usize, threads: u32) -> Self {
+        Self { grid: (u32::try_from(blocks).expect("a grid below 2^32"), 1, 1), block: threads, shared: 0 }
+    }
+
+    /// A grid of two or three dimensions.
+    pub fn grid(x: usize, y: usize, z: usize, threads: u32) -> Self {
+        let size = |n: usize| u32::try_from(n).expect("a grid below 2^32");
+        Self { grid: (size(x), size(y), size(z)), block: threads, shared: 0 }
+    }
+
+    /// With dynamic shared memory.
+    pub fn shared(self, bytes: usize) -> Self {
+        Self { shared: bytes, ..self }
+    }
+}
+
+/// A GPU, as the launchers see it.
+#[derive(Clone)]
+pub struct Gpu {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+}
+
+/// A loaded function and the dynamic shared memory that it was prepared for.
+struct Loaded {
+    function: CudaFunction,
+    shared: usize,
+}
+
+/// Loaded functions by context, module and name.
+type Functions = HashMap<(usize, &'static str), (Arc<CudaModule>, HashMap<String, Loaded>)>;
+
+static FUNCTIONS: LazyLock<Mutex<Functions>> = LazyLock::new(Default::default);
+
+impl Gpu {
+    /// The GPU that a tensor lives on.
+    pub fn of(tensor: &Tensor) -> Result<Self> {
+        Self::new(tensor.device())
+    }
+
+    pub fn new(device: &Device) -> Result<Self> {
+        let device = device.as_cuda_device()?.clone();
+        Ok(Self { stream: device.cuda_stream(), device })
+    }
+
+    pub fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    pub fn cuda(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Multiprocessors of the GPU.
+    pub fn multiprocessors(&self) -> usize {
+        use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as COUNT;
+        static CACHE: LazyLock<Mutex<HashMap<usize, usize>>> = LazyLock::new(Default::default);
+        let context = self.stream.context();
+        *CACHE.lock().unwrap().entry(context.ordinal()).or_insert_with(|| {
+            context.attribute(COUNT).ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(1)
+        })
+    }
+
+    /// A new contiguous value whose elements are for a kernel to write.
+    pub fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Value> {
+        let shape = shape.into();
+        // An allocation of no bytes fails.
+        let n = shape.elem_count().max(1);
+        macro_rules! alloc {
+            ($type:ty) => {{
+                // SAFETY: the elements are written by the kernel that the buffer was asked for; until then
+                // nobody reads them, and any bytes are valid numbers.
+                let slice = unsafe { self.device.alloc::<$type>(n)? };
+                if POISON.load(Ordering::Relaxed) {
+                    let (ptr, _guard) = slice.device_ptr(&self.stream);
+                    // SAFETY: the range is the allocation just made, on the stream that uses it.
+                    unsafe {
+                        cudarc::driver::result::memset_d8_async(
+                            ptr,
+                            0xff,
+                            n * size_of::<$type>(),
+                            self.stream.cu_stream(),
+                        )
+                        .w()?;
+                    }
+                }
+                CudaStorage::wrap_cuda_slice(slice, self.device.clone())
+            }};
+        }
+        let storage = match dtype {
+            DType::F32 => alloc!(f32),
+            DType::BF16 => alloc!(half::bf16),
+            DType::U32 => alloc!(u32),
+            DType::F64 => alloc!(f64),
+            DType::U8 => alloc!(u8),
+            other => candle_core::bail!("no GPU buffers of {other:?}"),
+        };
+        Ok(Value { storage: Storage::Cuda(storage), shape })
+    }
+
+    /// A value of zeros.
+    pub fn zeros(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Value> {
+        let value = self.empty(shape, dtype)?;
+        let KernelArg::Ptr(ptr) = self.of_value(&value)? else { unreachable!("a buffer has an address") };
+        let bytes = value.shape.elem_count() * dtype.size_in_bytes();
+        if bytes > 0 {
+            // SAFETY: the range is the allocation just made, on the stream that uses it.
+            unsafe {
+                cudarc::driver::result::memset_d8_async(ptr, 0, bytes, self.stream.cu_stream()).w()?;
+            }
+        }
+        Ok(value)
+    }
+
+    /// The address of a value's first element.
+    pub fn of_value(&self, value: &Value) -> Result<KernelArg> {
+        match &value.storage {
+            Storage::Cuda(storage) => self.address(storage, 0),
+            _ => candle_core::bail!("expected a value on the GPU"),
+        }
+    }
+
+    /// The address of a contiguous tensor's first element. The tensor must outlive the launch call, not the
+    /// kernel: memory is given back in the order of the stream.
+    pub fn ptr(&self, tensor: &Tensor) -> Result<KernelArg> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else { candle_core::bail!("expected a tensor on the GPU") };
+        match layout.contiguous_offsets() {
+            Some((start, _)) => self.address(storage, start),
+            None => candle_core::bail!("expected a contiguous tensor of shape {:?}", layout.shape()),
+        }
+    }
+
+    /// [`Gpu::ptr`], or the null address for none.
+    pub fn ptr_or_null(&self, tensor: Option<&Tensor>) -> Result<KernelArg> {
+        tensor.map_or(Ok(NULL), |tensor| self.ptr(tensor))
+    }
+
+    fn address(&self, storage: &CudaStorage, offset: usize) -> Result<KernelArg> {
+        macro_rules! address {
+            ($type:ty) => {
+                storage.as_cuda_slice::<$type>()?.device_ptr(&self.stream).0
+            };
+        }
+        let dtype = storage.dtype();
+        let base = match dtype {
+            DType::F32 => address!(f32),
+            DType::BF16 => address!(half::bf16),
+            DType::U32 => address!(u32),
+            DType::F64 => address!(f64),
+            DType::U8 => address!(u8),
+            other => candle_core::bail!("no kernel takes {other:?}"),
+        };
+        Ok(KernelArg::Ptr(base + (offset * dtype.size_in_bytes()) as u64))
+    }
+
+    /// Launches kernel `name` of `module`.
+    ///
+    /// The arguments must be those of the kernel, in their order and of their types, and every address that
+    /// it reads or writes must be of a buffer of this device that is large enough: each launcher stands next
+    /// to its op and is run by the op's checks under poisoned memory and the sanitizer.
+    pub fn launch(&self, module: &'static Module, name: &str, launch: Launch, args: &[KernelArg]) -> Result<()> {
+        if launch.grid.0 == 0 || launch.grid.1 == 0 || launch.grid.2 == 0 {
+            return Ok(());
+        }
+        let function = self.function(module, name, launch.shared)?;
+        let mut builder = self.stream.launch_builder(&function);
+        for arg in args {
+            match arg {
+                KernelArg::Ptr(x) => builder.arg(x),
+                KernelArg::I32(x) => builder.arg(x),
+                KernelArg::U32(x) => builder.arg(x),
+                KernelArg::I64(x) => builder.arg(x),
+                KernelArg::F32(x) => builder.arg(x),
+            };
+        }
+        let config = LaunchConfig {
+            grid_dim: launch.grid,
+            block_dim: (launch.block, 1, 1),
+            shared_mem_bytes: u32::try_from(launch.shared).expect("shared memory below 4 GiB"),
+        };
+        // SAFETY: the contract in the documentation above; a launch that the driver refuses is an error.
+        match unsafe { builder.launch(config) } {
+            Ok(_) => Ok(()),
+            Err(error) => candle_core::bail!("kernel {name} with {launch:?}: {error}"),
+        }
+    }
+
+    fn function(&self, module: &'static Module, name: &str, shared: usize) -> Result<CudaFunction> {
+        /// More than this a function must be prepared for.
+        const DEFAULT_SHARED: usize = 48 << 10;
+        let context = self.stream.context();
+        let mut functions = FUNCTIONS.lock().unwrap();
+        let key = (Arc::as_ptr(context) as usize, module.name);
+        if !functions.contains_key(&key) {
+            let loaded = match context.load_module(Ptx::from_binary(module.image.to_vec())) {
+                Ok(loaded) => loaded,
+                Err(error) => candle_core::bail!(
+                    "the kernels of {}.cu, compiled for compute capability {} by CUDA {}, cannot be loaded: {error}",
+                    module.name,
+                    env!("SELECTIVBENCH_CUDA_CAPS"),
+                    env!("SELECTIVBENCH_CUDA_VERSION")
+                ),
+            };
+            functions.insert(key, (loaded, HashMap::new()));
+        }
+        let (module, functions) = functions.get_mut(&key).expect("just put in");
+        if !functions.contains_key(name) {
+            let function = match module.load_function(name) {
+                Ok(function) => function,
+                Err(error) => candle_core::bail!("there is no kernel {name}: {error}"),
+            };
+            functions.insert(name.into(), Loaded { function, shared: DEFAULT_SHARED });
+        }
+        let loaded = functions.get_mut(name).expect("just put in");
+        if shared > loaded.shared {
+            let bytes = i32::try_from(shared).expect("shared memory below 2 GiB");
+            let attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            if let Err(error) = loaded.function.set_attribute(attribute, bytes) {
+                candle_core::bail!("kernel {name} needs {shared} bytes of shared memory a block: {error}")
+            }
+            loaded.shared = shared;
+        }
+        Ok(loaded.function.clone())
+    }
+}
