@@ -259,7 +259,7 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
             total += __shfl_xor_sync(FULL, total, 2);
             inverse[i][half] = 1.f / total;
             const int row = w0 + acc_row(i, 2 * half);
-            if (lane_id() % 4 == 0 && row >= 0)
+            if (lse && lane_id() % 4 == 0 && row >= 0)
                 lse[(long long)bh * ceil_div(n.steps, 4) * 4 + row] = fmaf(max[i][half], c, log2f(total));
         }
     // Rows of q and of o differ in their stride (f32 only): wait for the other warps' reads of q.
