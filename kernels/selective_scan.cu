@@ -80,6 +80,13 @@ __device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bo
     }
 }
 
+// Row and column of piece `i` of an array with `per_row` pieces a row, a power of two.
+struct Place {
+    int row, column;
+    __device__ __forceinline__ Place(int i, int per_row)
+        : row(i >> (31 - __clz(per_row))), column((i & (per_row - 1)) * PIECE) {}
+};
+
 template <class T>
 __device__ __forceinline__ void store_piece(T* dst, const float (&x)[PIECE], int valid, bool vector) {
     if (valid == PIECE && vector) {
@@ -117,6 +124,13 @@ template <int W>
 __device__ __forceinline__ void load_rates(const float* row, int n, int states, bool exists, float (&a)[W]) {
 #pragma unroll
     for (int i = 0; i < W; i++) a[i] = exists && n + i < states ? -LOG2E * expf(row[n + i]) : 0.f;
+}
+
+__device__ __forceinline__ void prefetch(const float* p, bool exists) {
+#ifndef SB_EMULATE
+    // No branch: the instructions around it may then mix.
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }" ::"l"(p), "r"((uint32_t)exists));
+#endif
 }
 
 // Sums V numbers over the lanes that differ in the bits `mask`, 2 mask, ... below `end`. Each step halves the numbers:
@@ -193,8 +207,10 @@ __device__ void walk(const Walk<T>& w) {
     const bool map_vector = aligned(w.b, w.states) && aligned(w.c, w.states);
 
     auto stage = [&](int t0, T* to) {
+#pragma unroll 1
         for (int i = tid; i < pieces; i += threads) {
-            const int t = t0 + i / per_row, c = c0 + i % per_row * PIECE;
+            const Place place(i, per_row);
+            const int t = t0 + place.row, c = c0 + place.column;
             const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
             const long long at = ((long long)batch * w.steps + t) * w.width + c;
             stage_piece(to + i * PIECE, w.u + at, valid, vector);
@@ -202,8 +218,10 @@ __device__ void walk(const Walk<T>& w) {
             if (w.z != nullptr) stage_piece(to + (2 * pieces + i) * PIECE, w.z + at, valid, vector);
         }
         T* maps_to = to + 3 * pieces * PIECE;
+#pragma unroll 1
         for (int i = tid; i < maps; i += threads) {
-            const int t = t0 + i / map_row, n = i % map_row * PIECE;
+            const Place place(i, map_row);
+            const int t = t0 + place.row, n = place.column;
             const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
             const long long at = ((long long)batch * w.steps + t) * w.states + n;
             if (!CARRY) stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
@@ -212,8 +230,10 @@ __device__ void walk(const Walk<T>& w) {
         cp_async_commit();
     };
     auto convert = [&](int t0, const T* from) {
+#pragma unroll 1
         for (int i = tid; i < pieces; i += threads) {
-            const int t = t0 + i / per_row, c = c0 + i % per_row * PIECE;
+            const Place place(i, per_row);
+            const int t = t0 + place.row, c = c0 + place.column;
             float u[PIECE], delta[PIECE], z[PIECE];
             load_vec<PIECE>(from + i * PIECE, u);
             load_vec<PIECE>(from + (pieces + i) * PIECE, delta);
@@ -228,6 +248,7 @@ __device__ void walk(const Walk<T>& w) {
             }
         }
         const T* maps_from = from + 3 * pieces * PIECE;
+#pragma unroll 1
         for (int i = tid; i < maps; i += threads) {
             float x[PIECE];
             if (!CARRY) {
@@ -239,14 +260,16 @@ __device__ void walk(const Walk<T>& w) {
         }
     };
     auto finish = [&](int t0, const T* from) {
+#pragma unroll 1
         for (int i = tid; i < pieces; i += threads) {
-            const int r = i / per_row, t = t0 + r, local = i % per_row * PIECE, c = c0 + local;
+            const Place place(i, per_row);
+            const int t = t0 + place.row, c = c0 + place.column;
             const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
             if (valid == 0) continue;
             const long long at = ((long long)batch * w.steps + t) * w.width + c;
             float u[PIECE], z[PIECE], y[PIECE];
             load_vec<PIECE>(from + i * PIECE, u);
-            load_vec<PIECE>(ys + r * ys_row + local, y);
+            load_vec<PIECE>(ys + place.row * ys_row + place.column, y);
 #pragma unroll
             for (int j = 0; j < PIECE; j++)
                 if (j < valid) y[j] = fmaf(w.d[c + j], u[j], y[j]);
@@ -353,6 +376,7 @@ __device__ void walk(const Walk<T>& w) {
 constexpr int SUB = 8;      // steps whose decays and states a thread keeps in registers
 constexpr int WARPS = 8;    // of a block
 constexpr int OWN = 4;      // states of a lane
+constexpr int ROW = SUB * 4 + 4, OUT_ROW = 2 * SUB + 1;
 
 template <class T>
 struct Backward {
@@ -395,11 +419,12 @@ __device__ void backward(const Backward<T>& w) {
     float* sums = da_all + size;  // [WARPS, 2, SUB, columns]; while states are computed again: h [group, padded]
     float* h_all = sums;
     const int sums_size = max(WARPS * 2 * SUB * columns, size);
-    // Two buffers: (dt, dt u, g, u) [SUB, group], B, C [SUB, padded], sum_n G B and sum_n A q [SUB, group].
-    const int buffer_size = SUB * (6 * group + 2 * padded);
+    // Two buffers: (dt, dt u, g, u) [group, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
+    // [group]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
+    const int map_size = padded / OWN * ROW, buffer_size = group * (ROW + OUT_ROW) + 2 * map_size;
     float* buffers = sums + sums_size;
     T* raw = reinterpret_cast<T*>(buffers + 2 * buffer_size);
-    const int b_at = SUB * group * 4, c_at = b_at + SUB * padded, out_at = c_at + SUB * padded;
+    const int b_at = group * ROW, c_at = b_at + map_size, out_at = c_at + map_size;
 
     const int per_row = group / PIECE, pieces = SUB * per_row;
     const int map_row = padded / PIECE, maps = SUB * map_row;
@@ -426,8 +451,10 @@ __device__ void backward(const Backward<T>& w) {
         };
         auto stage = [&](Job job) {
             const int t0 = job.chunk * CHUNK + job.sub * SUB;
+#pragma unroll 1
             for (int i = tid; i < pieces; i += threads) {
-                const int t = t0 + i / per_row, c = c0 + i % per_row * PIECE;
+                const Place place(i, per_row);
+                const int t = t0 + place.row, c = c0 + place.column;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                 const long long at = ((long long)batch * w.steps + t) * w.width + c;
                 T* to = raw + i * PIECE;
@@ -442,8 +469,10 @@ __device__ void backward(const Backward<T>& w) {
                 }
             }
             T* maps_to = raw + 5 * pieces * PIECE;
+#pragma unroll 1
             for (int i = tid; i < maps; i += threads) {
-                const int t = t0 + i / map_row, n = i % map_row * PIECE;
+                const Place place(i, map_row);
+                const int t = t0 + place.row, n = place.column;
                 const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
                 const long long at = ((long long)batch * w.steps + t) * w.states + n;
                 stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
@@ -455,8 +484,10 @@ __device__ void backward(const Backward<T>& w) {
         auto convert = [&](Job job, float* buffer) {
             const int t0 = job.chunk * CHUNK + job.sub * SUB;
             cp_async_wait<0>();
+#pragma unroll 1
             for (int i = tid; i < pieces; i += threads) {
-                const int t = t0 + i / per_row, c = c0 + i % per_row * PIECE;
+                const Place place(i, per_row);
+                const int t = t0 + place.row, c = c0 + place.column;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                 const T* from = raw + i * PIECE;
                 float u[PIECE], delta[PIECE], dy[PIECE];
@@ -482,17 +513,20 @@ __device__ void backward(const Backward<T>& w) {
                 for (int j = 0; j < PIECE; j++) {
                     const float dt = j < valid ? fast_softplus(delta[j] + w.delta_bias[c + j]) : 0.f;
                     const float scalars[4] = {dt, dt * u[j], job.main ? dy[j] : 0.f, u[j]};
-                    store_vec<4>(buffer + (i * PIECE + j) * 4, scalars);
+                    store_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalars);
                 }
             }
             const T* maps_from = raw + 5 * pieces * PIECE;
+#pragma unroll 1
             for (int i = tid; i < maps; i += threads) {
+                const Place place(i, map_row);
+                const int at = place.column / OWN * ROW + place.row * OWN;
                 float x[PIECE];
                 load_vec<PIECE>(maps_from + i * PIECE, x);
-                store_vec<PIECE>(buffer + b_at + i * PIECE, x);
+                store_vec<PIECE>(buffer + b_at + at, x);
                 if (job.main) {
                     load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
-                    store_vec<PIECE>(buffer + c_at + i * PIECE, x);
+                    store_vec<PIECE>(buffer + c_at + at, x);
                 }
             }
         };
@@ -506,11 +540,11 @@ __device__ void backward(const Backward<T>& w) {
                 load_vec<OWN>(scratch + (long long)(job.sub - 1) * size + c * padded + n, h);
         };
         // One step forward of the lane's states.
-        auto step = [&](const float* buffer, int r, int c, int n, const float (&a)[OWN], float (&decay)[OWN],
+        auto step = [&](const float* scalars, const float* b_row, int r, const float (&a)[OWN], float (&decay)[OWN],
                         float (&h)[OWN]) {
             float scalar[2], b[OWN];
-            load_vec<2>(buffer + (r * group + c) * 4, scalar);
-            load_vec<OWN>(buffer + b_at + r * padded + n, b);
+            load_vec<2>(scalars + r * 4, scalar);
+            load_vec<OWN>(b_row + r * OWN, b);
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 decay[i] = exp2_approx(scalar[0] * a[i]);
@@ -537,9 +571,11 @@ __device__ void backward(const Backward<T>& w) {
         }
         float dd[PIECE] = {}, dbias[PIECE] = {};
 
+        float before[OWN] = {};  // the states before a job, of the first channel
         Job job = first_job(end_chunk - 1), next = next_job(job);
         stage(job);
         convert(job, buffers);
+        if (job.main) load_h(job, first_own, lane * OWN, before);
         if (next.chunk >= first_chunk) stage(next);
         __syncthreads();
         for (int turn = 0; job.chunk >= first_chunk; turn++) {
@@ -548,8 +584,11 @@ __device__ void backward(const Backward<T>& w) {
                 // h_all shares its memory with the sums, which the last job may still be reading.
                 if (job.sub == 0) __syncthreads();
                 for (int tile = 0; tile < w.tiles; tile++) {
+                    const int n = tile * columns + lane * OWN;
+                    const float* b_row = buffer + b_at + n / OWN * ROW;
                     for (int k = 0; k < mine; k += side) {
-                        const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+                        const int c = first_own + k, at = c * padded + n;
+                        const float* scalars = buffer + c * ROW;
                         float a[OWN], h[OWN], decay[OWN];
                         load_vec<OWN>(rates + at, a);
                         if (job.sub == 0)
@@ -557,7 +596,7 @@ __device__ void backward(const Backward<T>& w) {
                         else
                             load_vec<OWN>(h_all + at, h);
 #pragma unroll
-                        for (int r = 0; r < SUB; r++) step(buffer, r, c, n, a, decay, h);
+                        for (int r = 0; r < SUB; r++) step(scalars, b_row, r, a, decay, h);
                         store_vec<OWN>(h_all + at, h);
                         store_vec<OWN>(scratch + (long long)job.sub * size + at, h);
                     }
@@ -568,12 +607,17 @@ __device__ void backward(const Backward<T>& w) {
                 if (job.main) {
 #pragma unroll
                     for (int i = 0; i < 2 * SUB * OWN; i++) acc[i] = 0.f;
-                    float before[OWN];
-                    load_h(job, first_own, tile * columns + lane * OWN, before);
+                    const int n = tile * columns + lane * OWN;
+                    const float *b_row = buffer + b_at + n / OWN * ROW, *c_row = b_row + map_size;
+                    if (tile > 0) load_h(job, first_own, n, before);
                     for (int k = 0; k < mine; k += side) {
-                        const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+                        const int c = first_own + k, at = c * padded + n;
+                        const float* scalars = buffer + c * ROW;
                         float a[OWN], dh[OWN], da[OWN], decay[SUB][OWN], h[SUB][OWN], after[OWN], out[2 * SUB];
                         if (k + side < mine) load_h(job, c + side, n, after);
+                        const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + c0 + c;
+                        prefetch(w.checkpoints + earlier * w.states + n,
+                                 job.sub == 0 && job.chunk > first_chunk && c0 + c < w.width && n < w.states);
                         load_vec<OWN>(rates + at, a);
                         load_vec<OWN>(dh_all + at, dh);
                         load_vec<OWN>(da_all + at, da);
@@ -581,15 +625,14 @@ __device__ void backward(const Backward<T>& w) {
                         for (int r = 0; r < SUB; r++) {
 #pragma unroll
                             for (int i = 0; i < OWN; i++) h[r][i] = r == 0 ? before[i] : h[r - 1][i];
-                            step(buffer, r, c, n, a, decay[r], h[r]);
+                            step(scalars, b_row, r, a, decay[r], h[r]);
                         }
 #pragma unroll
                         for (int r = SUB - 1; r >= 0; r--) {
-                            float scalar[3], b[OWN], cc[OWN];
-                            load_vec<2>(buffer + (r * group + c) * 4, reinterpret_cast<float(&)[2]>(scalar));
-                            scalar[2] = buffer[(r * group + c) * 4 + 2];
-                            load_vec<OWN>(buffer + b_at + r * padded + n, b);
-                            load_vec<OWN>(buffer + c_at + r * padded + n, cc);
+                            float scalar[4], b[OWN], cc[OWN];
+                            load_vec<4>(scalars + r * 4, scalar);
+                            load_vec<OWN>(b_row + r * OWN, b);
+                            load_vec<OWN>(c_row + r * OWN, cc);
                             out[r] = out[SUB + r] = 0.f;
 #pragma unroll
                             for (int i = 0; i < OWN; i++) {
@@ -607,12 +650,9 @@ __device__ void backward(const Backward<T>& w) {
                         store_vec<OWN>(da_all + at, da);
                         sum_over_lanes<2 * SUB, 1>(out, 0, 1, lanes, [&](int first, const auto& x) {
                             constexpr int V = sizeof(x) / sizeof(float);
-                            float* to = buffer + out_at + c;
+                            float* to = buffer + out_at + c * OUT_ROW + first;
 #pragma unroll
-                            for (int i = 0; i < V; i++) {
-                                const int place = (first + i) * group;
-                                to[place] = tile == 0 ? x[i] : to[place] + x[i];
-                            }
+                            for (int i = 0; i < V; i++) to[i] = tile == 0 ? x[i] : to[i] + x[i];
                         });
 #pragma unroll
                         for (int i = 0; i < OWN; i++) before[i] = after[i];
@@ -636,11 +676,12 @@ __device__ void backward(const Backward<T>& w) {
                     const Job after = next_job(next);
                     if (after.chunk >= first_chunk) stage(after);
                 }
+                if (next.main && next.chunk >= first_chunk) load_h(next, first_own, lane * OWN, before);
                 __syncthreads();
                 if (job.main) {
                     const int t0 = job.chunk * CHUNK + job.sub * SUB;
                     for (int i = tid; i < 2 * SUB * lanes; i += threads) {
-                        const int r = i / lanes, t = t0 + r % SUB;
+                        const int r = i >> (31 - __clz(lanes)), t = t0 + r % SUB;
                         float total[OWN] = {};
 #pragma unroll
                         for (int warp = 0; warp < WARPS; warp++) {
@@ -652,28 +693,30 @@ __device__ void backward(const Backward<T>& w) {
                         const long long map = r / SUB * groups + part;
                         if (t < w.steps)
                             store_vec<OWN>(w.maps + ((map * w.batch + batch) * w.steps + t) * padded + tile * columns +
-                                               i % lanes * OWN,
+                                               (i & (lanes - 1)) * OWN,
                                            total);
                     }
                 }
             }
             if (job.main) {
                 const int t0 = job.chunk * CHUNK + job.sub * SUB;
+#pragma unroll 1
                 for (int i = tid; i < pieces; i += threads) {
-                    const int t = t0 + i / per_row, local = i % per_row * PIECE, c = c0 + local;
+                    const Place place(i, per_row);
+                    const int t = t0 + place.row, c = c0 + place.column;
                     const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                     if (valid == 0) continue;
-                    float by_b[PIECE], by_a[PIECE], du[PIECE], ddelta[PIECE];
-                    load_vec<PIECE>(buffer + out_at + i * PIECE, by_b);
-                    load_vec<PIECE>(buffer + out_at + SUB * group + i * PIECE, by_a);
+                    float du[PIECE], ddelta[PIECE];
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) {
                         float scalar[4];
-                        load_vec<4>(buffer + (i * PIECE + j) * 4, scalar);
+                        load_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalar);
                         const float dt = scalar[0], g = scalar[2], u = scalar[3];
-                        du[j] = fmaf(dt, by_b[j], j < valid ? w.d[c + j] * g : 0.f);
-                        // sigmoid(x) = 1 - exp(-softplus(x)); the rates are A log2 e
-                        ddelta[j] = fmaf(u, by_b[j], LN2 * by_a[j]) * -expm1f(-dt);
+                        const float* out = buffer + out_at + (place.column + j) * OUT_ROW + place.row;
+                        const float by_b = out[0], by_a = LN2 * out[SUB];  // the rates are A log2 e
+                        du[j] = fmaf(dt, by_b, j < valid ? w.d[c + j] * g : 0.f);
+                        // sigmoid(x) = 1 - exp(-softplus(x))
+                        ddelta[j] = fmaf(u, by_b, by_a) * -expm1f(-dt);
                         dd[j] = fmaf(g, u, dd[j]);
                         dbias[j] += ddelta[j];
                     }
@@ -776,7 +819,7 @@ CARRY(selective_scan_carry_s2_bf16, bf16, 2)
 
 // Backward: at most ceil(D / group) B segments blocks of 256. `maps` [2, ceil(D / group), B, T, padded], `parameters`
 // [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 lanes tiles >= N. Shared memory: 4 (3 group
-// padded + max(512 lanes, group padded) + 16 (6 group + 2 padded)) + 8 (5 group + 2 padded) sizeof(T) bytes.
+// padded + max(512 lanes, group padded) + 2 (53 group + 18 padded)) + 8 (5 group + 2 padded) sizeof(T) bytes.
 #define BACKWARD(NAME, T)                                                                                           \
     extern "C" __global__ void __launch_bounds__(256, 1) NAME(                                                      \
         const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
