@@ -149,6 +149,22 @@ impl Arg {
         }
     }
 
+    /// The number format that activations computed from this argument have.
+    pub fn compute_dtype(&self) -> DType {
+        match self {
+            Arg::Tensor(tensor) | Arg::View(tensor, _) => tensor.dtype(),
+            Arg::Param(param) | Arg::Weight(param) => param.weight().dtype(),
+        }
+    }
+
+    /// The argument as matrix products take it: a parameter in their number format.
+    pub fn into_weight(self) -> Self {
+        match self {
+            Arg::Param(param) => Arg::Weight(param),
+            other => other,
+        }
+    }
+
     /// The tensor on the graph.
     fn tensor(&self) -> Option<&Tensor> {
         match self {
