@@ -1,5 +1,9 @@
 //! Decoder, cross-entropy and the vote of each element's window, without ever holding all logits.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod device;
 mod reference;
 
 use std::sync::{Arc, Mutex};
