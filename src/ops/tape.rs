@@ -149,6 +149,22 @@ impl Arg {
         }
     }
 
+    /// The number format that activations computed from this argument have.
+    pub fn compute_dtype(&self) -> DType {
+        match self {
+            Arg::Tensor(tensor) | Arg::View(tensor, _) => tensor.dtype(),
+            Arg::Param(param) | Arg::Weight(param) => param.weight().dtype(),
+        }
+    }
+
+    /// The argument as matrix products take it: a parameter in their number format.
+    pub fn into_weight(self) -> Self {
+        match self {
+            Arg::Param(param) => Arg::Weight(param),
+            other => other,
+        }
+    }
+
     /// The tensor on the graph.
     fn tensor(&self) -> Option<&Tensor> {
         match self {
@@ -355,7 +371,8 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
         .enumerate()
         .map(|(index, value)| {
             let output = Output { shared: shared.clone(), index, token: token.clone() };
-            let emit = Emit { value: Mutex::new(Some(value)), output: output.clone(), id: Default::default() };
+            let emit =
+                Emit { value: Mutex::new(Some(value)), output: output.clone(), id: Default::default() };
             let id = emit.id.clone();
             let tensor = base.apply_op1(emit)?;
             OUTPUTS.lock().unwrap().insert(tensor.id(), output);

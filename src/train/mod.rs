@@ -40,6 +40,7 @@ use self::state::State;
 use self::trainer::{NotFinite, Trainer};
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Emulate, Precision, Split, TaskPreset};
+use crate::device::number_format;
 use crate::error::Interrupted;
 use crate::task::{Part, Task};
 use crate::{bad_input, bail_input, files, model};
@@ -117,18 +118,6 @@ pub fn emulated(config: &Config) -> Vec<String> {
     what.iter().map(|what| what.to_string()).collect()
 }
 
-/// The number format that `train.precision` means on a device.
-fn precision(config: &Config, device: &Device) -> Result<&'static str> {
-    match (config.train.precision, device) {
-        (Precision::Auto | Precision::F32, _) => Ok("f32"),
-        (other, _) => Err(bad_input!(
-            "train.precision is {}, but {} computes in f32; set it to auto or f32",
-            format!("{other:?}").to_lowercase(),
-            device_name(device)
-        )),
-    }
-}
-
 /// `cpu` or `cuda:N`.
 pub fn device_name(device: &Device) -> String {
     match device.location() {
@@ -143,7 +132,7 @@ struct Run<'a> {
     options: &'a Options,
     task: Arc<Task>,
     trainer: Trainer,
-    precision: &'static str,
+    precision: Precision,
     metrics: Metrics,
     /// Seconds of the processes before this one: training and evaluations, and training alone.
     before: (f64, f64),
@@ -159,7 +148,7 @@ struct Run<'a> {
 
 /// Trains as configured; gives the summary that also stands in the run directory.
 pub fn run(config: &Config, options: &Options) -> Result<Summary> {
-    let precision = precision(config, &options.device)?;
+    let precision = number_format(config, &options.device)?;
     let saved = find_state(config, options)?;
     if saved.is_some()
         && let Ok(summary) = Summary::open(&options.out)
@@ -282,7 +271,7 @@ impl Run<'_> {
             config.model.name,
             count(net.params().count() as f64),
             device_name(&self.options.device),
-            self.precision,
+            self.precision.name(),
             rayon::current_num_threads(),
             self.task.classes(),
             self.task.grammar().alphabet(),
@@ -457,7 +446,7 @@ impl Run<'_> {
             task: config.task.preset,
             seed: config.seed,
             device: device_name(&self.options.device),
-            precision: self.precision.into(),
+            precision: self.precision.name().into(),
             split: config.task.split,
             emulate: emulated(config),
             tests,

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 use super::evaluate::{ElementLabels, targets, with_input};
 use super::schedule;
 use crate::config::{Auto, Config, Emulate, OptimizerKind};
+use crate::device::number_format;
 use crate::model::{Context, DropoutKey, RecNet};
 use crate::ops::head::head_cross_entropy;
 use crate::ops::optim::{AdamStep, clip_scale, global_norm};
@@ -55,7 +56,7 @@ impl std::error::Error for NotFinite {}
 impl Trainer {
     /// A fresh model of the configured kind.
     pub fn new(config: &Config, features: usize, classes: usize, device: &Device) -> Result<Self> {
-        let dtype = candle_core::DType::F32;
+        let dtype = number_format(config, device)?.dtype();
         let net = RecNet::new(&config.model, features, classes, config.seed, dtype, device)?;
         let (m, v) = (net.params().value().zeros_like()?, net.params().value().zeros_like()?);
         Ok(Self { config: config.clone(), net, m, v, step: 0, total: config.updates() })

@@ -1,5 +1,7 @@
 //! Decoder, cross-entropy and the vote of each element's window, without ever holding all logits.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod reference;
 
 use std::sync::{Arc, Mutex};
