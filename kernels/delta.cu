@@ -29,11 +29,11 @@
 //
 // dM never appears: Mᵀ (dVh Rᵀ) Mᵀ = Z Vhᵀ with R = β (V − e^b K S0).
 //
-// Kernels, with the grid of each:
-//   delta_prepare    (chunks, B·H)          M and the per-chunk rows b, β; parallel over chunks
-//   delta_forward    (slices of V, B·H)     walks over the chunks with S in registers
-//   delta_reverse    (slices of V, B·H)     walks back with dS in registers; leaves Z in dv and dS1 in a workspace
-//   delta_gradients  (chunks, B·H)          everything else; parallel over chunks
+// Kernels, with the blocks of each:
+//   delta_prepare    B·H · chunks         M and the per-chunk rows b, β
+//   delta_forward    B·H · slices of V    walks over the chunks with S in registers
+//   delta_reverse    B·H · slices of V    walks back with dS in registers; leaves Z in dv and dS1 in a workspace
+//   delta_gradients  B·H · chunks         everything else
 // Between them: m [B·H, chunks, 64, 64], vh [B·H, chunks, 64, V], s and ds [B·H, chunks, K, V] in the operands'
 // type, rows [B·H, chunks, 2, 64] f32 (b, β).
 //
@@ -212,7 +212,8 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
     float* sm = sl + C * LF;                   // M
     T* sk = reinterpret_cast<T*>(sm + C * LF);
     const int kp = ceil_div(keys, 16) * 16, lk = kp + PAD<R>;
-    const int chunks = gridDim.x, c = blockIdx.x, batch = blockIdx.y / heads, head = blockIdx.y % heads;
+    const int chunks = ceil_div(steps, C / n), c = blockIdx.x % chunks;
+    const int batch = blockIdx.x / chunks / heads, head = blockIdx.x / chunks % heads;
     const Chunk at = chunk_at(c, batch, steps, n);
     const int warp = warp_id(), lane = lane_id();
 
@@ -258,7 +259,7 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
     for (int i = threadIdx.x; i < C * LF; i += blockDim.x) sm[i] = 0.f;
     cp_async_wait<0>();
     __syncthreads();
-    const long long index = (long long)blockIdx.y * chunks + c;
+    const long long index = blockIdx.x;
     if (threadIdx.x < 2 * C) rows[index * 2 * C + threadIdx.x] = sb[threadIdx.x];
 
     {
@@ -340,12 +341,13 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
     T* sh = sv + C * lv;
     T* ss = sh + C * lv;
 
-    const int per = C / n, chunks = ceil_div(steps, per);
-    const int batch = blockIdx.y / heads, head = blockIdx.y % heads, v0 = blockIdx.x * VS * WV;
+    const int per = C / n, chunks = ceil_div(steps, per), slices = ceil_div(values, VS * WV);
+    const int group = blockIdx.x / slices, batch = group / heads, head = group % heads;
+    const int v0 = blockIdx.x % slices * VS * WV;
     const int cols = min(VS * WV, values - v0);
     const int warp = warp_id() % 4, col0 = warp_id() / 4 * VS, low = 16 * warp + lane_id() / 4;
     const int token_pad = ceil_div(per, 16) * 16;
-    const long long first = (long long)blockIdx.y * chunks;
+    const long long first = (long long)group * chunks;
     const long long ldk = (long long)heads * keys, ldv = (long long)heads * values;
 
     auto fetch_k = [&](int c) {
@@ -378,7 +380,7 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
                 for (int e = 0; e < 4; e += 2) {
                     const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                     float x[2] = {0.f, 0.f};
-                    if (r < keys) get_pair(state + ((long long)blockIdx.y * keys + r) * values + v0, c, cols, x);
+                    if (r < keys) get_pair(state + ((long long)group * keys + r) * values + v0, c, cols, x);
                     s[i][j][e] = x[0];
                     s[i][j][e + 1] = x[1];
                 }
@@ -482,7 +484,7 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
             for (int e = 0; e < 4; e += 2) {
                 const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                 if (r < keys)
-                    put_pair(last + ((long long)blockIdx.y * keys + r) * values + v0, c, cols, s[i][j][e], s[i][j][e + 1]);
+                    put_pair(last + ((long long)group * keys + r) * values + v0, c, cols, s[i][j][e], s[i][j][e + 1]);
             }
 }
 
@@ -506,12 +508,13 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
     T* sz = sh + C * lv;
     T* ss = sz + C * lv;
 
-    const int per = C / n, chunks = ceil_div(steps, per);
-    const int batch = blockIdx.y / heads, head = blockIdx.y % heads, v0 = blockIdx.x * VS * WV;
+    const int per = C / n, chunks = ceil_div(steps, per), slices = ceil_div(values, VS * WV);
+    const int group = blockIdx.x / slices, batch = group / heads, head = group % heads;
+    const int v0 = blockIdx.x % slices * VS * WV;
     const int cols = min(VS * WV, values - v0);
     const int warp = warp_id() % 4, col0 = warp_id() / 4 * VS, low = 16 * warp + lane_id() / 4;
     const int token_pad = ceil_div(per, 16) * 16;
-    const long long first = (long long)blockIdx.y * chunks;
+    const long long first = (long long)group * chunks;
     const long long ldk = (long long)heads * keys, ldv = (long long)heads * values;
 
     auto fetch_k = [&](int c) {
@@ -541,7 +544,7 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
                 for (int e = 0; e < 4; e += 2) {
                     const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                     float x[2] = {0.f, 0.f};
-                    if (r < keys) get_pair(d_last + ((long long)blockIdx.y * keys + r) * values + v0, c, cols, x);
+                    if (r < keys) get_pair(d_last + ((long long)group * keys + r) * values + v0, c, cols, x);
                     s[i][j][e] = x[0];
                     s[i][j][e + 1] = x[1];
                 }
@@ -623,7 +626,7 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
                 for (int e = 0; e < 4; e += 2) {
                     const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                     if (r < keys)
-                        put_pair(d_state + ((long long)blockIdx.y * keys + r) * values + v0, c, cols, s[i][j][e], s[i][j][e + 1]);
+                        put_pair(d_state + ((long long)group * keys + r) * values + v0, c, cols, s[i][j][e], s[i][j][e + 1]);
                 }
     }
 }
@@ -684,11 +687,12 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
     float *row_q = slots, *row_l = slots + 2 * C, *row_u = slots + 4 * C, *row_t = slots + 6 * C;
     float *col_p = slots + 8 * C, *col_l = slots + 12 * C;
 
-    const int per = C / n, chunks = gridDim.x, c = blockIdx.x, batch = blockIdx.y / heads, head = blockIdx.y % heads;
+    const int per = C / n, chunks = ceil_div(steps, per), c = blockIdx.x % chunks;
+    const int batch = blockIdx.x / chunks / heads, head = blockIdx.x / chunks % heads;
     const Chunk at = chunk_at(c, batch, steps, n);
     const int quarter = warp_id() % 4, half = warp_id() / 4, row0 = 16 * quarter, step0 = 32 * half, key0 = KM / 2 * half;
     const int low = row0 + lane_id() / 4, token_pad = ceil_div(per, 16) * 16;
-    const long long index = (long long)blockIdx.y * chunks + c;
+    const long long index = blockIdx.x;
     const long long ldk = (long long)heads * keys, ldv = (long long)heads * values;
 
     fetch<KM>(sk, lk, k + at.row * ldk + head * keys, ldk, at.rows, keys, C);
