@@ -1,6 +1,7 @@
 // Causal softmax attention: o = softmax(scale · q kᵀ + mask) v per head, and its gradients.
 //
 //   q [B, T, H, D], k [B, S, H, D], v [B, S, H, V] with S >= T; o [B, T, H, V]. Query t sees the keys 0 ..= S−T+t.
+//   A sequence of any of them has less than 2³¹ elements.
 //   lse [B, H, T4]: log₂ of every query's sum of exponentials; delta [B, H, T4]: rowsum(do ⊙ o). T4 is T rounded up
 //   to a multiple of 4, so that a tile of either starts at 16 bytes.
 //
@@ -43,40 +44,38 @@ struct Tile {
 template <class T, int DP, int LD, int ROWS, int THREADS>
 struct Copy {
     static constexpr int V = 16 / sizeof(T), PER_ROW = DP / V, STEP = THREADS / PER_ROW;
-    const T* from;
-    long long ldg;
-    int r, c, row, count, dim;
+    const T* g;
+    int ldg, row, at, count, dim;
     bool vector;  // rows begin at 16 bytes
 
-    __device__ __forceinline__ Copy(const T* g, long long ldg, int first, int count, int dim)
-        : ldg(ldg), count(count), dim(dim), vector(dim % V == 0 && reinterpret_cast<size_t>(g) % 16 == 0) {
-        r = threadIdx.x / PER_ROW, c = threadIdx.x % PER_ROW * V;
-        row = vector ? first + r : first;
-        from = vector ? g + row * ldg + c : g + row * ldg;
-        if (vector && c >= dim) this->count = 0;
+    __device__ __forceinline__ static int r() { return threadIdx.x / PER_ROW; }
+    __device__ __forceinline__ static int c() { return threadIdx.x % PER_ROW * V; }
+    __device__ __forceinline__ Copy(const T* g, int ldg, int first, int count, int dim)
+        : g(g), ldg(ldg), row(first), count(count), dim(dim),
+          vector(dim % V == 0 && reinterpret_cast<size_t>(g) % 16 == 0) {
+        if (vector) row += r();
+        at = row * ldg + (vector ? c() : 0);
+        if (vector && c() >= dim) this->count = 0;
     }
     // Starts to copy the next tile.
     __device__ __forceinline__ void operator()(T* s) {
         if (vector) {
-            if (THREADS % PER_ROW == 0 || r < STEP) {
-                T* to = s + r * LD + c;
-                const T* g = from;
+            if (THREADS % PER_ROW == 0 || r() < STEP) {
+                T* const to = s + r() * LD + c();
 #pragma unroll
-                for (int i = 0; i < ROWS; i += STEP) {
+                for (int i = 0; i < ROWS; i += STEP)
                     // Where nothing is read, the address does not matter.
-                    if (ROWS % STEP == 0 || r + i < ROWS)
-                        cp_async16(to + i * LD, g, (unsigned)(row + i) < (unsigned)count ? 16 : 0);
-                    g += STEP * ldg;
-                }
+                    if (ROWS % STEP == 0 || r() + i < ROWS)
+                        cp_async16(to + i * LD, g + at + i * ldg, (unsigned)(row + i) < (unsigned)count ? 16 : 0);
             }
         } else {
             for (int i = threadIdx.x; i < ROWS * DP; i += THREADS) {
                 const int y = i / DP, x = i % DP;
                 const bool inside = (unsigned)(row + y) < (unsigned)count && x < dim;
-                s[y * LD + x] = inside ? from[y * ldg + x] : from_f<T>(0.f);
+                s[y * LD + x] = inside ? g[at + y * ldg + x] : from_f<T>(0.f);
             }
         }
-        row += ROWS, from += ROWS * ldg;
+        row += ROWS, at += ROWS * ldg;
     }
 };
 
@@ -92,7 +91,7 @@ __device__ __forceinline__ void copy_floats(float* s, const float* g, int first,
 // Writes a warp's 16·MT rows of accumulators times `scale[mt][half]`, through its own rows of shared memory `s`, to
 // the rows first .. of one head that lie in 0..count.
 template <class T, int LD, int MT, int NT>
-__device__ __forceinline__ void store_rows(T* s, T* g, long long ldg, int first, int count, int dim, bool vector,
+__device__ __forceinline__ void store_rows(T* s, T* g, int ldg, int first, int count, int dim, bool vector,
                                            const float (&acc)[MT][NT][4], const float (&scale)[MT][2]) {
     __syncwarp();
 #pragma unroll
@@ -206,7 +205,7 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
     const int w0 = q0 + 16 * MT * warp_id();
     q = head_of(q, bh, n.steps, n.heads, n.dim), k = head_of(k, bh, n.keys, n.heads, n.dim);
     v = head_of(v, bh, n.keys, n.heads, n.values), o = head_of(o, bh, n.steps, n.heads, n.values);
-    const long long ld = (long long)n.heads * n.dim, ldv = (long long)n.heads * n.values;
+    const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
     Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, 0, n.keys, n.dim);
     Copy<T, DP, LDV, BN, THREADS> copy_v(v, ldv, 0, n.keys, n.values);
@@ -300,7 +299,7 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
 
 // delta = rowsum(do ⊙ o) of a warp's rows, `dos` in shared memory; eight lanes a row.
 template <class T, int LD, int ROWS>
-__device__ __forceinline__ void row_deltas(float* delta, const T* dos, const T* o, long long ldg, int first, int count,
+__device__ __forceinline__ void row_deltas(float* delta, const T* dos, const T* o, int ldg, int first, int count,
                                            int dim, bool vector) {
     constexpr int V = 16 / sizeof(T);
 #pragma unroll 4
@@ -350,7 +349,7 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
     v = head_of(v, bh, n.keys, n.heads, n.values), o = head_of(o, bh, n.steps, n.heads, n.values);
     dout = head_of(dout, bh, n.steps, n.heads, n.values), dq = head_of(dq, bh, n.steps, n.heads, n.dim);
     lse += (long long)bh * ceil_div(n.steps, 4) * 4, delta += (long long)bh * ceil_div(n.steps, 4) * 4;
-    const long long ld = (long long)n.heads * n.dim, ldv = (long long)n.heads * n.values;
+    const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
     Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, 0, n.keys, n.dim), copy_v(v, ldv, 0, n.keys, n.values);
     const auto copy = [&](int block) {
@@ -401,17 +400,24 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
         q_rows.times(s, kt);
         zero(ds);
         do_rows.times(ds, vt);
-        const bool mask = k0 + BN > past + w0 + 1 || w0 < 0;
+        if (k0 + BN > past + w0 + 1 || w0 < 0) {
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (k0 + acc_col(j, e) > past + w0 + acc_row(i, e) || w0 + acc_row(i, e) < 0)
+                            s[i][j][e] = -INFINITY;
+        }
 #pragma unroll
         for (int i = 0; i < MT; i++)
 #pragma unroll
             for (int j = 0; j < NT; j++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float x = fmaf(s[i][j][e], c, -row_lse[i][e / 2]);
-                    if (mask && (k0 + acc_col(j, e) > past + w0 + acc_row(i, e) || w0 + acc_row(i, e) < 0)) x = -INFINITY;
-                    s[i][j][e] = exp2_fast(x) * (ds[i][j][e] - row_delta[i][e / 2]);
-                }
+                for (int e = 0; e < 4; e++)
+                    s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, -row_lse[i][e / 2])) *
+                                 (ds[i][j][e] - row_delta[i][e / 2]);
         warp_gemm_acc<R, AlongMN>(acc, s, kt, LD);
     }
     float scales[MT][2];
@@ -443,7 +449,7 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
     v = head_of(v, bh, n.keys, n.heads, n.values), dout = head_of(dout, bh, n.steps, n.heads, n.values);
     dk = head_of(dk, bh, n.keys, n.heads, n.dim), dv = head_of(dv, bh, n.keys, n.heads, n.values);
     lse += (long long)bh * ceil_div(n.steps, 4) * 4, delta += (long long)bh * ceil_div(n.steps, 4) * 4;
-    const long long ld = (long long)n.heads * n.dim, ldv = (long long)n.heads * n.values;
+    const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
     // From the tile of the first query that sees the first key.
     const int first = (k0 > past ? k0 - past : 0) / BM, blocks = ceil_div(n.steps, BM);
@@ -484,7 +490,17 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
         k_rows.times(p, qt);
         zero(ds);
         v_rows.times(ds, dot);
-        const bool mask = past + q0 < w0 + 16 * MT - 1 || q0 + BM > n.steps;
+        if (past + q0 < w0 + 16 * MT - 1 || q0 + BM > n.steps) {
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int t = q0 + acc_col(j, e);
+                        if (w0 + acc_row(i, e) > past + t || t >= n.steps) p[i][j][e] = -INFINITY;
+                    }
+        }
 #pragma unroll
         for (int j = 0; j < NT; j++) {
             float of_lse[2], of_delta[2];
@@ -494,10 +510,7 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int t = q0 + acc_col(j, e);
-                    float x = fmaf(p[i][j][e], c, -of_lse[e % 2]);
-                    if (mask && (w0 + acc_row(i, e) > past + t || t >= n.steps)) x = -INFINITY;
-                    p[i][j][e] = exp2_fast(x);
+                    p[i][j][e] = exp2_fast(fmaf(p[i][j][e], c, -of_lse[e % 2]));
                     ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - of_delta[e % 2]);
                 }
         }
