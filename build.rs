@@ -202,7 +202,9 @@ fn compute_caps() -> Result<Vec<u32>> {
         match part.trim().replace('.', "").parse::<u32>() {
             Ok(cap) if cap >= OLDEST => caps.push(cap),
             Ok(cap) if cap >= 10 => {
-                return Err(format!("a GPU of compute capability {part} cannot run the kernels; they need 8.0"));
+                return Err(format!(
+                    "a GPU of compute capability {part} cannot run the kernels; they need 8.0"
+                ));
             }
             _ => return Err(format!("CUDA_COMPUTE_CAP is {text:?}; it must be a number as in 90")),
         }

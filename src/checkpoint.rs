@@ -13,6 +13,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
 use crate::config::{self, Config};
+use crate::device::number_format;
 use crate::model::{self, RecNet};
 use crate::{bad_input, bail_input, files};
 
@@ -90,7 +91,12 @@ impl Checkpoint {
     /// The model with these weights.
     pub fn model(&self, device: &Device) -> anyhow::Result<RecNet> {
         let Self { config, features, classes, .. } = self;
-        let net = RecNet::new(&config.model, *features, *classes, config.seed, DType::F32, device)?;
+        let dtype = match device {
+            // Whatever it was trained in.
+            Device::Cpu => DType::F32,
+            gpu => number_format(config, gpu)?.dtype(),
+        };
+        let net = RecNet::new(&config.model, *features, *classes, config.seed, dtype, device)?;
         net.load(&self.tensors)?;
         Ok(net)
     }

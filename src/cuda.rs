@@ -11,7 +11,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor};
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use cudarc::driver::{CudaFunction, CudaModule, CudaStream, DevicePtr, LaunchConfig, PushKernelArg};
+use cudarc::driver::sys::CUmemPool_attribute;
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr, DriverError, LaunchConfig, PushKernelArg,
+};
 use cudarc::nvrtc::Ptx;
 
 use crate::ops::tape::Value;
@@ -26,6 +29,81 @@ pub struct Module {
 pub mod kernels {
     use super::Module;
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+/// GPUs that the driver shows; none without a driver.
+pub fn count() -> usize {
+    CudaContext::device_count().ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+}
+
+/// The driver's CUDA version, as in (13, 0).
+pub fn driver_version() -> Option<(i32, i32)> {
+    let mut version = 0;
+    // SAFETY: the call writes one integer.
+    let result = unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version) };
+    (result == cudarc::driver::sys::CUresult::CUDA_SUCCESS).then_some((version / 1000, version % 1000 / 10))
+}
+
+/// The CUDA version that the kernels were compiled by, as in `13.0`.
+pub const TOOLKIT: &str = env!("SELECTIVBENCH_CUDA_VERSION");
+
+/// The compute capabilities that the kernels were compiled for, as in `80,90`.
+pub const COMPILED_FOR: &str = env!("SELECTIVBENCH_CUDA_CAPS");
+
+/// GPU `index`, ready for kernels; the same one each time. Says what is in the way.
+pub fn open(index: usize) -> std::result::Result<Device, String> {
+    static OPEN: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Default::default);
+    let mut open = OPEN.lock().unwrap();
+    if let Some(device) = open.get(&index) {
+        return Ok(device.clone());
+    }
+    let count = count();
+    if count == 0 {
+        return Err("there is no GPU, or no NVIDIA driver for it".into());
+    }
+    if index >= count {
+        let last = count - 1;
+        return Err(format!("there is no such GPU; the last one is cuda:{last}"));
+    }
+    let major = TOOLKIT.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0);
+    if let Some((have, minor)) = driver_version()
+        && have < major
+    {
+        return Err(format!(
+            "its driver is for CUDA {have}.{minor} and the program was built with CUDA {TOOLKIT}; install a newer \
+             driver, or build with an older toolkit"
+        ));
+    }
+    let why = |error: &dyn std::fmt::Display| {
+        let text = error.to_string();
+        format!("it cannot be used: {}", text.lines().next().unwrap_or(""))
+    };
+    let context = CudaContext::new(index).map_err(|error| why(&error))?;
+    let (cap_major, cap_minor) = context.compute_capability().map_err(|error| why(&error))?;
+    if cap_major < 8 {
+        return Err(format!(
+            "it has compute capability {cap_major}.{cap_minor}, and the kernels need 8.0 (Ampere) or newer"
+        ));
+    }
+    let device = Device::new_cuda_with_stream(index).map_err(|error| why(&error))?;
+    let cuda = device.as_cuda_device().map_err(|error| why(&error))?;
+    // SAFETY: everything runs on the one stream of this device, so no event is needed to order two uses of a
+    // buffer.
+    unsafe { cuda.disable_event_tracking() };
+    keep_memory(&context).map_err(|error| why(&error))?;
+    open.insert(index, device.clone());
+    Ok(device)
+}
+
+/// Lets the driver's pool keep freed memory: by default it gives everything back at each synchronisation.
+fn keep_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    let mut most = u64::MAX;
+    // SAFETY: the pool is the device's own; the attribute takes a u64.
+    unsafe {
+        let pool = cudarc::driver::result::device::get_default_mem_pool(context.cu_device())?;
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        cudarc::driver::result::mem_pool::set_attribute(pool, attribute, (&raw mut most).cast())
+    }
 }
 
 /// Whether matrix products of f32 tensors may round their operands to tf32.
@@ -240,6 +318,21 @@ impl Gpu {
         Ok(value)
     }
 
+    /// A copy of a contiguous tensor, seen in another shape.
+    pub fn copy(&self, tensor: &Tensor, shape: impl Into<Shape>) -> Result<Value> {
+        let copy = self.empty(shape, tensor.dtype())?;
+        let bytes = copy.shape.elem_count() * tensor.dtype().size_in_bytes();
+        let (KernelArg::Ptr(from), KernelArg::Ptr(to)) = (self.ptr(tensor)?, self.of_value(&copy)?) else {
+            unreachable!("buffers have addresses")
+        };
+        if copy.shape.elem_count() != tensor.elem_count() {
+            candle_core::bail!("copy: {:?} into {:?}", tensor.shape(), copy.shape)
+        }
+        // SAFETY: both ranges are whole living buffers of this device, on the stream that uses them.
+        unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()).w()? };
+        Ok(copy)
+    }
+
     /// The address of a value's first element.
     pub fn of_value(&self, value: &Value) -> Result<KernelArg> {
         match &value.storage {
@@ -264,7 +357,7 @@ impl Gpu {
         tensor.map_or(Ok(NULL), |tensor| self.ptr(tensor))
     }
 
-    fn address(&self, storage: &CudaStorage, offset: usize) -> Result<KernelArg> {
+    pub(crate) fn address(&self, storage: &CudaStorage, offset: usize) -> Result<KernelArg> {
         macro_rules! address {
             ($type:ty) => {
                 storage.as_cuda_slice::<$type>()?.device_ptr(&self.stream).0
@@ -287,7 +380,13 @@ impl Gpu {
     /// The arguments must be those of the kernel, in their order and of their types, and every address that
     /// it reads or writes must be of a buffer of this device that is large enough: each launcher stands next
     /// to its op and is run by the op's checks under poisoned memory and the sanitizer.
-    pub fn launch(&self, module: &'static Module, name: &str, launch: Launch, args: &[KernelArg]) -> Result<()> {
+    pub fn launch(
+        &self,
+        module: &'static Module,
+        name: &str,
+        launch: Launch,
+        args: &[KernelArg],
+    ) -> Result<()> {
         if launch.grid.0 == 0 || launch.grid.1 == 0 || launch.grid.2 == 0 {
             return Ok(());
         }
@@ -326,8 +425,8 @@ impl Gpu {
                 Err(error) => candle_core::bail!(
                     "the kernels of {}.cu, compiled for compute capability {} by CUDA {}, cannot be loaded: {error}",
                     module.name,
-                    env!("SELECTIVBENCH_CUDA_CAPS"),
-                    env!("SELECTIVBENCH_CUDA_VERSION")
+                    COMPILED_FOR,
+                    TOOLKIT
                 ),
             };
             functions.insert(key, (loaded, HashMap::new()));

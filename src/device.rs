@@ -1,19 +1,20 @@
-//! Which device a command computes on.
+//! Which device a command computes on, and in which number format.
 
-use candle_core::{Device, utils::cuda_is_available};
+use candle_core::{DType, Device};
 
+use crate::config::{Config, Emulate, Precision};
 use crate::error::nearest;
 use crate::{bad_input, bail_input};
 
 /// What a build without CUDA says to somebody who wants it.
-pub const NO_CUDA: &str = "this build computes on the CPU only";
+pub const NO_CUDA: &str = "this build computes on the CPU only (build it with `--features cuda` for GPUs)";
 
-/// The device that `auto`, `cpu` or `cuda:N` names. `auto` is the first GPU of a build with CUDA, and the
-/// CPU of one without.
+/// The device that `auto`, `cpu` or `cuda:N` names. `auto` is the first GPU if there is one that can be used,
+/// else the CPU.
 pub fn parse_device(text: &str) -> anyhow::Result<Device> {
     match text {
         "cpu" => Ok(Device::Cpu),
-        "auto" if cuda_is_available() => cuda(0),
+        "auto" if gpu_count() > 0 => cuda(0),
         "auto" => Ok(Device::Cpu),
         _ => match text.strip_prefix("cuda:").map(str::parse) {
             Some(Ok(index)) => cuda(index),
@@ -28,12 +29,61 @@ pub fn parse_device(text: &str) -> anyhow::Result<Device> {
     }
 }
 
+/// GPUs that the driver shows; none without a driver.
+#[cfg(feature = "cuda")]
+pub fn gpu_count() -> usize {
+    crate::cuda::count()
+}
+
+/// GPUs that the driver shows; none without a driver.
+#[cfg(not(feature = "cuda"))]
+pub fn gpu_count() -> usize {
+    0
+}
+
+#[cfg(feature = "cuda")]
 fn cuda(index: usize) -> anyhow::Result<Device> {
-    if !cuda_is_available() {
-        bail_input!("--device is `cuda:{index}`, but {NO_CUDA}")
+    crate::cuda::open(index).map_err(|why| bad_input!("--device is `cuda:{index}`, but {why}"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(index: usize) -> anyhow::Result<Device> {
+    bail_input!("--device is `cuda:{index}`, but {NO_CUDA}")
+}
+
+/// What `train.precision` means on a device; never `auto`. On a GPU tf32 is switched on or off for the process.
+///
+/// `auto` is f32 on the CPU and where the released code is emulated, else bf16: activations in bf16, weights,
+/// moments, states and sums in f32.
+pub fn number_format(config: &Config, device: &Device) -> anyhow::Result<Precision> {
+    let emulates = config.train.emulate == Emulate::Authors;
+    let precision = match (config.train.precision, device) {
+        (Precision::Auto | Precision::F32, Device::Cpu) => Precision::F32,
+        (other, Device::Cpu) => {
+            bail_input!("train.precision is {}, but cpu computes in f32; set it to auto or f32", other.name())
+        }
+        (Precision::Auto, _) if emulates => Precision::F32,
+        (Precision::Auto, _) => Precision::Bf16,
+        (other, _) => other,
+    };
+    #[cfg(feature = "cuda")]
+    crate::cuda::allow_tf32(precision == Precision::Tf32);
+    Ok(precision)
+}
+
+impl Precision {
+    /// As in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Auto => "auto",
+            Precision::F32 => "f32",
+            Precision::Tf32 => "tf32",
+            Precision::Bf16 => "bf16",
+        }
     }
-    Device::new_cuda(index).map_err(|error| {
-        let cause = error.to_string();
-        bad_input!("--device is `cuda:{index}`, which cannot be used: {}", cause.lines().next().unwrap_or(""))
-    })
+
+    /// The type of activations.
+    pub fn dtype(self) -> DType {
+        if self == Precision::Bf16 { DType::BF16 } else { DType::F32 }
+    }
 }

@@ -4,7 +4,7 @@ use candle_core::utils::cuda_is_available;
 use serde_json::json;
 
 use super::print;
-use crate::device::{NO_CUDA, parse_device};
+use crate::device::{NO_CUDA, gpu_count};
 
 /// List the devices that --device can name.
 #[derive(clap::Args, Debug)]
@@ -21,11 +21,7 @@ pub fn run(args: DevicesArgs) -> anyhow::Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = rayon::current_num_threads();
     let simd = simd();
-    // GPUs are numbered from 0 without holes.
-    let gpus = match cuda_is_available() {
-        true => (0..).take_while(|index| parse_device(&format!("cuda:{index}")).is_ok()).count(),
-        false => 0,
-    };
+    let gpus = gpu_count();
     if args.json {
         let mut list = vec![json!({ "name": "cpu", "cores": cores, "threads": threads, "simd": simd })];
         list.extend((0..gpus).map(|index| json!({ "name": format!("cuda:{index}") })));

@@ -218,7 +218,7 @@ pub enum Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// The best that the device trains reliably in: f32 on the CPU.
+    /// The best that the device trains reliably in: f32 on the CPU, bf16 on a GPU.
     Auto,
     F32,
     Tf32,

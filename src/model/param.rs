@@ -278,7 +278,8 @@ impl Builder {
         let shadow = if half { Some(flat.to_dtype(dtype)?) } else { None };
         let grad = flat.zeros_like()?;
         for (param, &offset) in trained.iter().chain(&buffers).zip(&offsets) {
-            let view = |flat: &Tensor| flat.narrow(0, offset, size(param))?.reshape(param.spec.shape.as_slice());
+            let view =
+                |flat: &Tensor| flat.narrow(0, offset, size(param))?.reshape(param.spec.shape.as_slice());
             let placed = Placed {
                 value: view(&flat)?,
                 grad: view(&grad)?,

@@ -16,6 +16,8 @@
 
 pub mod evaluate;
 mod events;
+#[cfg(feature = "cuda")]
+mod gpu;
 pub mod interrupt;
 mod metrics;
 mod progress;
@@ -40,6 +42,7 @@ use self::state::State;
 use self::trainer::{NotFinite, Trainer};
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Emulate, Precision, Split, TaskPreset};
+use crate::device::number_format;
 use crate::error::Interrupted;
 use crate::task::{Part, Task};
 use crate::{bad_input, bail_input, files, model};
@@ -117,18 +120,6 @@ pub fn emulated(config: &Config) -> Vec<String> {
     what.iter().map(|what| what.to_string()).collect()
 }
 
-/// The number format that `train.precision` means on a device.
-fn precision(config: &Config, device: &Device) -> Result<&'static str> {
-    match (config.train.precision, device) {
-        (Precision::Auto | Precision::F32, _) => Ok("f32"),
-        (other, _) => Err(bad_input!(
-            "train.precision is {}, but {} computes in f32; set it to auto or f32",
-            format!("{other:?}").to_lowercase(),
-            device_name(device)
-        )),
-    }
-}
-
 /// `cpu` or `cuda:N`.
 pub fn device_name(device: &Device) -> String {
     match device.location() {
@@ -143,7 +134,7 @@ struct Run<'a> {
     options: &'a Options,
     task: Arc<Task>,
     trainer: Trainer,
-    precision: &'static str,
+    precision: Precision,
     metrics: Metrics,
     /// Seconds of the processes before this one: training and evaluations, and training alone.
     before: (f64, f64),
@@ -159,7 +150,7 @@ struct Run<'a> {
 
 /// Trains as configured; gives the summary that also stands in the run directory.
 pub fn run(config: &Config, options: &Options) -> Result<Summary> {
-    let precision = precision(config, &options.device)?;
+    let precision = number_format(config, &options.device)?;
     let saved = find_state(config, options)?;
     if saved.is_some()
         && let Ok(summary) = Summary::open(&options.out)
@@ -282,7 +273,7 @@ impl Run<'_> {
             config.model.name,
             count(net.params().count() as f64),
             device_name(&self.options.device),
-            self.precision,
+            self.precision.name(),
             rayon::current_num_threads(),
             self.task.classes(),
             self.task.grammar().alphabet(),
@@ -305,6 +296,7 @@ impl Run<'_> {
             self.samples() as u64,
             self.config.task.samples.train as u64,
             train.batch,
+            self.trainer.feed(),
         );
         loop {
             let step = self.trainer.step();
@@ -324,7 +316,7 @@ impl Run<'_> {
                 break;
             }
             let batch = batches.next().context("the stream of training samples ended early")??;
-            let stats = self.trainer.update(&batch)?;
+            let stats = self.trainer.update_with(batch)?;
             self.tokens += stats.tokens;
             let step = self.trainer.step();
             progress.update(step, &stats);
@@ -457,7 +449,7 @@ impl Run<'_> {
             task: config.task.preset,
             seed: config.seed,
             device: device_name(&self.options.device),
-            precision: self.precision.into(),
+            precision: self.precision.name().into(),
             split: config.task.split,
             emulate: emulated(config),
             tests,

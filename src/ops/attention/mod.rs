@@ -1,5 +1,7 @@
 //! Softmax attention of the transformer: normed and rotated queries and keys, then causal attention.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod reference;
 mod rope;
 
@@ -51,16 +53,21 @@ impl Node for CausalAttention {
         "attention"
     }
 
+    fn keeps(&self) -> &'static [usize] {
+        &[0]
+    }
+
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(self.shape, args, self.scale, save);
+        }
         let Shape { batch, steps, heads, values, .. } = self.shape;
         dispatch!(args[0].dtype(), F => {
             slices!(F; q = &args[0], k = &args[1], v = &args[2]);
             let (o, lse) = reference::forward(self.shape, q, k, v, self.scale as F);
             let saved = match save {
-                true => vec![
-                    Tensor::from_slice(&o, (batch, steps, heads, values), &Device::Cpu)?,
-                    Tensor::from_vec(lse, (batch, steps, heads), &Device::Cpu)?,
-                ],
+                true => vec![Tensor::from_vec(lse, (batch, steps, heads), &Device::Cpu)?],
                 false => vec![],
             };
             Ok(Forward { outputs: vec![Value::cpu(o, (batch, steps, heads, values))], saved })
@@ -69,9 +76,15 @@ impl Node for CausalAttention {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (args, Some(dout)) = (&run.args, &grads[0]) else { return Ok(vec![None; 3]) };
+        #[cfg(feature = "cuda")]
+        if dout.device().is_cuda() {
+            let saved = (&run.outputs[0], &run.saved[0]);
+            let grads = cuda::backward(self.shape, args, saved, dout, self.scale)?;
+            return Ok(grads.into_iter().map(Some).collect());
+        }
         dispatch!(dout.dtype(), F => {
             slices!(F; q = &args[0], k = &args[1], v = &args[2]);
-            slices!(F; o = &run.saved[0], lse = &run.saved[1], dout = dout);
+            slices!(F; o = &run.outputs[0], lse = &run.saved[0], dout = dout);
             let grads = reference::backward(self.shape, (q, k, v), (o, lse), dout, self.scale as F);
             grads
                 .into_iter()

@@ -37,6 +37,12 @@ struct QkNormRope {
 }
 
 impl QkNormRope {
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> super::cuda::NormRope {
+        let Self { steps, heads, dim, base, offset } = *self;
+        super::cuda::NormRope { steps, heads, dim, base, offset }
+    }
+
     /// cos and sin of every step and pair, [T, D] with the cosines of a step first.
     fn angles<F: Real>(&self) -> Vec<F> {
         let half = self.dim / 2;
@@ -119,6 +125,10 @@ impl Node for QkNormRope {
     }
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return self.on_gpu().forward(&args[0], &args[1]);
+        }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], w = &args[1]);
             Value::cpu(self.run(x, w), args[0].shape())
@@ -128,6 +138,11 @@ impl Node for QkNormRope {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (args, Some(dy)) = (&run.args, &grads[0]) else { return Ok(vec![None; 2]) };
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let (dx, dw) = self.on_gpu().backward(&args[0], &args[1], dy)?;
+            return Ok(vec![Some(dx), Some(dw)]);
+        }
         dispatch!(dy.dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], dy = dy);
             let (dx, dw) = self.run_backward(x, w, dy);

@@ -1,0 +1,216 @@
+//! Launching `kernels/attention.cu` and `kernels/qk_norm_rope.cu`.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::reference::Shape;
+use crate::cuda::{Gpu, KernelArg, Launch, kernels, route, suffix};
+use crate::ops::tape::Forward;
+
+/// The tile of a kernel: rows that a block owns, 16 or 32 to a warp, and rows that it walks over at a time.
+struct Tile {
+    own: usize,
+    other: usize,
+}
+
+/// Threads of every block.
+const THREADS: u32 = 128;
+
+/// How a launch is instantiated: the entry points of `kernels/attention.cu` carry these numbers.
+struct Variant {
+    /// The head dim that both of the call are padded to.
+    dim: usize,
+    route: &'static str,
+    forward: Tile,
+    dq: Tile,
+    dkdv: Tile,
+}
+
+impl Variant {
+    fn new(shape: Shape, dtype: DType) -> Result<Self> {
+        let (route, widest) = (route(dtype)?, shape.dim.max(shape.values));
+        let dims: &[usize] = match route {
+            "bf16" => &[32, 64, 80, 96, 128],
+            _ => &[32, 64, 96, 128],
+        };
+        let Some(&dim) = dims.iter().find(|&&dim| widest <= dim) else {
+            candle_core::bail!("attention on a GPU: head dims up to 128, got {widest}")
+        };
+        let tile = |own, other| Tile { own, other };
+        let [forward, dq, dkdv] = match (route, dim) {
+            ("bf16", 32) => [tile(128, 64), tile(128, 64), tile(128, 64)],
+            ("bf16", 64) => [tile(128, 64), tile(128, 32), tile(128, 32)],
+            ("bf16", _) => [tile(128, 64), tile(128, 32), tile(64, 64)],
+            _ => [tile(64, 32), tile(64, 32), tile(64, 32)],
+        };
+        Ok(Self { dim, route, forward, dq, dkdv })
+    }
+
+    fn name(&self, what: &str) -> String {
+        format!("attention_{what}_{}_{}", self.dim, self.route)
+    }
+
+    /// Whether the warps of dkdv work in pairs.
+    fn pairs(&self) -> bool {
+        self.route == "bf16" && self.dim >= 96
+    }
+
+    fn element(&self) -> usize {
+        if self.route == "bf16" { 2 } else { 4 }
+    }
+
+    /// Bytes of `rows` rows in shared memory, where the head dim runs along the sum of a product (`k`) or not.
+    fn rows(&self, rows: usize, k: bool) -> usize {
+        rows * (self.dim + if k && self.route != "bf16" { 4 } else { 8 }) * self.element()
+    }
+
+    /// Shared memory of the backward kernels, but for their numbers per query.
+    fn backward_tiles(&self, tile: &Tile) -> usize {
+        self.rows(2 * tile.own + 4 * tile.other, true)
+    }
+}
+
+/// lse and delta are [B, H, T] with T rounded up, so that every tile of them begins at 16 bytes.
+fn padded(shape: Shape) -> (usize, usize, usize) {
+    (shape.batch, shape.heads, shape.steps.next_multiple_of(4))
+}
+
+fn sizes(shape: Shape, scale: f64) -> [KernelArg; 6] {
+    [
+        shape.steps.into(),
+        shape.keys.into(),
+        shape.heads.into(),
+        shape.dim.into(),
+        shape.values.into(),
+        (scale as f32).into(),
+    ]
+}
+
+/// o, and for the backward pass the log₂ of every query's sum of exponentials.
+pub fn forward(shape: Shape, args: &[Tensor], scale: f64, save: bool) -> Result<Forward> {
+    if scale <= 0.0 {
+        candle_core::bail!("attention on a GPU: the scale must be positive, got {scale}")
+    }
+    let Shape { batch, steps, heads, values, .. } = shape;
+    let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
+    let variant = Variant::new(shape, dtype)?;
+    let o = gpu.empty((batch, steps, heads, values), dtype)?;
+    let lse = if save { Some(gpu.empty(padded(shape), DType::F32)?.into_tensor()) } else { None };
+    let Tile { own, other } = variant.forward;
+    let launch = Launch::new(steps.div_ceil(own) * batch * heads, THREADS)
+        .shared(variant.rows(own + 2 * other, false) + variant.rows(2 * other, true));
+    let mut params = vec![gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?, gpu.of_value(&o)?];
+    params.push(gpu.ptr_or_null(lse.as_ref())?);
+    params.extend(sizes(shape, scale));
+    gpu.launch(&kernels::ATTENTION, &variant.name("forward"), launch, &params)?;
+    Ok(Forward { outputs: vec![o], saved: lse.into_iter().collect() })
+}
+
+/// Gradients of q, k and v.
+pub fn backward(
+    shape: Shape,
+    args: &[Tensor],
+    (o, lse): (&Tensor, &Tensor),
+    dout: &Tensor,
+    scale: f64,
+) -> Result<[Tensor; 3]> {
+    let Shape { batch, steps, keys, heads, .. } = shape;
+    let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
+    let variant = Variant::new(shape, dtype)?;
+    let (dout, delta) = (dout.contiguous()?, gpu.empty(padded(shape), DType::F32)?.into_tensor());
+    let [dq, dk, dv] = [0, 1, 2].map(|i| gpu.empty(args[i].shape(), dtype).map(|value| value.into_tensor()));
+    let (dq, dk, dv) = (dq?, dk?, dv?);
+    let (q, k, v) = (gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?);
+    let (lse, dout) = (gpu.ptr(lse)?, gpu.ptr(&dout)?);
+    let delta = gpu.ptr(&delta)?;
+
+    let tile = &variant.dq;
+    let launch = Launch::new(steps.div_ceil(tile.own) * batch * heads, THREADS)
+        .shared(variant.backward_tiles(tile) + 4 * tile.own);
+    let mut params = vec![q, k, v, gpu.ptr(o)?, lse, dout, delta, gpu.ptr(&dq)?];
+    params.extend(sizes(shape, scale));
+    gpu.launch(&kernels::ATTENTION, &variant.name("dq"), launch, &params)?;
+
+    // Two numbers per query, lse and delta, of two tiles in f32; warps in pairs give each other scores.
+    let tile = &variant.dkdv;
+    let given = if variant.pairs() { 2 * tile.own * tile.other } else { 0 };
+    let launch = Launch::new(keys.div_ceil(tile.own) * batch * heads, THREADS)
+        .shared(variant.backward_tiles(tile) + 16 * tile.other + given);
+    let mut params = vec![q, k, v, lse, dout, delta, gpu.ptr(&dk)?, gpu.ptr(&dv)?];
+    params.extend(sizes(shape, scale));
+    gpu.launch(&kernels::ATTENTION, &variant.name("dkdv"), launch, &params)?;
+    Ok([dq, dk, dv])
+}
+
+/// Sizes of [`norm_rope`].
+#[derive(Clone, Copy)]
+pub struct NormRope {
+    pub steps: usize,
+    pub heads: usize,
+    pub dim: usize,
+    pub base: f64,
+    pub offset: usize,
+}
+
+impl NormRope {
+    const THREADS: u32 = 256;
+
+    fn check(self) -> Result<Self> {
+        if self.dim > 128 {
+            candle_core::bail!("attention on a GPU: head dims up to 128, got {}", self.dim)
+        }
+        Ok(self)
+    }
+
+    fn tokens(&self, x: &Tensor) -> usize {
+        x.elem_count() / (self.heads * self.dim)
+    }
+
+    /// Blocks that have all of `tokens` at once; a token is 1 to 16 lanes with four pairs each.
+    fn blocks(&self, tokens: usize) -> usize {
+        let lanes = (self.dim / 2).div_ceil(4).next_power_of_two();
+        tokens.div_ceil(Self::THREADS as usize / lanes)
+    }
+
+    fn sizes(&self, tokens: usize) -> [KernelArg; 6] {
+        [
+            (tokens as i64).into(),
+            self.steps.into(),
+            self.heads.into(),
+            (self.dim / 2).into(),
+            self.offset.into(),
+            // The kernel takes the bits: in f32 the angles of late positions would be wrong.
+            (self.base.log2().to_bits() as i64).into(),
+        ]
+    }
+
+    pub fn forward(self, x: &Tensor, w: &Tensor) -> Result<Forward> {
+        self.check()?;
+        let (gpu, tokens) = (Gpu::of(x)?, self.tokens(x));
+        let y = gpu.empty(x.shape(), x.dtype())?;
+        let mut params = vec![gpu.ptr(x)?, gpu.ptr(w)?, gpu.of_value(&y)?];
+        params.extend(self.sizes(tokens));
+        let name = format!("qk_norm_rope_forward_{}", suffix(x.dtype())?);
+        let launch = Launch::new(self.blocks(tokens), Self::THREADS);
+        gpu.launch(&kernels::QK_NORM_ROPE, &name, launch, &params)?;
+        Ok(Forward { outputs: vec![y], ..Default::default() })
+    }
+
+    /// Gradients of x and w.
+    pub fn backward(self, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.check()?;
+        let (gpu, tokens) = (Gpu::of(x)?, self.tokens(x));
+        let dy = dy.contiguous()?;
+        let blocks = self.blocks(tokens).min(4 * gpu.multiprocessors()).max(1);
+        let dx = gpu.empty(x.shape(), x.dtype())?.into_tensor();
+        let dw = gpu.empty(w.shape(), DType::F32)?.into_tensor();
+        let partial = gpu.empty((blocks, self.dim), DType::F32)?.into_tensor();
+        let mut params = vec![gpu.ptr(x)?, gpu.ptr(w)?, gpu.ptr(&dy)?, gpu.ptr(&dx)?, gpu.ptr(&partial)?];
+        params.extend(self.sizes(tokens));
+        let name = format!("qk_norm_rope_backward_{}", suffix(x.dtype())?);
+        gpu.launch(&kernels::QK_NORM_ROPE, &name, Launch::new(blocks, Self::THREADS), &params)?;
+        let params = [gpu.ptr(&partial)?, gpu.ptr(&dw)?, blocks.into(), self.dim.into()];
+        let launch = Launch::new(self.dim.div_ceil(32), 1024);
+        gpu.launch(&kernels::QK_NORM_ROPE, "qk_norm_rope_dw", launch, &params)?;
+        Ok((dx, dw))
+    }
+}

@@ -1,0 +1,266 @@
+//! Launching `kernels/head.cu`: what lies between the matrix products of the head.
+//!
+//! ```text
+//! let mut ballot = Ballot::new(&gpu, batch, elements, classes, streaming)?;  // once per batch
+//! let scale = valid_scale(&targets)?;                                        // 1 / valid steps, on the device
+//! let losses = gpu.empty((batch, steps), F32)?;                              // once per piece
+//! for sequences b0..b1 {
+//!     let logits = x[b0·T .. b1·T] Wᵀ;                                       // [rows, stride(C)], without bias
+//!     ballot.rows(&logits, bias, b0, &targets, Some(&scale), &losses)?;      // logits become dlogits
+//!     bias_sums.add(&logits)?;
+//!     dx[b0·T .. b1·T] = dlogits W;  dW += dlogitsᵀ x;
+//! }
+//! let loss = ballot.end_piece(&targets, &losses, Some(&scale))?;
+//! bias_sums.finish(&dbias, add)?;
+//! let totals = ballot.finish()?;
+//! ```
+//!
+//! A block of rows is some sequences with all steps of the piece, so that a window is whole or goes over the
+//! edge of a piece. Nothing here waits for the GPU; the totals are read when somebody wants them.
+
+use candle_core::{DType, Result, Tensor};
+
+use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, suffix};
+
+/// Classes that the kernels have threads for.
+const MOST_CLASSES: usize = 4096;
+
+/// The row stride of logits: their rows begin at 16 bytes. Columns beyond the classes are never read, and
+/// are zero in the gradient.
+pub fn stride(classes: usize) -> usize {
+    classes.next_multiple_of(8)
+}
+
+/// What the steps of a batch, or of a piece of it, should give; [`Targets`](super::Targets) on the device.
+pub struct DeviceTargets {
+    /// Class of every step, u32 [B, T].
+    pub labels: Tensor,
+    /// The element whose window a step belongs to, u32 [B, T], ascending along time; [`PAD`](super::PAD) for
+    /// padding.
+    pub element: Tensor,
+}
+
+impl DeviceTargets {
+    fn dims(&self) -> Result<(usize, usize)> {
+        self.element.dims2()
+    }
+}
+
+/// 1 / the number of valid steps, f32 [1]: what a mean loss's gradient is multiplied with.
+pub fn valid_scale(targets: &DeviceTargets) -> Result<Tensor> {
+    let gpu = Gpu::of(&targets.element)?;
+    let scale = gpu.empty(1, DType::F32)?.into_tensor();
+    let params = [gpu.ptr(&targets.element)?, gpu.ptr(&scale)?, (targets.element.elem_count() as i64).into()];
+    gpu.launch(&kernels::HEAD, "head_scale", Launch::new(1, 1024), &params)?;
+    Ok(scale)
+}
+
+/// Votes and losses of a batch, on the device.
+pub struct Ballot {
+    gpu: Gpu,
+    batch: usize,
+    elements: usize,
+    classes: usize,
+    votes: Tensor,
+    answers: Tensor,
+    /// Open windows at the beginning and at the end of a piece, unless sequences come whole.
+    carry: Option<[Carry; 2]>,
+    loss_sum: Tensor,
+    steps: Tensor,
+    /// Whether a piece has ended.
+    begun: bool,
+}
+
+/// The open window of every sequence.
+struct Carry {
+    /// Sums of its probabilities, f32 [B, C].
+    sum: Tensor,
+    /// Its element, PAD for none, and its label, u32 [2, B].
+    state: Tensor,
+}
+
+/// What [`Ballot::finish`] gives, on the device.
+pub struct Totals {
+    /// Σ cross-entropy over the valid steps, f64 [1].
+    pub loss_sum: Tensor,
+    /// Valid steps, u32 [1].
+    pub steps: Tensor,
+    /// Windows whose vote is their label, and all windows, u32 [2].
+    pub counts: Tensor,
+    /// The class that the window of (b, e) votes for, u32 [B, E]; PAD where it has no step.
+    pub votes: Tensor,
+}
+
+impl Ballot {
+    /// For `batch` sequences of at most `elements` elements; `pieces`: they come piece by piece.
+    pub fn new(gpu: &Gpu, batch: usize, elements: usize, classes: usize, pieces: bool) -> Result<Self> {
+        if classes > MOST_CLASSES {
+            candle_core::bail!("head on a GPU: at most {MOST_CLASSES} classes, got {classes}")
+        }
+        let padded = |shape| -> Result<Tensor> {
+            let tensor = gpu.empty(shape, DType::U32)?.into_tensor();
+            let n = tensor.elem_count();
+            let launch = Launch::new(n.div_ceil(256).min(4 * gpu.multiprocessors()), 256);
+            gpu.launch(&kernels::HEAD, "head_fill", launch, &[gpu.ptr(&tensor)?, (n as i64).into()])?;
+            Ok(tensor)
+        };
+        let carry = || -> Result<Carry> {
+            let sum = gpu.empty((batch, classes), DType::F32)?.into_tensor();
+            Ok(Carry { sum, state: padded((2, batch))? })
+        };
+        Ok(Self {
+            gpu: gpu.clone(),
+            batch,
+            elements,
+            classes,
+            votes: padded((batch, elements))?,
+            answers: padded((batch, elements))?,
+            carry: if pieces { Some([carry()?, carry()?]) } else { None },
+            loss_sum: gpu.empty(1, DType::F64)?.into_tensor(),
+            steps: gpu.empty(1, DType::U32)?.into_tensor(),
+            begun: false,
+        })
+    }
+
+    /// A thread has 16 columns.
+    fn threads(&self) -> u32 {
+        (stride(self.classes).div_ceil(16).next_multiple_of(32)) as u32
+    }
+
+    /// Takes the logits [rows, stride] of the sequences from `first` on, all steps of the piece of each: adds
+    /// to the windows, writes `losses` [B, T] and, given the `scale` of the gradient, f32 [1], turns the
+    /// logits into their gradient.
+    ///
+    /// `bias` f32 \[C\] is added to logits that lack it. `logits` must own its memory.
+    pub fn rows(
+        &self,
+        logits: &Tensor,
+        bias: Option<&Tensor>,
+        first: usize,
+        targets: &DeviceTargets,
+        scale: Option<&Tensor>,
+        losses: &Tensor,
+    ) -> Result<()> {
+        let (gpu, (batch, steps), (rows, ld)) = (&self.gpu, targets.dims()?, logits.dims2()?);
+        if batch != self.batch
+            || ld < self.classes
+            || ld > MOST_CLASSES
+            || rows % steps != 0
+            || first + rows / steps > batch
+        {
+            candle_core::bail!(
+                "head: logits {:?} for sequences from {first} of [{batch}, {steps}], {} classes",
+                logits.shape(),
+                self.classes
+            )
+        }
+        let mut params = vec![gpu.ptr(logits)?, ld.into(), gpu.ptr_or_null(bias)?];
+        params.extend([gpu.ptr(&targets.labels)?, gpu.ptr(&targets.element)?, gpu.ptr_or_null(scale)?]);
+        params.extend([gpu.ptr(losses)?, gpu.ptr(&self.votes)?, gpu.ptr(&self.answers)?]);
+        match &self.carry {
+            Some(carry) => {
+                for Carry { sum, state } in carry {
+                    params.extend([gpu.ptr(sum)?, gpu.ptr(state)?]);
+                }
+            }
+            None => params.extend([NULL; 4]),
+        }
+        params.extend([first, batch, steps, self.elements, self.classes].map(KernelArg::from));
+        let odd = if ld % 8 == 0 { "" } else { "odd_" };
+        let name = format!("head_rows_{odd}{}", suffix(logits.dtype())?);
+        let threads = (ld.div_ceil(16).next_multiple_of(32)) as u32;
+        gpu.launch(&kernels::HEAD, &name, Launch::new(rows, threads), &params)
+    }
+
+    /// Ends a piece: adds its `losses` up, and gives their sum times `scale`, f32 [1], if there is one.
+    pub fn end_piece(
+        &mut self,
+        targets: &DeviceTargets,
+        losses: &Tensor,
+        scale: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
+        let gpu = &self.gpu;
+        let loss = scale.map(|_| gpu.empty(1, DType::F32)).transpose()?.map(|value| value.into_tensor());
+        let params = [
+            gpu.ptr(losses)?,
+            gpu.ptr(&targets.element)?,
+            gpu.ptr_or_null(scale)?,
+            gpu.ptr(&self.loss_sum)?,
+            gpu.ptr(&self.steps)?,
+            gpu.ptr_or_null(loss.as_ref())?,
+            (losses.elem_count() as i64).into(),
+            i32::from(self.begun).into(),
+        ];
+        gpu.launch(&kernels::HEAD, "head_loss", Launch::new(1, 1024), &params)?;
+        self.begun = true;
+        if let Some(carry) = &mut self.carry {
+            carry.reverse();
+        }
+        Ok(loss)
+    }
+
+    /// Closes the open windows and counts the votes. At least one piece has ended.
+    pub fn finish(self) -> Result<Totals> {
+        let gpu = &self.gpu;
+        let (votes, answers) = (gpu.ptr(&self.votes)?, gpu.ptr(&self.answers)?);
+        if let Some([Carry { sum, state }, _]) = &self.carry {
+            let params =
+                [gpu.ptr(sum)?, gpu.ptr(state)?, votes, answers, self.elements.into(), self.classes.into()];
+            gpu.launch(&kernels::HEAD, "head_flush", Launch::new(self.batch, self.threads()), &params)?;
+        }
+        let counts = gpu.empty(2, DType::U32)?.into_tensor();
+        let windows = (self.batch * self.elements) as i64;
+        let params = [votes, answers, gpu.ptr(&counts)?, windows.into(), 0i32.into()];
+        gpu.launch(&kernels::HEAD, "head_count", Launch::new(1, 1024), &params)?;
+        Ok(Totals { loss_sum: self.loss_sum, steps: self.steps, counts, votes: self.votes })
+    }
+}
+
+/// The gradient of the bias: column sums of dlogits over all blocks of rows.
+pub struct BiasSums {
+    partial: Tensor,
+    classes: usize,
+    begun: bool,
+}
+
+impl BiasSums {
+    /// Parts that the rows of a block are summed in.
+    const SLABS: usize = 40;
+
+    pub fn new(gpu: &Gpu, classes: usize) -> Result<Self> {
+        let partial = gpu.empty((Self::SLABS, classes), DType::F32)?.into_tensor();
+        Ok(Self { partial, classes, begun: false })
+    }
+
+    /// Adds the columns of dlogits [rows, stride] up.
+    pub fn add(&mut self, dlogits: &Tensor) -> Result<()> {
+        let (gpu, (rows, ld)) = (Gpu::of(dlogits)?, dlogits.dims2()?);
+        let params = [
+            gpu.ptr(dlogits)?,
+            ld.into(),
+            gpu.ptr(&self.partial)?,
+            rows.into(),
+            self.classes.into(),
+            i32::from(self.begun).into(),
+        ];
+        let name = format!("head_bias_{}", suffix(dlogits.dtype())?);
+        let launch = Launch::grid(self.classes.div_ceil(256), Self::SLABS, 1, 256);
+        gpu.launch(&kernels::HEAD, &name, launch, &params)?;
+        self.begun = true;
+        Ok(())
+    }
+
+    /// Writes the sums to `dbias`, f32 \[C\], or adds them to it.
+    pub fn finish(self, dbias: &Tensor, add: bool) -> Result<()> {
+        let gpu = Gpu::of(dbias)?;
+        let params = [
+            gpu.ptr(&self.partial)?,
+            gpu.ptr(dbias)?,
+            Self::SLABS.into(),
+            self.classes.into(),
+            i32::from(add).into(),
+        ];
+        let launch = Launch::new(self.classes.div_ceil(256), 256);
+        gpu.launch(&kernels::HEAD, "head_bias_sum", launch, &params)
+    }
+}
