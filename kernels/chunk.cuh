@@ -128,13 +128,13 @@ __device__ __forceinline__ void acc_as_b(FragB<R> (&f)[2], const float (&a)[4], 
     }
 }
 
-// Two neighbours of a row.
-__device__ __forceinline__ float2 load2(const float* p) { return make_float2(p[0], p[1]); }
+// Two neighbours of a row; the first has an even index.
+__device__ __forceinline__ float2 load2(const float* p) { return *reinterpret_cast<const float2*>(p); }
 __device__ __forceinline__ float2 load2(const bf16* p) {
     const __nv_bfloat162 v = *reinterpret_cast<const __nv_bfloat162*>(p);
     return make_float2(to_f(v.x), to_f(v.y));
 }
-__device__ __forceinline__ void store2(float* p, float x, float y) { p[0] = x, p[1] = y; }
+__device__ __forceinline__ void store2(float* p, float x, float y) { *reinterpret_cast<float2*>(p) = make_float2(x, y); }
 __device__ __forceinline__ void store2(bf16* p, float x, float y) {
     *reinterpret_cast<uint32_t*>(p) = pack_bf16(x, y);
 }
@@ -150,8 +150,21 @@ __device__ __forceinline__ float col_sum(float x) {
     return x + __shfl_xor_sync(FULL, x, 16);
 }
 
-// exp of what is at most 0 but for rounding.
-__device__ __forceinline__ float exp_neg(float x) { return __expf(fminf(x, 0.f)); }
+// Log decays below this count as this: what is left, 1e-14, is nothing, and sums of several keep their digits.
+constexpr float NEVER = -32.f;
+
+// 2^x; tiny results are 0. Logarithms of decays are to base 2 throughout.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef SB_EMULATE
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+// 2^x of what is at most 0 but for rounding.
+__device__ __forceinline__ float exp2_neg(float x) { return exp2_fast(fminf(x, 0.f)); }
 
 // Whether rows of `cols` elements at p, ld apart, can be written four (bf16) or two (f32) elements at a time.
 template <class E>
@@ -165,26 +178,39 @@ template <class E>
 __device__ __forceinline__ void store_block(E* p, long long ld, int rows, int cols, const float (&a)[4],
                                             const float (&b)[4], bool pair) {
     const int g = lane_id() / 4, t = lane_id() % 4;
+    uint2 four[2];
+    int at = 0;
+    if constexpr (sizeof(E) == 2) {
+        const bool odd = t & 1;
+        at = odd ? 2 * t + 6 : 2 * t;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const int r = g + 8 * h;
-        E* row = p + r * ld;
-        if (!pair) {
+        for (int h = 0; h < 2; h++) {
+            const uint32_t lo = pack_bf16(a[2 * h], a[2 * h + 1]), hi = pack_bf16(b[2 * h], b[2 * h + 1]);
+            const uint32_t got = __shfl_xor_sync(FULL, odd ? lo : hi, 1);
+            four[h] = odd ? make_uint2(got, hi) : make_uint2(lo, got);
+        }
+    }
+    p += g * ld;
+    if (pair) {
+#pragma unroll
+        for (int h = 0; h < 2; h++, p += 8 * ld) {
+            if (g + 8 * h >= rows) continue;
+            if constexpr (sizeof(E) == 2) {
+                if (at < cols) *reinterpret_cast<uint2*>(p + at) = four[h];
+            } else {
+                if (2 * t < cols) store2(p + 2 * t, a[2 * h], a[2 * h + 1]);
+                if (2 * t + 8 < cols) store2(p + 2 * t + 8, b[2 * h], b[2 * h + 1]);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int h = 0; h < 2; h++, p += 8 * ld) {
+            if (g + 8 * h >= rows) continue;
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                if (r < rows && 2 * t + e < cols) row[2 * t + e] = from_f<E>(a[2 * h + e]);
-                if (r < rows && 2 * t + 8 + e < cols) row[2 * t + 8 + e] = from_f<E>(b[2 * h + e]);
+                if (2 * t + e < cols) p[2 * t + e] = from_f<E>(a[2 * h + e]);
+                if (2 * t + 8 + e < cols) p[2 * t + 8 + e] = from_f<E>(b[2 * h + e]);
             }
-        } else if constexpr (sizeof(E) == 4) {
-            const float lo[2] = {a[2 * h], a[2 * h + 1]}, hi[2] = {b[2 * h], b[2 * h + 1]};
-            if (r < rows && 2 * t < cols) store_vec<2>(row + 2 * t, lo);
-            if (r < rows && 2 * t + 8 < cols) store_vec<2>(row + 2 * t + 8, hi);
-        } else {
-            const uint32_t lo = pack_bf16(a[2 * h], a[2 * h + 1]), hi = pack_bf16(b[2 * h], b[2 * h + 1]);
-            const bool odd = t & 1;
-            const uint32_t got = __shfl_xor_sync(FULL, odd ? lo : hi, 1);
-            const int c = odd ? 2 * t + 6 : 2 * t;
-            if (r < rows && c < cols) *reinterpret_cast<uint2*>(row + c) = odd ? make_uint2(got, hi) : make_uint2(lo, got);
         }
     }
 }
@@ -214,17 +240,20 @@ template <class E>
 __device__ __forceinline__ void fetch_tile(E* s, int lds, const E* g, long long ldg, int rows, int cols, int rows_pad,
                                            int cols_pad) {
     constexpr int V = 16 / sizeof(E);
-    if (cols % V == 0 && ldg % V == 0 && reinterpret_cast<size_t>(g) % 16 == 0) {
-        const int per_row = cols_pad / V;
-        for (int i = threadIdx.x; i < rows_pad * per_row; i += blockDim.x) {
-            const int r = i / per_row, c = i % per_row * V;
-            const bool inside = r < rows && c < cols;
-            cp_async16(s + r * lds + c, inside ? g + r * ldg + c : g, inside ? 16 : 0);
+    const bool vector = cols % V == 0 && ldg % V == 0 && reinterpret_cast<size_t>(g) % 16 == 0;
+    const int per_row = vector ? cols_pad / V : cols_pad, down = blockDim.x / per_row, right = blockDim.x % per_row;
+    int r = threadIdx.x / per_row, c = threadIdx.x % per_row;
+    // Row and column go on without divisions.
+    const auto next = [&] {
+        r += down, c += right;
+        if (c >= per_row) c -= per_row, r++;
+    };
+    if (vector) {
+        for (; r < rows_pad; next()) {
+            const bool inside = r < rows && c * V < cols;
+            cp_async16(s + r * lds + c * V, inside ? g + r * ldg + c * V : g, inside ? 16 : 0);
         }
     } else {
-        for (int i = threadIdx.x; i < rows_pad * cols_pad; i += blockDim.x) {
-            const int r = i / cols_pad, c = i % cols_pad;
-            s[r * lds + c] = r < rows && c < cols ? g[r * ldg + c] : from_f<E>(0.f);
-        }
+        for (; r < rows_pad; next()) s[r * lds + c] = r < rows && c < cols ? g[r * ldg + c] : from_f<E>(0.f);
     }
 }

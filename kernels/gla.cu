@@ -51,9 +51,6 @@ __device__ __forceinline__ float operand(float x) {
     return x;
 }
 
-// Log decays below this count as this: what is left, 1e-14, is nothing, and the sums of a block keep their digits.
-constexpr float NEVER = -32.f;
-
 // Where a channel decays by more than this in a block, what passes through the whole block is nothing beside what the
 // route rounds.
 template <class R> constexpr float OPAQUE = -7.f;
@@ -63,44 +60,42 @@ template <> constexpr float OPAQUE<F32> = -16.f;
 // Buffers for stages: with two the next is on its way during the work on this one.
 template <class R, int NT> constexpr int BUFFERS = sizeof(typename R::elem) == 4 && NT == 32 ? 1 : 2;
 
-// Sums g [STAGE][ldg] up inside its blocks, in place, and multiplies x [STAGE][ldx] by the exponentials: as q (`scale`
-// exp(l)) or as k (exp(L - l)). exp(L) to `last` [BLOCKS][columns]. Returns whether a block decays by more than LIMIT.
+// Sums g [STAGE][ldg] up inside its blocks, in place and to base 2, and multiplies tiles by the exponentials: `q` by
+// scale exp(l), `k` by exp(L - l); each may be left out. exp(L) to `last` [BLOCKS][columns]. Returns whether a
+// block decays by more than LIMIT.
 template <class R>
-__device__ __forceinline__ bool decay_tile(float* g, int ldg, typename R::elem* x, int ldx, typename R::elem* y, int ldy,
+__device__ __forceinline__ bool decay_tile(float* g, int ldg, typename R::elem* q, typename R::elem* k, int ld,
                                            float* last, int columns, float scale) {
     bool strong = false;
     for (int task = threadIdx.x; task < BLOCKS * columns / 2; task += blockDim.x) {
-        const int block = task / (columns / 2), c = task % (columns / 2) * 2;
-        float2 sum = make_float2(0.f, 0.f);
-        float* l = g + 16 * block * ldg + c;
+        const int block = task >= columns / 2, c = 2 * task - block * columns;
+        float2 l[16], sum = make_float2(0.f, 0.f);
+        float* at = g + 16 * block * ldg + c;
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            const float2 v = load2(l + i * ldg);
-            sum.x += fmaxf(v.x, NEVER), sum.y += fmaxf(v.y, NEVER);
-            store2(l + i * ldg, sum.x, sum.y);
+            const float2 v = load2(at + i * ldg);
+            sum.x += LOG2E * fminf(fmaxf(v.x, NEVER), 0.f);
+            sum.y += LOG2E * fminf(fmaxf(v.y, NEVER), 0.f);
+            l[i] = sum;
+            store2(at + i * ldg, sum.x, sum.y);
         }
-        strong |= sum.x < -LIMIT<R> || sum.y < -LIMIT<R>;
-        store2(last + block * columns + c, exp_neg(sum.x), exp_neg(sum.y));
+        strong |= sum.x < -LOG2E * LIMIT<R> || sum.y < -LOG2E * LIMIT<R>;
+        store2(last + block * columns + c, exp2_fast(sum.x), exp2_fast(sum.y));
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            const float2 v = load2(l + i * ldg);
-            if (x) {
-                typename R::elem* p = x + (16 * block + i) * ldx + c;
-                const float2 q = load2(p);
-                store2(p, scale * q.x * exp_neg(v.x), scale * q.y * exp_neg(v.y));
+            const int offset = (16 * block + i) * ld + c;
+            if (q) {
+                const float2 x = load2(q + offset);
+                store2(q + offset, scale * x.x * exp2_fast(l[i].x), scale * x.y * exp2_fast(l[i].y));
             }
-            if (y) {
-                typename R::elem* p = y + (16 * block + i) * ldy + c;
-                const float2 k = load2(p);
-                store2(p, k.x * exp_neg(sum.x - v.x), k.y * exp_neg(sum.y - v.y));
+            if (k) {
+                const float2 x = load2(k + offset);
+                store2(k + offset, x.x * exp2_fast(sum.x - l[i].x), x.y * exp2_fast(sum.y - l[i].y));
             }
         }
     }
     return strong;
 }
-
-// exp of a number up to LIMIT.
-__device__ __forceinline__ float exp_up(float x) { return __expf(x); }
 
 // z: v (in reverse do). out: o (in reverse dv). state0 and state1 [B,H,K,V]: the state before the first and after the
 // last token, in reverse its gradient after the last token and none.
@@ -167,7 +162,7 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
         E* tq = sq + at * STAGE * LD;
         E* tk = sk + at * STAGE * LD;
         const E* tz = sz + at * STAGE * ldz + 16 * warp;
-        const bool strong = __syncthreads_or(decay_tile<R>(tg, LD, tq, LD, tk, LD, last, COLS, scale));
+        const bool strong = __syncthreads_or(decay_tile<R>(tg, LD, tq, tk, LD, last, COLS, scale));
 
         if (strong) {
             // A warp for an element of A, its lanes along K.
@@ -177,7 +172,7 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
                 if (c <= r && t0 + r < T)
                     for (int x = lane; x < K; x += WARP)
                         sum += to_f(q[(t0 + r) * row_k + x]) * to_f(k[(t0 + c) * row_k + x]) *
-                               exp_neg(tg[r * LD + x] - tg[c * LD + x]);
+                               exp2_fast(tg[r * LD + x] - tg[c * LD + x]);
                 sum = warp_sum(sum);
                 if (lane == 0) sa[r * LDA + n % 16] = from_f<E>(scale * sum);
             }
@@ -191,7 +186,7 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         const float2 v = load2(l + x + 2 * (lane % 4) + 8 * half);
-                        const float up = exp_up(-v.x), right = exp_up(-v.y);
+                        const float up = exp2_fast(-v.x), right = exp2_fast(-v.y);
                         scale_pair(fa, 2 * half, up, right);
                         scale_pair(fa, 2 * half + 1, up, right);
                     }
@@ -376,8 +371,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                            c + 1 >= r ? 0.f : d[nt][2 * half + 1]);
                 }
         }
-        bool strong = decay_tile<R>(tg, ldx, reverse ? tx : nullptr, ldx, reverse ? nullptr : tx, ldx, last, columns,
-                                    scale);
+        bool strong = decay_tile<R>(tg, ldx, reverse ? tx : nullptr, reverse ? nullptr : tx, ldx, last, columns, scale);
         strong = __syncthreads_or(strong);
 
         if (!reverse && t0 > 0 && t0 % SPAN == 0) keep_state(t0 / SPAN);
@@ -422,53 +416,64 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 mma<R>(outer[1], fa, fb[1]);
             }
             const E* d = sd + r0 * LDD;
+            float own_term[2][4] = {};
             if (!strong) {
                 FragB<R> fb[2];
                 load_b<R, AlongMN>(fb, tx + r0 * ldx + c0, ldx);
                 const FragA<R> fa = reverse ? load_a<R, AlongMN>(d, LDD) : load_a<R, AlongK>(d, LDD);
                 mma<R>(inner[0], fa, fb[0]);
                 mma<R>(inner[1], fa, fb[1]);
+            } else {
+#pragma unroll 1
+                for (int m = 0; m < min(16, T - t0 - r0); m++) {
+#pragma unroll
+                    for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            const int r = acc_row(0, e), c = c0 + acc_col(nt, e);
+                            if (c >= width || (reverse ? m < r : m > r)) continue;
+                            const float xm = scale * to_f(x[(t0 + r0 + m) * row_k + c]);
+                            const float lm = tg[(r0 + m) * ldx + c], lr = tg[(r0 + r) * ldx + c];
+                            if (m == r) own_term[nt][e] = xm;
+                            else inner[nt][e] += to_f(reverse ? d[m * LDD + r] : d[r * LDD + m]) * xm *
+                                                 exp2_fast(reverse ? lm - lr : lr - lm);
+                        }
+                }
             }
             float total[2][4], outer_product[2][4], inner_product[2][4];
             bool opaque[2][2];
 #pragma unroll
-            for (int nt = 0; nt < 2; nt++)
+            for (int nt = 0; nt < 2; nt++) {
+                const int c = c0 + acc_col(nt, 0);
+                const float2 end = load2(tg + (r0 + 15) * ldx + c);
+#pragma unroll
+                for (int e = 0; e < 2; e++) opaque[nt][e] = (e ? end.y : end.x) < LOG2E * OPAQUE<R>;
+                // The factor that the product of a block has not got yet.
+                const float2 up = strong ? make_float2(1.f, 1.f) : make_float2(exp2_fast(-end.x), exp2_fast(-end.y));
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int r = acc_row(0, 2 * half), c = c0 + acc_col(nt, 0);
-                    const float2 l = load2(tg + (r0 + r) * ldx + c), end = load2(tg + (r0 + 15) * ldx + c);
-                    const float2 xs = load2(tx + (r0 + r) * ldx + c), ys = load2(ty + (r0 + r) * ldx + c);
+                    const int r = r0 + acc_row(0, 2 * half);
+                    const float2 l = load2(tg + r * ldx + c), ys = load2(ty + r * ldx + c);
+                    if (!strong) {
+                        const float2 xs = load2(tx + r * ldx + c);
+                        own_term[nt][2 * half] = xs.x, own_term[nt][2 * half + 1] = xs.y;
+                    }
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const float le = e ? l.y : l.x, ende = e ? end.y : end.x, own = e ? ys.y : ys.x;
-                        const float factor = reverse ? exp_neg(ende - le) : scale * exp_neg(le);
-                        float& sum = total[nt][2 * half + e];
-                        sum = outer[nt][2 * half + e];
-                        opaque[nt][e] = ende < OPAQUE<R>;
+                        const int i = 2 * half + e;
+                        const float y = e ? ys.y : ys.x, le = e ? l.y : l.x, last_e = e ? end.y : end.x;
+                        const float power = exp2_fast(reverse ? last_e - le : le);
                         // As the tile of the other call has it.
-                        const float here = operand<R>(reverse ? own * exp_neg(ende - le) : scale * own * exp_neg(le));
-                        outer_product[nt][2 * half + e] = here * sum;
-                        if (strong) {
-                            float in = 0.f, diag = 0.f;
-                            const int col = c + e;
-                            for (int m = 0; col < width && m < 16; m++) {
-                                const int t = t0 + r0 + m;
-                                if (t >= T || (reverse ? m < r : m > r)) continue;
-                                const float xm = scale * to_f(x[t * row_k + col]), lm = tg[(r0 + m) * ldx + col];
-                                if (m == r) diag = diagonal[r0 + r] * xm;
-                                else in += to_f(reverse ? d[m * LDD + r] : d[r * LDD + m]) * xm *
-                                           exp_neg(reverse ? lm - le : le - lm);
-                            }
-                            inner_product[nt][2 * half + e] = own * in;
-                            sum = factor * sum + in + diag;
-                        } else {
-                            const float up = exp_up(-ende);
-                            const float in = inner[nt][2 * half + e] * up;
-                            inner_product[nt][2 * half + e] = here * in;
-                            sum = factor * (sum + in + diagonal[r0 + r] * (e ? xs.y : xs.x) * up);
-                        }
+                        const float other = operand<R>(reverse ? y * power : scale * y * power);
+                        const float factor = reverse ? power : scale * power, in_factor = strong ? 1.f : factor;
+                        const float in = inner[nt][i] * (e ? up.y : up.x);
+                        outer_product[nt][i] = other * outer[nt][i];
+                        inner_product[nt][i] = (strong ? y : other) * in;
+                        total[nt][i] = factor * outer[nt][i] +
+                                       in_factor * (in + diagonal[r] * own_term[nt][i] * (e ? up.y : up.x));
                     }
                 }
+            }
             store_block(dx + (t0 + r0) * row_k + c0, row_k, T - t0 - r0, mine, total[0], total[1], pair);
             if (!reverse) {
 #pragma unroll

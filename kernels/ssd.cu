@@ -32,8 +32,8 @@
 // Numbers per token of a chunk, C of each, in shared memory.
 enum { L, STEP, WEIGHT, DECAY, TAIL, KINDS };
 
-// One warp: l, step, exp(l_C - l) step, exp(l) and exp(l_C - l) of a chunk's tokens. Lane i has tokens PER i ...; raw
-// values beyond the sequence are not used. Returns the lane's steps in `raw`.
+// One warp: l to base 2, step, exp(l_C - l) step, exp(l) and exp(l_C - l) of a chunk's tokens. Lane i has tokens
+// PER i ...; raw values beyond the sequence are not used. Returns the lane's steps in `raw`.
 template <int C>
 __device__ __forceinline__ void chunk_decays(float* s, float (&raw)[C / WARP], int tokens, float bias, float rate) {
     constexpr int PER = C / WARP;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void chunk_decays(float* s, float (&raw)[C / WARP], i
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         raw[i] = PER * lane + i < tokens ? softplus(raw[i] + bias) : 0.f;
-        sum += rate * raw[i];
+        sum += LOG2E * fmaxf(rate * raw[i], NEVER);
         l[i] = sum;
     }
     float before = sum;
@@ -51,18 +51,20 @@ __device__ __forceinline__ void chunk_decays(float* s, float (&raw)[C / WARP], i
         const float other = __shfl_up_sync(FULL, before, o);
         if (lane >= o) before += other;
     }
-    const float total = __shfl_sync(FULL, before, WARP - 1);
     before = __shfl_up_sync(FULL, before, 1);
 #pragma unroll
-    for (int i = 0; i < PER; i++) {
+    for (int i = 0; i < PER; i++)
         if (lane > 0) l[i] += before;
-        // The last token's exponent is 0 whatever the order of the sums above.
-        const float tail = exp_neg(total - l[i]);
+    // That of the last token, so that its own exponent is 0.
+    const float total = __shfl_sync(FULL, l[PER - 1], WARP - 1);
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const float tail = exp2_neg(total - l[i]);
         float* at = s + PER * lane + i;
         at[L * C] = l[i];
         at[STEP * C] = raw[i];
         at[WEIGHT * C] = tail * raw[i];
-        at[DECAY * C] = exp_neg(l[i]);
+        at[DECAY * C] = exp2_neg(l[i]);
         at[TAIL * C] = tail;
     }
 }
@@ -194,7 +196,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
 #pragma unroll
                     for (int e = 0; e < 2; e++)
                         m[e] = col + e > r ? 0.f
-                                           : acc[nt][2 * half + e] * exp_neg(w[L * C + r] - w[L * C + col + e]) *
+                                           : acc[nt][2 * half + e] * exp2_neg(w[L * C + r] - w[L * C + col + e]) *
                                                  w[STEP * C + col + e];
                     store2(sm + r * LDM + col, m[0], m[1]);
                 }
@@ -264,7 +266,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
 // Grid and block as ssd_forward. Shared memory: u [2][C][ldx], v [2][C][ldn], then f32 [2][KINDS][C].
 // start [segments][B,H,P,N]: the state before every segment (its gradient after it), or none.
 // states [B,H,chunks,P,N]: the state before every chunk (its gradient after it), or none.
-// end: with `log_decay` [segments][B,H], the segment's sum of rate step, [segments][B,H,P,N] after every segment,
+// end: with `log_decay` [segments][B,H], the segment's sum of rate step to base 2, [segments][B,H,P,N] after every segment,
 // without it [B,H,P,N] after the last segment.
 template <class R, int NT>
 __device__ __forceinline__ void states(const typename R::elem* u, const typename R::elem* v, const typename R::elem* dt,
@@ -349,7 +351,7 @@ extern "C" __global__ void __launch_bounds__(256)
         const long long at = (long long)(reverse ? segments - 1 - k : k) * gridDim.x + blockIdx.x;
         const float end = ends[at * size + i];
         ends[at * size + i] = s;
-        s = exp_neg(log_decay[at]) * s + end;
+        s = exp2_neg(log_decay[at]) * s + end;
     }
 }
 
@@ -480,7 +482,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                     for (int e = 0; e < 4; e++) {
                         const int r = r0 + acc_row(0, e), col = u0 + acc_col(j, e);
                         const float step = w[STEP * C + col];
-                        const float decay = col > r ? 0.f : exp_neg(w[L * C + r] - w[L * C + col]);
+                        const float decay = col > r ? 0.f : exp2_neg(w[L * C + r] - w[L * C + col]);
                         const float q = dm[j][e] * cb[e] * decay;
                         m[e] = cb[e] * decay * step;
                         a_sum[j][e] += dm[j][e] * decay * step;
