@@ -209,14 +209,9 @@ pub fn parameter_sums(
     Ok(sums.iter_mut().map(|sums| sums.new.take()).collect())
 }
 
-/// The sums over the rows of `matrix`, contiguous, f32 or bf16, seen as rows of `columns` elements; in f32: added
-/// to `into` if given, else returned.
-pub fn column_sums(
-    gpu: &Gpu,
-    matrix: &Tensor,
-    columns: usize,
-    into: Option<&Tensor>,
-) -> Result<Option<Tensor>> {
+/// The sum over the rows of `matrix` [.., D], f32 or bf16, in f32: added to `into` [D] if given, else returned.
+pub fn column_sums(gpu: &Gpu, matrix: &Tensor, into: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let columns = matrix.dim(candle_core::D::Minus1)?;
     let mut sums = match into {
         Some(into) => Sums::add_to(gpu, into, columns)?,
         None => Sums::new(gpu, &[columns])?,
