@@ -98,21 +98,41 @@ __device__ __forceinline__ void put(T* g, long long ldg, const T* s, int lds, in
     }
 }
 
-// Two neighbouring elements of a row of `cols` elements.
+// Two neighbouring elements of a row of `cols` elements in an array with row stride `ld`.
 template <class T>
-__device__ __forceinline__ void put_pair(T* row, int c, int cols, float x, float y) {
-    if (c + 1 < cols && cols % 2 == 0) store_vec<2>(row + c, {x, y});
+__device__ __forceinline__ void put_pair(T* row, int c, int cols, int ld, float x, float y) {
+    if (c + 1 < cols && ld % 2 == 0) store_vec<2>(row + c, {x, y});
     else {
         if (c < cols) row[c] = from_f<T>(x);
         if (c + 1 < cols) row[c + 1] = from_f<T>(y);
     }
 }
 template <class T>
-__device__ __forceinline__ void get_pair(const T* row, int c, int cols, float (&x)[2]) {
-    if (c + 1 < cols && cols % 2 == 0) load_vec<2>(row + c, x);
+__device__ __forceinline__ void get_pair(const T* row, int c, int cols, int ld, float (&x)[2]) {
+    if (c + 1 < cols && ld % 2 == 0) load_vec<2>(row + c, x);
     else {
         x[0] = c < cols ? to_f(row[c]) : 0.f;
         x[1] = c + 1 < cols ? to_f(row[c + 1]) : 0.f;
+    }
+}
+
+// Writes row `e / 2` of two neighbouring 16 x 8 accumulator tiles, whose columns begin at `col`, times `scale`:
+// neighbouring lanes swap pairs, so that each stores four elements side by side. The whole warp takes part.
+template <class T>
+__device__ __forceinline__ void put_tiles(T* row, bool in, int col, int cols, int ld, const float (&a)[4], const float (&b)[4], int e,
+                                          float scale) {
+    const bool odd = lane_id() % 2;
+    const float x = __shfl_xor_sync(FULL, odd ? a[e] : b[e], 1), y = __shfl_xor_sync(FULL, odd ? a[e + 1] : b[e + 1], 1);
+    const int c = col + lane_id() % 4 / 2 * 4 + (odd ? 8 : 0);
+    const float v[4] = {scale * (odd ? x : a[e]), scale * (odd ? y : a[e + 1]), scale * (odd ? b[e] : x),
+                        scale * (odd ? b[e + 1] : y)};
+    if (!in) return;
+    if (ld % 4 == 0) {
+        if (c < cols) store_vec<4>(row + c, v);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (c + i < cols) row[c + i] = from_f<T>(v[i]);
     }
 }
 
@@ -320,7 +340,13 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
         for (int i = 0; i < 16; i++) {
             float sum = i == lane ? 1.f : 0.f;
 #pragma unroll
-            for (int j = 0; j < i; j++) sum -= l[i * LF + j] * x[j];
+            for (int j = 0; j < i; j += 4) {
+                float y[4];
+                load_vec<4>(l + i * LF + j, y);
+#pragma unroll
+                for (int d = 0; d < 4; d++)
+                    if (j + d < i) sum -= y[d] * x[j + d];
+            }
             x[i] = sum;
         }
 #pragma unroll
@@ -417,7 +443,7 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
                 for (int e = 0; e < 4; e += 2) {
                     const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                     float x[2] = {0.f, 0.f};
-                    if (r < keys) get_pair(state + ((long long)group * keys + r) * values + v0, c, cols, x);
+                    if (r < keys) get_pair(state + ((long long)group * keys + r) * values + v0, c, cols, values, x);
                     s[i][j][e] = x[0];
                     s[i][j][e + 1] = x[1];
                 }
@@ -498,12 +524,10 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const int r = low + 4 * e;
-                if (r < at.tokens) {
-                    T* to = o + (at.token + r) * ldv + (long long)head * values + v0;
+                T* to = o + (at.token + r) * ldv + (long long)head * values + v0;
 #pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        put_pair(to, col0 + acc_col(j, e), cols, scale * out[0][j][e], scale * out[0][j][e + 1]);
-                }
+                for (int j = 0; j < 8; j += 2)
+                    put_tiles(to, r < at.tokens, col0 + 8 * j, cols, values, out[0][j], out[0][j + 1], e, scale);
             }
         }
         const float all = decay(b[C - 1]);
@@ -524,7 +548,7 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
             for (int e = 0; e < 4; e += 2) {
                 const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                 if (r < keys)
-                    put_pair(last + ((long long)group * keys + r) * values + v0, c, cols, s[i][j][e], s[i][j][e + 1]);
+                    put_pair(last + ((long long)group * keys + r) * values + v0, c, cols, values, s[i][j][e], s[i][j][e + 1]);
             }
 }
 
@@ -584,7 +608,7 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
                 for (int e = 0; e < 4; e += 2) {
                     const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                     float x[2] = {0.f, 0.f};
-                    if (r < keys) get_pair(d_last + ((long long)group * keys + r) * values + v0, c, cols, x);
+                    if (r < keys) get_pair(d_last + ((long long)group * keys + r) * values + v0, c, cols, values, x);
                     s[i][j][e] = x[0];
                     s[i][j][e + 1] = x[1];
                 }
@@ -666,7 +690,7 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
                 for (int e = 0; e < 4; e += 2) {
                     const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                     if (r < keys)
-                        put_pair(d_state + ((long long)group * keys + r) * values + v0, c, cols, s[i][j][e], s[i][j][e + 1]);
+                        put_pair(d_state + ((long long)group * keys + r) * values + v0, c, cols, values, s[i][j][e], s[i][j][e + 1]);
                 }
     }
 }
@@ -773,8 +797,8 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
             const int col = 2 * lane_id();
             float z[2], x[2];
             load_vec<2>(sz + r * lv + col, z);
-            get_pair(v + row, col, cols, x);
-            put_pair(dv + row, col, cols, sb[C + r] * z[0], sb[C + r] * z[1]);
+            get_pair(v + row, col, cols, values, x);
+            put_pair(dv + row, col, cols, values, sb[C + r] * z[0], sb[C + r] * z[1]);
             const float sum = warp_sum(z[0] * x[0] + z[1] * x[1]);
             if (lane_id() == 0) zv[r] += sum;
         }
@@ -891,22 +915,20 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
         warp_gemm<R, AlongK, AlongMN, 1, NK>(gq, sp + row0 * lm, lm, sk + key0, lk, C);
 #pragma unroll
         for (int e = 0; e < 4; e += 2)
-            if (low + 4 * e < at.tokens)
 #pragma unroll
-                for (int j = 0; j < NK; j++)
-                    put_pair(dq + (at.token + low + 4 * e) * ldk + head * keys, key0 + acc_col(j, e), keys, gq[0][j][e],
-                             gq[0][j][e + 1]);
+            for (int j = 0; j < NK; j += 2)
+                put_tiles(dq + (at.token + low + 4 * e) * ldk + head * keys, low + 4 * e < at.tokens, key0 + 8 * j, keys, keys,
+                          gq[0][j], gq[0][j + 1], e, 1.f);
     }
     warp_gemm<R, AlongK, AlongMN, 1, NK>(gk, sl + row0 * lm, lm, sk + key0, lk, row0 + 16);
     warp_gemm<R, AlongMN, AlongMN, 1, NK>(gk, sl + row0 * lm + row0, lm, sk + row0 * lk + key0, lk, C - row0);
     warp_gemm<R, AlongMN, AlongMN, 1, NK>(gk, sp + row0, lm, sq + key0, lk, token_pad);
 #pragma unroll
     for (int e = 0; e < 4; e += 2)
-        if (low + 4 * e < at.rows)
 #pragma unroll
-            for (int j = 0; j < NK; j++)
-                put_pair(dk + (at.row + low + 4 * e) * ldk + head * keys, key0 + acc_col(j, e), keys, gk[0][j][e],
-                         gk[0][j][e + 1]);
+        for (int j = 0; j < NK; j += 2)
+            put_tiles(dk + (at.row + low + 4 * e) * ldk + head * keys, low + 4 * e < at.rows, key0 + 8 * j, keys, keys, gk[0][j],
+                      gk[0][j + 1], e, 1.f);
 
     if (threadIdx.x < C) {
         const int j = threadIdx.x;

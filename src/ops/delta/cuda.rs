@@ -11,6 +11,9 @@ const CHUNK: usize = 64;
 /// Value columns of four warps.
 const SLICE: usize = 64;
 
+/// So many blocks are enough for a GPU.
+const MANY_BLOCKS: usize = 132;
+
 /// How a call is laid out on the GPU.
 struct Plan {
     gpu: Gpu,
@@ -44,7 +47,10 @@ impl Plan {
             )
         }
         let key = if dims.key <= 64 { 64 } else { 128 };
-        let groups = if dtype == DType::BF16 && key == 64 && dims.value > SLICE { 2 } else { 1 };
+        // Two groups read q and k once for both; one makes more blocks.
+        let pairs = dims.batch * dims.heads * dims.value.div_ceil(2 * SLICE);
+        let wide = dtype == DType::BF16 && key == 64 && dims.value > SLICE && pairs >= MANY_BLOCKS;
+        let groups = if wide { 2 } else { 1 };
         let chunks = dims.steps.div_ceil(CHUNK / dims.sub);
         Ok(Self { gpu: Gpu::of(&args[0])?, dims, dtype, key, groups, chunks })
     }
