@@ -1,6 +1,7 @@
-// What stands around the matrix products of a linear layer: y[row, :] += bias.
+// What stands around the matrix products of a linear layer.
 //
-//   y [rows, n] f32 or bf16, bias [n] f32
+//   linear_bias   y[row, :] += bias        y [rows, n] f32 or bf16, bias [n] f32
+//   linear_scale  x *= factor              x f32 or bf16, factor [1] f32; mostly 1: then x is not touched
 #include "common.cuh"
 
 template <class T>
@@ -28,4 +29,20 @@ extern "C" __global__ void linear_bias_f32(float* y, const float* bias, long lon
 }
 extern "C" __global__ void linear_bias_bf16(bf16* y, const float* bias, long long elements, int n) {
     add_bias(y, bias, elements, n);
+}
+
+template <class T>
+__device__ void scale(T* x, const float* factor, long long elements) {
+    const float f = *factor;
+    if (f == 1.f) return;
+    const long long stride = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < elements; i += stride)
+        x[i] = from_f<T>(to_f(x[i]) * f);
+}
+
+extern "C" __global__ void linear_scale_f32(float* x, const float* factor, long long elements) {
+    scale(x, factor, elements);
+}
+extern "C" __global__ void linear_scale_bf16(bf16* x, const float* factor, long long elements) {
+    scale(x, factor, elements);
 }

@@ -318,6 +318,21 @@ impl Gpu {
         Ok(value)
     }
 
+    /// A copy of a contiguous tensor, seen in another shape.
+    pub fn copy(&self, tensor: &Tensor, shape: impl Into<Shape>) -> Result<Value> {
+        let copy = self.empty(shape, tensor.dtype())?;
+        let bytes = copy.shape.elem_count() * tensor.dtype().size_in_bytes();
+        let (KernelArg::Ptr(from), KernelArg::Ptr(to)) = (self.ptr(tensor)?, self.of_value(&copy)?) else {
+            unreachable!("buffers have addresses")
+        };
+        if copy.shape.elem_count() != tensor.elem_count() {
+            candle_core::bail!("copy: {:?} into {:?}", tensor.shape(), copy.shape)
+        }
+        // SAFETY: both ranges are whole living buffers of this device, on the stream that uses them.
+        unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()).w()? };
+        Ok(copy)
+    }
+
     /// The address of a value's first element.
     pub fn of_value(&self, value: &Value) -> Result<KernelArg> {
         match &value.storage {
@@ -342,7 +357,7 @@ impl Gpu {
         tensor.map_or(Ok(NULL), |tensor| self.ptr(tensor))
     }
 
-    fn address(&self, storage: &CudaStorage, offset: usize) -> Result<KernelArg> {
+    pub(crate) fn address(&self, storage: &CudaStorage, offset: usize) -> Result<KernelArg> {
         macro_rules! address {
             ($type:ty) => {
                 storage.as_cuda_slice::<$type>()?.device_ptr(&self.stream).0

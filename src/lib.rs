@@ -3,6 +3,7 @@
 //! Dependencies point one way: [`cli`] → [`train`] → [`model`] → [`ops`]; [`task`] is the benchmark and
 //! knows no model.
 
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
@@ -14,6 +15,7 @@ pub mod files;
 pub mod model;
 pub mod ops;
 pub mod plot;
+pub mod profile;
 pub mod report;
 pub mod task;
 pub mod train;

@@ -172,7 +172,7 @@ fn stream_gives_all_samples_in_order() {
     let task = Task::new(&config(Split::HeldOut, GapKind::Blank, GapLaw::Uniform), 3).unwrap();
     let whole = task.batch(Part::Train, 3, 17, None).unwrap();
     let mut at = 0;
-    for batch in std::sync::Arc::new(task).stream(Part::Train, 3, 20, 5) {
+    for batch in std::sync::Arc::new(task).stream(Part::Train, 3, 20, 5, |samples| Ok(samples.into_batch())) {
         let batch = batch.unwrap();
         assert_eq!(batch.first, 3 + at as u64);
         for b in 0..batch.batch {

@@ -2,6 +2,7 @@
 
 mod data;
 mod devices;
+mod doctor;
 mod eval;
 mod models;
 mod predict;
@@ -47,6 +48,7 @@ enum Command {
     Models(models::ModelsArgs),
     Tasks(tasks::TasksArgs),
     Devices(devices::DevicesArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs one subcommand.
@@ -68,6 +70,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Models(args) => models::run(args),
         Command::Tasks(args) => tasks::run(args),
         Command::Devices(args) => devices::run(args),
+        Command::Doctor(args) => doctor::run(args),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::print;
 use crate::checkpoint::{Checkpoint, read_tensors, write_tensors};
@@ -56,9 +56,9 @@ pub fn run(args: PredictArgs) -> anyhow::Result<()> {
         let pieces = (0..steps)
             .step_by(train.eval_chunk)
             .map(|t| {
-                let piece =
-                    x.narrow(1, t, train.eval_chunk.min(steps - t))?.contiguous()?.to_device(&device)?;
-                no_grad(|| net.logits(Input::Dense(&piece), &mut context))
+                let piece = x.narrow(1, t, train.eval_chunk.min(steps - t))?.contiguous()?;
+                let piece = piece.to_device(&device)?.to_dtype(net.dtype())?;
+                no_grad(|| net.logits(Input::Dense(&piece), &mut context))?.to_dtype(DType::F32)
             })
             .collect::<candle_core::Result<Vec<Tensor>>>()?;
         rows.push(Tensor::cat(&pieces, 1)?);

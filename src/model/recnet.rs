@@ -96,7 +96,7 @@ pub(super) fn declare(
 }
 
 impl RecNet {
-    /// Builds the configured model with fresh parameters drawn from `seed`.
+    /// Builds the configured model with fresh parameters drawn from `seed`; activations are of type `dtype`.
     pub fn new(
         config: &ModelConfig,
         features: usize,
@@ -126,6 +126,11 @@ impl RecNet {
 
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The type of activations.
+    pub fn dtype(&self) -> DType {
+        self.encoder.0.weight().dtype()
     }
 
     /// Width of the input.

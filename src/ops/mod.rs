@@ -9,6 +9,7 @@ pub mod causal_conv1d;
 pub mod delta;
 pub mod dropout;
 pub mod embedding;
+pub mod expand;
 pub mod gates;
 pub mod gla;
 pub mod head;
@@ -25,5 +26,7 @@ pub mod selective_scan;
 pub mod ssd;
 pub mod swiglu;
 pub mod tape;
+#[cfg(feature = "cuda")]
+pub mod upload;
 
 pub use tape::{Arg, Node, no_grad, view};

@@ -292,6 +292,70 @@ pub fn no_grad<T>(f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// A variable whose gradient nodes hand over here, not to Candle: its users stay pure, as in a model, and what
+/// they compute arrives without a sum or a copy. For checks and measurements.
+pub struct Leaf {
+    id: TensorId,
+    grad: Arc<Mutex<Option<Tensor>>>,
+}
+
+impl Leaf {
+    /// Takes the gradient of `var` in what is computed from it from now on, once.
+    pub fn of(var: &Var) -> Self {
+        let grad = Arc::new(Mutex::new(None));
+        let run = Run { args: vec![], saved: vec![], outputs: vec![], needs: vec![], params: vec![] };
+        let shared = Arc::new(Shared {
+            node: Box::new(LeafNode(grad.clone())),
+            age: AGE.fetch_add(1, Ordering::Relaxed),
+            run: Mutex::new(Some(run)),
+            output_grads: Mutex::new(vec![None]),
+            input_grads: Mutex::new(vec![]),
+            targets: Mutex::new(vec![]),
+        });
+        let id = var.as_tensor().id();
+        OUTPUTS.lock().unwrap().insert(id, Output { shared, index: 0, token: None });
+        Self { id, grad }
+    }
+
+    /// The gradient, if one came.
+    pub fn grad(&self) -> Option<Tensor> {
+        self.grad.lock().unwrap().take()
+    }
+}
+
+impl Drop for Leaf {
+    fn drop(&mut self) {
+        let _entry = OUTPUTS.lock().unwrap().remove(&self.id);
+    }
+}
+
+struct LeafNode(Arc<Mutex<Option<Tensor>>>);
+
+impl Node for LeafNode {
+    fn name(&self) -> &'static str {
+        "leaf"
+    }
+    fn forward(&self, _: &[Tensor], _: bool) -> Result<Forward> {
+        Ok(Forward::default())
+    }
+    fn backward(&self, _: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        *self.0.lock().unwrap() = grads[0].clone();
+        Ok(vec![])
+    }
+}
+
+/// Runs the backward passes behind `outputs` of pure nodes, given their gradients, without a loss.
+pub fn pull_back(outputs: &[(&Tensor, Tensor)]) -> Result<()> {
+    for (output, grad) in outputs {
+        let entry = OUTPUTS.lock().unwrap().get(&output.id()).cloned();
+        match entry {
+            Some(entry) if entry.token.is_none() => entry.add(grad.clone())?,
+            _ => candle_core::bail!("a gradient for a tensor that is not the output of a pure node"),
+        }
+    }
+    run_pending()
+}
+
 /// Applies `node` to `args` and puts the result on the tape.
 pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
     let values: Vec<Tensor> = args.iter().map(Arg::value).collect::<Result<_>>()?;

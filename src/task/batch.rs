@@ -10,6 +10,7 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::config::GapKind;
+use crate::ops::expand::{self, Compact, Sequence};
 use crate::ops::philox::{philox4x32, unit_f32};
 use crate::task::grammar::Grammar;
 use crate::task::rng::{Mt19937, Pcg64};
@@ -195,6 +196,20 @@ pub struct Noise {
     pub streams: Vec<NoiseStream>,
 }
 
+impl Noise {
+    /// The noise [B, steps, features] of the timesteps from `first` on, of which sample i has `lengths[i]`.
+    fn draw(&mut self, first: usize, steps: usize, features: usize, lengths: &[usize]) -> Vec<f32> {
+        let row = steps * features;
+        let mut values = vec![0.0; lengths.len() * row];
+        values.par_chunks_mut(row.max(1)).zip(&mut self.streams).zip(lengths).for_each(
+            |((row, stream), &length)| {
+                stream.fill(first, features, self.level, &mut row[..length * features]);
+            },
+        );
+        values
+    }
+}
+
 /// How far a sample has been spread over timesteps.
 #[derive(Clone, Copy, Default)]
 struct Cursor {
@@ -269,11 +284,48 @@ impl Samples {
         self.window(self.steps() - self.at)
     }
 
+    /// The samples packed for a GPU, which spreads them over timesteps from the first one on.
+    pub fn compact(self) -> Result<Compact> {
+        let Self { grammar, samples, features, first, noise, lengths, .. } = self;
+        let position = |i: usize| match noise.as_ref().map(|noise| &noise.streams[i]) {
+            Some(&NoiseStream::HeldOut { key, index }) => Some((key, index)),
+            _ => None,
+        };
+        let sequences: Vec<Sequence> = samples
+            .iter()
+            .enumerate()
+            .map(|(i, Sample { states, gaps, distractors })| Sequence {
+                states,
+                gaps,
+                distractors,
+                noise: position(i).unwrap_or_default(),
+            })
+            .collect();
+        let by_position = (0..samples.len()).all(|i| position(i).is_some());
+        let noise = match noise {
+            None => expand::Noise::None,
+            Some(Noise { level, .. }) if by_position => expand::Noise::ByPosition { level },
+            Some(mut noise) => {
+                let mut at = 0;
+                expand::Noise::Drawn(Box::new(move |steps| {
+                    let left = |&length: &usize| length.saturating_sub(at).min(steps);
+                    let left: Vec<usize> = lengths.iter().map(left).collect();
+                    let values = noise.draw(at, steps, features, &left);
+                    at += steps;
+                    values
+                }))
+            }
+        };
+        let (label, symbol) = (|state| grammar.label(state), |state| grammar.symbol(state));
+        Compact::pack(&sequences, label, symbol, features, first, noise)
+    }
+
     fn window(&mut self, steps: usize) -> Batch {
         let (batch, features, at) = (self.samples.len(), self.features, self.at);
         let size = batch * steps;
         let lengths: Vec<usize> =
             self.lengths.iter().map(|&length| length.saturating_sub(at).min(steps)).collect();
+        let noise = self.noise.as_mut().map(|noise| noise.draw(at, steps, features, &lengths));
         let mut out = Batch {
             batch,
             steps,
@@ -284,7 +336,7 @@ impl Samples {
             element: vec![PAD; size],
             lengths,
             distractor: vec![false; size],
-            noise: self.noise.as_ref().map(|_| vec![0.0; size * features]),
+            noise,
             first: self.first,
         };
         self.at += steps;
@@ -325,11 +377,6 @@ impl Samples {
                 }
             },
         );
-        if let (Some(Noise { level, streams }), Some(values)) = (&mut self.noise, &mut out.noise) {
-            values.par_chunks_mut(steps * features).zip(streams).zip(&out.lengths).for_each(
-                |((row, stream), &length)| stream.fill(at, features, *level, &mut row[..length * features]),
-            );
-        }
         out
     }
 }

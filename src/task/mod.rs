@@ -234,10 +234,18 @@ impl Task {
         Ok(self.samples(part, first, count, gap)?.into_batch())
     }
 
-    /// Samples `first..total` of a part in batches, made ahead on a thread of their own.
+    /// Samples `first..total` of a part in batches, made ahead on a thread of their own, which also calls
+    /// `prepare` on each.
     ///
     /// The last batch may be short. Dropping the stream ends its thread.
-    pub fn stream(self: &Arc<Self>, part: Part, first: u64, total: u64, batch: usize) -> BatchStream {
+    pub fn stream<T: Send + 'static>(
+        self: &Arc<Self>,
+        part: Part,
+        first: u64,
+        total: u64,
+        batch: usize,
+        prepare: impl Fn(Samples) -> anyhow::Result<T> + Send + 'static,
+    ) -> BatchStream<T> {
         /// Batches that wait to be taken.
         const AHEAD: usize = 4;
         let (send, batches) = sync_channel(AHEAD);
@@ -246,7 +254,7 @@ impl Task {
             let mut at = first;
             while at < total {
                 let count = (total - at).min(batch as u64);
-                let made = task.batch(part, at, count as usize, None);
+                let made = task.samples(part, at, count as usize, None).and_then(&prepare);
                 let failed = made.is_err();
                 if send.send(made).is_err() || failed {
                     return;
@@ -281,12 +289,12 @@ impl Task {
 }
 
 /// Batches in the order of their samples.
-pub struct BatchStream {
-    batches: Receiver<anyhow::Result<Batch>>,
+pub struct BatchStream<T> {
+    batches: Receiver<anyhow::Result<T>>,
 }
 
-impl Iterator for BatchStream {
-    type Item = anyhow::Result<Batch>;
+impl<T> Iterator for BatchStream<T> {
+    type Item = anyhow::Result<T>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.batches.recv().ok()

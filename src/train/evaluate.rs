@@ -97,6 +97,10 @@ pub fn evaluate(
     plan: &EvalPlan,
     mut progress: impl FnMut(usize) -> bool,
 ) -> Result<Option<Evaluation>> {
+    #[cfg(feature = "cuda")]
+    if net.params().value().device().is_cuda() {
+        return super::gpu::evaluate(net, task, plan, progress);
+    }
     let begin = Instant::now();
     let (weight, bias) = net.decoder();
     let device = net.params().value().device();

@@ -16,6 +16,8 @@
 
 pub mod evaluate;
 mod events;
+#[cfg(feature = "cuda")]
+mod gpu;
 pub mod interrupt;
 mod metrics;
 mod progress;
@@ -294,6 +296,7 @@ impl Run<'_> {
             self.samples() as u64,
             self.config.task.samples.train as u64,
             train.batch,
+            self.trainer.feed(),
         );
         loop {
             let step = self.trainer.step();
@@ -313,7 +316,7 @@ impl Run<'_> {
                 break;
             }
             let batch = batches.next().context("the stream of training samples ended early")??;
-            let stats = self.trainer.update(&batch)?;
+            let stats = self.trainer.update_with(batch)?;
             self.tokens += stats.tokens;
             let step = self.trainer.step();
             progress.update(step, &stats);

@@ -7,23 +7,34 @@ use super::evaluate::{ElementLabels, targets, with_input};
 use super::schedule;
 use crate::config::{Auto, Config, Emulate, OptimizerKind};
 use crate::device::number_format;
-use crate::model::{Context, DropoutKey, RecNet};
+use crate::model::{Context, DropoutKey, Input, RecNet};
 use crate::ops::head::head_cross_entropy;
 use crate::ops::optim::{AdamStep, clip_scale, global_norm};
-use crate::task::Batch;
 use crate::task::rng::SeedSequence;
+use crate::task::{Batch, Samples};
 
 /// Marks the random stream of dropout masks among the streams of a seed.
 const DROPOUT: u32 = 0xd209_0075;
 
 /// A model in training: weights, moments, and the number of updates made.
 pub struct Trainer {
-    config: Config,
-    net: RecNet,
-    m: Tensor,
-    v: Tensor,
-    step: usize,
+    pub(super) config: Config,
+    pub(super) net: RecNet,
+    pub(super) m: Tensor,
+    pub(super) v: Tensor,
+    pub(super) step: usize,
     total: usize,
+    /// Made at the first update.
+    #[cfg(feature = "cuda")]
+    pub(super) adam: Option<crate::ops::optim::cuda::DeviceAdam>,
+}
+
+/// The samples of one update.
+pub enum Feed {
+    Steps(Batch),
+    /// Packed for a GPU.
+    #[cfg(feature = "cuda")]
+    Compact(crate::ops::expand::Compact),
 }
 
 /// What one update showed.
@@ -59,7 +70,16 @@ impl Trainer {
         let dtype = number_format(config, device)?.dtype();
         let net = RecNet::new(&config.model, features, classes, config.seed, dtype, device)?;
         let (m, v) = (net.params().value().zeros_like()?, net.params().value().zeros_like()?);
-        Ok(Self { config: config.clone(), net, m, v, step: 0, total: config.updates() })
+        Ok(Self {
+            config: config.clone(),
+            net,
+            m,
+            v,
+            step: 0,
+            total: config.updates(),
+            #[cfg(feature = "cuda")]
+            adam: None,
+        })
     }
 
     pub fn net(&self) -> &RecNet {
@@ -103,23 +123,27 @@ impl Trainer {
     ///
     /// The released code takes 4 where the longest gap is at least 1 and the width above 648, else all
     /// that memory holds: when it is emulated the number bears on the gradient.
-    fn micro_batch(&self, batch: &Batch) -> usize {
+    pub(super) fn micro_batch(&self, steps: usize) -> usize {
         /// Numbers in one activation tensor: about what keeps the working set of a layer in the caches
         /// of a CPU. A constant, so that a run does not depend on the machine.
-        const ACTIVATION: usize = 1 << 20;
+        const ON_CPU: usize = 1 << 20;
+        /// What leaves room for the activations of all layers in the 80 GB of a large GPU.
+        const ON_GPU: usize = 1 << 27;
+        let activation = if self.net.params().value().device().is_cpu() { ON_CPU } else { ON_GPU };
         match self.config.train.micro_batch {
             Auto::Value(micro) => micro,
             Auto::Auto(_) if self.config.train.emulate == Emulate::Authors => {
                 let small = self.config.task.gap.high >= 1.0 && self.config.model.width > 648;
                 if small { 4 } else { self.config.train.batch }
             }
-            Auto::Auto(_) => (ACTIVATION / (batch.steps * self.config.model.width).max(1))
-                .clamp(1, self.config.train.batch),
+            Auto::Auto(_) => {
+                (activation / (steps * self.config.model.width).max(1)).clamp(1, self.config.train.batch)
+            }
         }
     }
 
     /// The dropout of the next update. The released code drops nothing after its first evaluation.
-    fn dropout(&self) -> Option<DropoutKey> {
+    pub(super) fn dropout(&self) -> Option<DropoutKey> {
         let p = self.config.model.dropout;
         let authors = self.config.train.emulate == Emulate::Authors;
         if p == 0.0 || (authors && self.step >= self.evaluation_interval()) {
@@ -134,7 +158,7 @@ impl Trainer {
     pub fn accumulate(&self, batch: &Batch) -> Result<(f64, f64)> {
         self.net.params().zero_grad()?;
         let authors = self.config.train.emulate == Emulate::Authors;
-        let (micro, device) = (self.micro_batch(batch), self.net.params().value().device());
+        let (micro, device) = (self.micro_batch(batch.steps), self.net.params().value().device());
         let (weight, bias) = self.net.decoder();
         let (mut loss, mut right, mut elements, mut steps) = (0.0, 0, 0, 0);
         for first in (0..batch.batch).step_by(micro) {
@@ -158,17 +182,46 @@ impl Trainer {
         Ok((loss / steps as f64, right as f64 / elements as f64))
     }
 
+    /// The learning rate of the next update.
+    pub(super) fn learning_rate(&self) -> f64 {
+        self.config.train.lr * schedule::multiplier(&self.config, self.step, self.total)
+    }
+
+    /// One update with samples that are yet to be spread over timesteps.
+    pub fn update_with(&mut self, feed: Feed) -> Result<StepStats> {
+        match feed {
+            Feed::Steps(batch) => self.update(&batch),
+            #[cfg(feature = "cuda")]
+            Feed::Compact(compact) => self.update_compact(compact),
+        }
+    }
+
+    /// How [`Trainer::update_with`] wants its samples; for the thread that makes them.
+    pub fn feed(&self) -> fn(Samples) -> Result<Feed> {
+        #[cfg(feature = "cuda")]
+        if self.net.params().value().device().is_cuda() {
+            return |samples| Ok(Feed::Compact(samples.compact()?));
+        }
+        |samples| Ok(Feed::Steps(samples.into_batch()))
+    }
+
     /// One update. Fails with [`NotFinite`], before any weight is touched, on a loss or gradient that is
     /// not finite.
     pub fn update(&mut self, batch: &Batch) -> Result<StepStats> {
+        #[cfg(feature = "cuda")]
+        if self.net.params().value().device().is_cuda() {
+            let batch = super::gpu::upload(batch, self.net.dtype(), self.net.params().value().device())?;
+            return self.update_on_gpu(&batch);
+        }
         let (loss, accuracy) = self.accumulate(batch)?;
         let params = self.net.params();
         let grad_norm = global_norm(params.gradient())?;
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(NotFinite { what: self.culprit(batch, loss)? }.into());
+            let device = params.value().device();
+            return with_input(batch, device, |input| Ok(self.not_finite(input, loss)))?.and_then(Err);
         }
         let train = &self.config.train;
-        let lr = train.lr * schedule::multiplier(&self.config, self.step, self.total);
+        let lr = self.learning_rate();
         let adam = AdamStep {
             lr,
             beta1: train.beta1,
@@ -185,24 +238,25 @@ impl Trainer {
     }
 
     /// The first tensor that is not finite, in the order in which a step computes them.
-    fn culprit(&self, batch: &Batch, loss: f64) -> Result<String> {
+    pub(super) fn not_finite(&self, input: Input, loss: f64) -> Result<anyhow::Error> {
+        Ok(NotFinite { what: self.culprit(input, loss)? }.into())
+    }
+
+    fn culprit(&self, input: Input, loss: f64) -> Result<String> {
         let finite = |tensor: &Tensor| Ok::<_, candle_core::Error>(global_norm(tensor)?.is_finite());
         for param in self.net.params().named() {
             if !finite(&param.value())? {
                 return Ok(format!("the weights {} are not finite", param.name()));
             }
         }
-        let device = self.net.params().value().device();
         let mut found = None;
-        with_input(batch, device, |input| {
-            crate::ops::no_grad(|| {
-                let mut context = Context { dropout: self.dropout(), state: None };
-                self.net.watch(input, &mut context, |name, x| {
-                    if found.is_none() && !finite(x)? {
-                        found = Some(format!("the output of {name} is not finite"));
-                    }
-                    Ok(())
-                })
+        crate::ops::no_grad(|| {
+            let mut context = Context { dropout: self.dropout(), state: None };
+            self.net.watch(input, &mut context, |name, x| {
+                if found.is_none() && !finite(x)? {
+                    found = Some(format!("the output of {name} is not finite"));
+                }
+                Ok(())
             })
         })?;
         if let Some(found) = found {

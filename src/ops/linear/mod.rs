@@ -1,5 +1,7 @@
 //! Linear layer: y = x Wᵀ + b.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod gemm;
 
 use candle_core::{Device, Result, Tensor};
@@ -11,9 +13,10 @@ use crate::{dispatch, slices};
 
 /// y = x Wᵀ + b over the last dimension.
 ///
-/// x [.., I], weight [O, I], bias \[O\], all f32 or all f64; gives [.., O]. As PyTorch's `nn.Linear`.
+/// x [.., I], weight [O, I], bias \[O\], all f32 or all f64, on a GPU f32 or bf16 (the bias f32); gives [.., O].
+/// As PyTorch's `nn.Linear`.
 pub fn linear(x: impl Into<Arg>, weight: impl Into<Arg>, bias: Option<Arg>) -> Result<Tensor> {
-    let (x, weight) = (x.into(), weight.into());
+    let (x, weight) = (x.into(), weight.into().into_weight());
     let (x_shape, w_shape) = (x.shape(), weight.shape());
     let (outputs, inputs) = w_shape.dims2()?;
     if x_shape.dims().last() != Some(&inputs) {
@@ -42,6 +45,10 @@ impl Node for Linear {
         let mut shape = args[0].dims().to_vec();
         let rows = shape[..shape.len() - 1].iter().product();
         *shape.last_mut().expect("x has a last dimension") = outputs;
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(args, &shape);
+        }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], w = &args[1]);
             let w = Mat::new(w, outputs, inputs).t();
@@ -60,6 +67,10 @@ impl Node for Linear {
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (x, weight) = (&run.args[0], &run.args[1]);
         let Some(dy) = &grads[0] else { return Ok(vec![None; run.args.len()]) };
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::backward(run, dy);
+        }
         let (outputs, inputs) = weight.dims2()?;
         let rows = x.elem_count() / inputs.max(1);
         dispatch!(x.dtype(), F => {

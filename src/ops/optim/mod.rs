@@ -1,5 +1,8 @@
 //! Gradient norm, clipping, and Adam over flat buffers.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
 use candle_core::{CpuStorage, InplaceOp3, Layout, Result, Tensor};
 use rayon::prelude::*;
 
@@ -10,7 +13,13 @@ use crate::{dispatch, slices};
 const BLOCK: usize = 1 << 14;
 
 /// The Euclidean norm of all elements, summed in f64. NaN and infinities come through.
+///
+/// On a GPU this waits for the result; see `cuda::sum_of_squares` for one that stays there.
 pub fn global_norm(grad: &Tensor) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if grad.device().is_cuda() {
+        return Ok(cuda::sum_of_squares(&grad.contiguous()?)?.to_vec1::<f64>()?[0].sqrt());
+    }
     let squares: Vec<f64> = dispatch!(grad.dtype(), F => {
         slices!(F; grad = grad);
         grad.par_chunks(BLOCK).map(sum_of_squares).collect()
@@ -71,6 +80,10 @@ impl AdamStep {
                 v.elem_count()
             )
         }
+        #[cfg(feature = "cuda")]
+        if value.device().is_cuda() {
+            return cuda::apply(self, &cuda::Flat { value, grad, m, v, shadow: None });
+        }
         // Candle's in-place operations write one tensor each.
         m.inplace_op3(grad, value, &Part::First(*self))?;
         v.inplace_op3(grad, value, &Part::Second(*self))?;
@@ -104,10 +117,7 @@ impl Part {
                 });
             }
             Part::Value(step) => {
-                let count = step.step as f64;
-                let size = F::of(step.lr / (1.0 - step.beta1.powf(count)));
-                let root = F::of((1.0 - step.beta2.powf(count)).sqrt());
-                let keep = F::of(if step.decoupled { 1.0 - step.lr * step.weight_decay } else { 1.0 });
+                let [size, root, keep] = step.factors().map(F::of);
                 let eps = F::of(step.eps);
                 each(dst, a, b, |value, m, v| {
                     *value = *value * keep - size * (m / (v.sqrt() / root + eps));
@@ -130,6 +140,16 @@ impl AdamStep {
     /// The decay that is added to the gradient.
     fn l2<F: Real>(&self) -> F {
         F::of(if self.decoupled { 0.0 } else { self.weight_decay })
+    }
+
+    /// What depends on the step: lr / (1−β₁ᵗ), √(1−β₂ᵗ), and what values are multiplied with.
+    fn factors(&self) -> [f64; 3] {
+        let count = self.step as f64;
+        [
+            self.lr / (1.0 - self.beta1.powf(count)),
+            (1.0 - self.beta2.powf(count)).sqrt(),
+            if self.decoupled { 1.0 - self.lr * self.weight_decay } else { 1.0 },
+        ]
     }
 }
 

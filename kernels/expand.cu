@@ -1,0 +1,136 @@
+// From compact samples to timesteps: symbols, labels, elements and noise of a window of them (src/ops/expand; on the
+// CPU `Samples` of src/task/batch.rs does the same).
+//
+// The compact samples of a batch lie in one buffer `packed` of u32:
+//
+//   meta         [B, META]  what META's names say
+//   starts       [S]        first timestep of every element, sample after sample
+//   labels       [S]        label of every element
+//   symbols      [S]        symbol of every element
+//   distractors             shown in the gaps, gap after gap, sample after sample
+//
+// An element shows its symbol for one step; its gap, blank or distractors, follows until the next one starts.
+#include "common.cuh"
+
+constexpr uint32_t NONE = 0xffffffffu;  // no symbol, no element, no distractors: BLANK, PAD
+
+enum Meta {
+    FIRST,          // index of the sample's first element
+    COUNT,          // its elements
+    LENGTH,         // its timesteps
+    DISTRACTORS,    // where its distractors begin, or NONE
+    KEY_LOW, KEY_HIGH,      // of its noise
+    INDEX_LOW, INDEX_HIGH,  // its index in the noise's counter
+    META
+};
+
+// Grid (steps / 256, B), 256 threads. symbols, labels, element [B, steps] of the timesteps t0, t0 + 1, ...
+extern "C" __global__ void __launch_bounds__(256)
+expand_window_u32(const uint32_t* __restrict__ packed, uint32_t* __restrict__ symbols, uint32_t* __restrict__ labels,
+                  uint32_t* __restrict__ element, int batch, int total, int steps, uint32_t t0) {
+    const int t = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y;
+    if (t >= steps) return;
+    const uint32_t* meta = packed + b * META;
+    const uint32_t at = t0 + t;
+    uint32_t symbol = NONE, label = 0, number = NONE;
+    if (at >= t0 && at < meta[LENGTH]) {
+        const uint32_t first = meta[FIRST], distractors = meta[DISTRACTORS];
+        const uint32_t* starts = packed + batch * META + first;
+        // The last element that starts at or before `at`; the first one starts at 0.
+        uint32_t low = 0, high = meta[COUNT];
+        while (high - low > 1) {
+            const uint32_t middle = (low + high) / 2;
+            if (starts[middle] <= at) low = middle; else high = middle;
+        }
+        const uint32_t inside = at - starts[low];
+        number = low;
+        label = starts[total + low];
+        if (inside == 0) {
+            symbol = starts[2 * total + low];
+        } else if (distractors != NONE) {
+            // Steps before this one that were no element's first.
+            symbol = packed[distractors + at - (low + 1)];
+        }
+    }
+    const long long i = (long long)b * steps + t;
+    symbols[i] = symbol;
+    labels[i] = label;
+    element[i] = number;
+}
+
+// Grid (elements / 256, B), 256 threads. labels [B, elements]; NONE where a sample has no such element.
+extern "C" __global__ void __launch_bounds__(256)
+expand_elements_u32(const uint32_t* __restrict__ packed, uint32_t* __restrict__ labels, int batch, int total,
+                    int elements) {
+    const int e = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y;
+    if (e >= elements) return;
+    const uint32_t* meta = packed + b * META;
+    const uint32_t* all = packed + batch * META + total;
+    labels[(long long)b * elements + e] = e < meta[COUNT] ? all[meta[FIRST] + e] : NONE;
+}
+
+// Elements of the output that a block writes.
+constexpr int TILE = 4096;
+
+// Grid B*steps*features / TILE, 256 threads. x [B, steps, features]: one-hot symbols plus noise, which is `drawn`
+// [B, steps, features] or, where that is null, `level` times a number in [0, 1) by Philox: counter [channel / 4,
+// step, index low, index high]. Noise ends with a sample.
+// Four channels have one counter, and rows begin anywhere: the tile is put together in shared memory.
+template <class T>
+__device__ __forceinline__ void dense(const uint32_t* __restrict__ packed, const uint32_t* __restrict__ symbols,
+                                      const float* __restrict__ drawn, T* __restrict__ x, int batch, int steps,
+                                      int features, uint32_t t0, float level) {
+    __shared__ __align__(16) T tile[TILE];
+    constexpr int V = 16 / sizeof(T);
+    const long long begin = (long long)blockIdx.x * TILE;
+    const int size = (int)min((long long)TILE, (long long)batch * steps * features - begin);
+    const int row0 = (int)(begin / features), channel0 = (int)(begin % features);
+    const int groups = ceil_div(features, 4);
+    // The last element of the tile, counted from the start of its first row.
+    const int last = channel0 + size - 1;
+    const int items = last / features * groups + last % features / 4;
+    for (int item = channel0 / 4 + threadIdx.x; item <= items; item += blockDim.x) {
+        const int row = item / groups, channel = item % groups * 4;
+        const int r = row0 + row, b = r / steps, t = r % steps;
+        const uint32_t* meta = packed + b * META;
+        const uint32_t at = t0 + t, symbol = symbols[r];
+        float noise[4] = {0.f, 0.f, 0.f, 0.f};
+        if (drawn) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (channel + j < features) noise[j] = drawn[(long long)r * features + channel + j];
+            }
+        } else if (at >= t0 && at < meta[LENGTH]) {
+            const uint4 bits = philox4x32(make_uint4(channel / 4, at, meta[INDEX_LOW], meta[INDEX_HIGH]),
+                                          make_uint2(meta[KEY_LOW], meta[KEY_HIGH]));
+            // Rounded as on the CPU: the product first, then the sum.
+            noise[0] = __fmul_rn(unit_f32(bits.x), level);
+            noise[1] = __fmul_rn(unit_f32(bits.y), level);
+            noise[2] = __fmul_rn(unit_f32(bits.z), level);
+            noise[3] = __fmul_rn(unit_f32(bits.w), level);
+        }
+        // Where the four channels lie in the tile; the tile may begin or end between them.
+        const int place = row * features + channel - channel0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int i = place + j;
+            if (channel + j >= features || i < 0 || i >= size) continue;
+            tile[i] = from_f<T>(symbol == (uint32_t)(channel + j) ? __fadd_rn(noise[j], 1.f) : noise[j]);
+        }
+    }
+    __syncthreads();
+    // x is a new buffer, and tiles are multiples of 16 bytes.
+    for (int i = threadIdx.x; i < size / V; i += blockDim.x) {
+        *reinterpret_cast<uint4*>(x + begin + i * V) = *reinterpret_cast<const uint4*>(tile + i * V);
+    }
+    for (int i = size / V * V + threadIdx.x; i < size; i += blockDim.x) x[begin + i] = tile[i];
+}
+
+#define EXPAND(T, suffix)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256)                                                               \
+    expand_dense_##suffix(const uint32_t* packed, const uint32_t* symbols, const float* drawn, T* x, int batch,     \
+                          int steps, int features, uint32_t t0, float level) {                                      \
+        dense<T>(packed, symbols, drawn, x, batch, steps, features, t0, level);                                     \
+    }
+EXPAND(float, f32)
+EXPAND(bf16, bf16)

@@ -1,0 +1,886 @@
+// The selective scan of Mamba: every channel has N states, each with a decay of its own.
+//
+//   u, delta, z [B, T, D], a_log [D, N], b, c [B, T, N], d, delta_bias [D], state [B, D, N]
+//   dt = softplus(delta + delta_bias),  A = -exp(a_log)
+//   h_n <- exp(dt A_n) h_n + dt u B_n,  y = (sum_n C_n h_n + d u) silu(z)
+//
+// Gu and Dao 2023, arXiv:2312.00752, algorithm 2. Gradients, with g_t the gradient of y before the gate,
+// G_t = g_t C_t + exp(dt_{t+1} A) G_{t+1} that of h_t, and q_t = G_t exp(dt_t A) h_{t-1}:
+//   du = d g + dt sum_n G B,  d dt = u sum_n G B + sum_n A q,  dB = sum_D G dt u,  dC = sum_D g h,
+//   dA = sum_{B,T} dt q,  dd = sum g u,  ddelta = d dt sigmoid(delta + delta_bias),  da_log = A dA
+//
+// Bound by the exponentials, one a state and step (16 a clock and multiprocessor), and by the instructions around them:
+// 5 a state and step forward. Work for a channel and step, such as the softplus, is done once, when a tile of steps
+// is staged in shared memory, and not by every lane that has states of the channel.
+//
+// Kernels (f32, bf16: type of u, delta, b, c, z, y and their gradients; parameters, states and sums are f32):
+//   selective_scan_forward   outputs, final state, and the states before every 64th step (checkpoints)
+//   selective_scan_carry     G at the ends of segments of time, for the backward pass to work on these side by side
+//   selective_scan_backward  all gradients; sums over channels, batch and segments as partial sums
+//   selective_scan_sum_maps, selective_scan_sum_parameters   add those up in order
+#include "common.cuh"
+
+namespace {
+
+constexpr int CHUNK = 64;  // steps between checkpoints
+
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef SB_EMULATE
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+__device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+
+// max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm as 2 artanh(e / (2 + e)), precise for small e as well.
+__device__ __forceinline__ float fast_softplus(float x) {
+    const float e = __expf(-fabsf(x));
+    const float s = __fdividef(e, 2.f + e), s2 = s * s;
+    float p = 1.f / 15.f;
+    p = fmaf(p, s2, 1.f / 13.f);
+    p = fmaf(p, s2, 1.f / 11.f);
+    p = fmaf(p, s2, 1.f / 9.f);
+    p = fmaf(p, s2, 1.f / 7.f);
+    p = fmaf(p, s2, 1.f / 5.f);
+    p = fmaf(p, s2, 1.f / 3.f);
+    p = fmaf(p, s2, 1.f);
+    return fmaxf(x, 0.f) + 2.f * s * p;
+}
+
+// ---- pieces: 4 neighbours in a row. A thread stages, converts and finishes the same pieces, so that what it staged
+// needs no barrier.
+
+constexpr int PIECE = 4;
+
+template <class T>
+__device__ __forceinline__ bool aligned(const T* p, int row) {
+    return row % PIECE == 0 && reinterpret_cast<size_t>(p) % (PIECE * sizeof(T)) == 0;
+}
+
+// Starts copying the first `valid` numbers of a piece to shared memory; zeros for the others.
+template <class T>
+__device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bool vector) {
+    if (valid == PIECE && vector) {
+#ifdef SB_EMULATE
+        if (sizeof(T) == 4) emu::cp_async16(slot, src); else emu::cp_async8(slot, src);
+#else
+        const uint32_t to = (uint32_t)__cvta_generic_to_shared(slot);
+        if (sizeof(T) == 4)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(src) : "memory");
+        else
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(src) : "memory");
+#endif
+    } else {
+#pragma unroll
+        for (int i = 0; i < PIECE; i++) slot[i] = i < valid ? src[i] : from_f<T>(0.f);
+    }
+}
+
+// Row and column of piece `i` of an array with `per_row` pieces a row, a power of two.
+struct Place {
+    int row, column;
+    __device__ __forceinline__ Place(int i, int per_row)
+        : row(i >> (31 - __clz(per_row))), column((i & (per_row - 1)) * PIECE) {}
+};
+
+template <class T>
+__device__ __forceinline__ void store_piece(T* dst, const float (&x)[PIECE], int valid, bool vector) {
+    if (valid == PIECE && vector) {
+        store_vec<PIECE>(dst, x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < PIECE; i++)
+            if (i < valid) dst[i] = from_f<T>(x[i]);
+    }
+}
+
+// W neighbouring states, those from `states` on being zeros; of a channel that does not exist too.
+template <int W>
+__device__ __forceinline__ void load_states(const float* row, int n, int states, bool exists, float (&x)[W]) {
+    if (exists && states % W == 0 && n < states) {
+        load_vec<W>(row + n, x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++) x[i] = exists && n + i < states ? row[n + i] : 0.f;
+    }
+}
+template <int W>
+__device__ __forceinline__ void store_states(float* row, int n, int states, bool exists, const float (&x)[W]) {
+    if (!exists) return;
+    if (states % W == 0) {
+        if (n < states) store_vec<W>(row + n, x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++)
+            if (n + i < states) row[n + i] = x[i];
+    }
+}
+// A log2 e, for powers of two; 0 where there is no state.
+template <int W>
+__device__ __forceinline__ void load_rates(const float* row, int n, int states, bool exists, float (&a)[W]) {
+#pragma unroll
+    for (int i = 0; i < W; i++) a[i] = exists && n + i < states ? -LOG2E * expf(row[n + i]) : 0.f;
+}
+
+__device__ __forceinline__ void prefetch(const float* p, bool exists) {
+#ifndef SB_EMULATE
+    // No branch: the instructions around it may then mix.
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }" ::"l"(p), "r"((uint32_t)exists));
+#endif
+}
+
+// Sums V numbers over the lanes that differ in the bits `mask`, 2 mask, ... below `end`. Each step halves the numbers:
+// a lane keeps one half and gives the other away. Calls write(first, x) with the sums that end up in this lane.
+template <int V, int MIN, class Write>
+__device__ __forceinline__ void sum_over_lanes(float (&x)[V], int first, int mask, int end, Write write) {
+    if (mask >= end) {
+        write(first, x);
+        return;
+    }
+    if constexpr (V > MIN) {
+        const bool upper = lane_id() & mask;
+        float half[V / 2];
+#pragma unroll
+        for (int i = 0; i < V / 2; i++) {
+            const float given = upper ? x[i] : x[i + V / 2], kept = upper ? x[i + V / 2] : x[i];
+            half[i] = kept + __shfl_xor_sync(FULL, given, mask);
+        }
+        sum_over_lanes<V / 2, MIN>(half, first + (upper ? V / 2 : 0), mask * 2, end, write);
+    } else {
+        // Fewer numbers than lanes: the lanes with a zero bit have them.
+        bool owner = true;
+        for (; mask < end; mask *= 2) {
+#pragma unroll
+            for (int i = 0; i < V; i++) x[i] += __shfl_xor_sync(FULL, x[i], mask);
+            owner = owner && !(lane_id() & mask);
+        }
+        if (owner) write(first, x);
+    }
+}
+
+// ---- forward, and the carry of gradients backward: one walk over time
+
+// What a walk reads and writes. CARRY uses `c` for b, and `dy` for u.
+template <class T>
+struct Walk {
+    const T *u, *delta, *b, *c, *z;
+    const float *a_log, *d, *delta_bias, *state;
+    T *y, *plain;
+    float *final_state, *checkpoints;
+    int batch, steps, width, states;
+    int lanes;    // of a channel: a power of two, lanes S >= N
+    int tile;     // steps staged at a time: 8, 16, 32 or 64
+    int segment;  // CARRY: steps of a segment
+};
+
+// A block owns `threads / lanes` x CH channels of one batch entry and walks over time; a thread has S states of CH
+// channels in registers. State (g, i) of a lane is number (g lanes + lane) W + i: loads of B, C and states are
+// contiguous over the lanes. The next tile is copied while one is computed.
+//
+// With CARRY, time runs backward and the states are gradients: G <- exp(dt A) (G + g C), written where a segment begins.
+template <class T, int S, int CH, bool CARRY>
+__device__ void walk(const Walk<T>& w) {
+    DYNAMIC_SHARED(shared);
+    constexpr int W = S < 4 ? S : 4, GROUPS = S / W;
+    constexpr int UNROLL = S * CH > 16 ? 4 : 8;  // steps between sums over lanes
+    const int tid = threadIdx.x, threads = blockDim.x;
+    const int lanes = w.lanes, lane = tid & (lanes - 1), own = tid / lanes * CH;
+    const int channels = threads / lanes * CH, padded = lanes * S, tile = w.tile;
+    const int c0 = blockIdx.x * channels, batch = blockIdx.y;
+    const int ys_row = channels + 4;
+
+    // Shared memory: two raw tiles of u, delta, z, B, C; then in f32 (dt, dt u), B, C, y.
+    const int raw_size = tile * (3 * channels + 2 * padded);
+    T* raw = reinterpret_cast<T*>(shared);
+    float* scalars = reinterpret_cast<float*>(raw + 2 * raw_size);
+    float* b_tile = scalars + tile * channels * 2;
+    float* c_tile = b_tile + tile * padded;
+    float* ys = c_tile + tile * padded;
+
+    const int per_row = channels / PIECE, pieces = tile * per_row;
+    const int map_row = padded / PIECE, maps = tile * map_row;
+    const bool vector = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width);
+    const bool map_vector = aligned(w.b, w.states) && aligned(w.c, w.states);
+
+    auto stage = [&](int t0, T* to) {
+#pragma unroll 1
+        for (int i = tid; i < pieces; i += threads) {
+            const Place place(i, per_row);
+            const int t = t0 + place.row, c = c0 + place.column;
+            const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+            const long long at = ((long long)batch * w.steps + t) * w.width + c;
+            stage_piece(to + i * PIECE, w.u + at, valid, vector);
+            stage_piece(to + (pieces + i) * PIECE, w.delta + at, valid, vector);
+            if (w.z != nullptr) stage_piece(to + (2 * pieces + i) * PIECE, w.z + at, valid, vector);
+        }
+        T* maps_to = to + 3 * pieces * PIECE;
+#pragma unroll 1
+        for (int i = tid; i < maps; i += threads) {
+            const Place place(i, map_row);
+            const int t = t0 + place.row, n = place.column;
+            const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
+            const long long at = ((long long)batch * w.steps + t) * w.states + n;
+            if (!CARRY) stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
+            stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
+        }
+        cp_async_commit();
+    };
+    auto convert = [&](int t0, const T* from) {
+#pragma unroll 1
+        for (int i = tid; i < pieces; i += threads) {
+            const Place place(i, per_row);
+            const int t = t0 + place.row, c = c0 + place.column;
+            float u[PIECE], delta[PIECE], z[PIECE];
+            load_vec<PIECE>(from + i * PIECE, u);
+            load_vec<PIECE>(from + (pieces + i) * PIECE, delta);
+            if (CARRY && w.z != nullptr) load_vec<PIECE>(from + (2 * pieces + i) * PIECE, z);
+#pragma unroll
+            for (int j = 0; j < PIECE; j++) {
+                const bool exists = t < w.steps && c + j < w.width;
+                const float dt = exists ? fast_softplus(delta[j] + w.delta_bias[c + j]) : 0.f;
+                float x = CARRY ? u[j] : dt * u[j];
+                if (CARRY && w.z != nullptr) x *= z[j] * fast_sigmoid(z[j]);
+                reinterpret_cast<float2*>(scalars)[i * PIECE + j] = make_float2(dt, x);
+            }
+        }
+        const T* maps_from = from + 3 * pieces * PIECE;
+#pragma unroll 1
+        for (int i = tid; i < maps; i += threads) {
+            float x[PIECE];
+            if (!CARRY) {
+                load_vec<PIECE>(maps_from + i * PIECE, x);
+                store_vec<PIECE>(b_tile + i * PIECE, x);
+            }
+            load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
+            store_vec<PIECE>(c_tile + i * PIECE, x);
+        }
+    };
+    auto finish = [&](int t0, const T* from) {
+#pragma unroll 1
+        for (int i = tid; i < pieces; i += threads) {
+            const Place place(i, per_row);
+            const int t = t0 + place.row, c = c0 + place.column;
+            const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+            if (valid == 0) continue;
+            const long long at = ((long long)batch * w.steps + t) * w.width + c;
+            float u[PIECE], z[PIECE], y[PIECE];
+            load_vec<PIECE>(from + i * PIECE, u);
+            load_vec<PIECE>(ys + place.row * ys_row + place.column, y);
+#pragma unroll
+            for (int j = 0; j < PIECE; j++)
+                if (j < valid) y[j] = fmaf(w.d[c + j], u[j], y[j]);
+            if (w.plain != nullptr) store_piece(w.plain + at, y, valid, w.width % PIECE == 0);
+            if (w.z != nullptr) {
+                load_vec<PIECE>(from + (2 * pieces + i) * PIECE, z);
+#pragma unroll
+                for (int j = 0; j < PIECE; j++) y[j] *= z[j] * fast_sigmoid(z[j]);
+            }
+            store_piece(w.y + at, y, valid, w.width % PIECE == 0);
+        }
+    };
+
+    float a[CH][GROUPS][W], h[CH][GROUPS][W];
+#pragma unroll
+    for (int ch = 0; ch < CH; ch++) {
+        const int c = c0 + own + ch;
+        const bool exists = c < w.width;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            const int n = (g * lanes + lane) * W;
+            load_rates<W>(w.a_log + (long long)c * w.states, n, w.states, exists, a[ch][g]);
+            load_states<W>(w.state + ((long long)batch * w.width + c) * w.states, n, w.states,
+                           exists && w.state != nullptr, h[ch][g]);
+        }
+    }
+    // The states, to row `row` of an array [.., D, N].
+    auto store_all = [&](float* to, long long row) {
+#pragma unroll
+        for (int ch = 0; ch < CH; ch++) {
+            const int c = c0 + own + ch;
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++)
+                store_states<W>(to + (row * w.width + c) * w.states, (g * lanes + lane) * W, w.states, c < w.width,
+                                h[ch][g]);
+        }
+    };
+
+    const int tiles = ceil_div(w.steps, tile), segments = CARRY ? ceil_div(w.steps, w.segment) : 1;
+    stage((CARRY ? tiles - 1 : 0) * tile, raw);
+    for (int k = 0; k < tiles; k++) {
+        const int t0 = (CARRY ? tiles - 1 - k : k) * tile;
+        T* now = raw + (k & 1) * raw_size;
+        cp_async_wait<0>();
+        convert(t0, now);
+        if (k + 1 < tiles) stage(CARRY ? t0 - tile : t0 + tile, raw + (~k & 1) * raw_size);
+        if (!CARRY && w.checkpoints != nullptr && t0 % CHUNK == 0)
+            store_all(w.checkpoints, (long long)batch * ceil_div(w.steps, CHUNK) + t0 / CHUNK);
+        __syncthreads();
+        const int count = min(tile, w.steps - t0);
+        for (int step = 0; step < count; step += UNROLL) {
+            const int s0 = CARRY ? (ceil_div(count, UNROLL) - 1) * UNROLL - step : step;
+            float y[CH * UNROLL];
+#pragma unroll
+            for (int j = 0; j < UNROLL; j++) {
+                const int r = s0 + (CARRY ? UNROLL - 1 - j : j);
+                float scalar[2 * CH], b[W], c[W];
+                load_vec<2 * CH>(scalars + (r * channels + own) * 2, scalar);
+#pragma unroll
+                for (int ch = 0; ch < CH; ch++) y[ch * UNROLL + j] = 0.f;
+#pragma unroll
+                for (int g = 0; g < GROUPS; g++) {
+                    const int n = (g * lanes + lane) * W;
+                    if (!CARRY) load_vec<W>(b_tile + r * padded + n, b);
+                    load_vec<W>(c_tile + r * padded + n, c);
+#pragma unroll
+                    for (int ch = 0; ch < CH; ch++)
+#pragma unroll
+                        for (int i = 0; i < W; i++) {
+                            const float dt = scalar[2 * ch], x = scalar[2 * ch + 1];
+                            const float decay = exp2_approx(dt * a[ch][g][i]);
+                            float& state = h[ch][g][i];
+                            if (CARRY) {
+                                state = decay * fmaf(x, c[i], state);
+                            } else {
+                                state = fmaf(decay, state, x * b[i]);
+                                y[ch * UNROLL + j] = fmaf(c[i], state, y[ch * UNROLL + j]);
+                            }
+                        }
+                }
+            }
+            if (!CARRY) {
+                sum_over_lanes<CH * UNROLL, 1>(y, 0, 1, lanes, [&](int first, const auto& sums) {
+                    constexpr int V = sizeof(sums) / sizeof(float);
+#pragma unroll
+                    for (int i = 0; i < V; i++) {
+                        const int at = first + i;
+                        ys[(s0 + at % UNROLL) * ys_row + own + at / UNROLL] = sums[i];
+                    }
+                });
+            }
+        }
+        __syncthreads();
+        if (!CARRY) finish(t0, now);
+        // In front of the first segment there is none.
+        if (CARRY && t0 > 0 && t0 % w.segment == 0)
+            store_all(w.checkpoints, (long long)batch * (segments - 1) + t0 / w.segment - 1);
+    }
+    if (!CARRY) store_all(w.final_state, batch);
+}
+
+// ---- backward
+
+constexpr int SUB = 8;      // steps whose decays and states a thread keeps in registers
+constexpr int WARPS = 8;    // of a block
+constexpr int OWN = 4;      // states of a lane
+constexpr int ROW = SUB * 4 + 4, OUT_ROW = 2 * SUB + 1;
+
+template <class T>
+struct Backward {
+    const T *u, *delta, *b, *c, *z, *plain, *dy;
+    const float *a_log, *d, *delta_bias, *dfinal, *checkpoints, *carry;
+    T *du, *ddelta, *dz;
+    float *dstate, *maps, *parameters, *scratch;
+    int batch, steps, width, states;
+    int lanes;     // of a channel: 2 to 32, a power of two
+    int tiles;     // of 4 lanes states
+    int group;     // channels of a block: a power of two, at least 8 (32 / lanes)
+    int segments;  // of time
+    int per_segment;  // chunks of a segment
+};
+
+// One step of the plan for a chunk: first the states before every SUB steps are computed again (`main` false) and put
+// into the scratch buffer, then the blocks of SUB steps follow in reverse.
+struct Job {
+    int chunk, sub;
+    bool main;
+};
+
+// A block owns `group` channels of one batch entry and segment, and works on SUB steps of all of them before it moves
+// on. A warp takes its channels one after the other (32 / lanes at a time), so that the sums over channels, dB and dC,
+// stay in its registers: 2 x SUB x OWN numbers a lane. Only then they are added over the warps, through shared memory.
+// Gradients of states and rates live in shared memory meanwhile. Blocks take several (channels, batch entry, segment)s
+// one after the other: `scratch` is as large as the blocks that run, 7 x group x padded floats each.
+template <class T>
+__device__ void backward(const Backward<T>& w) {
+    DYNAMIC_SHARED(shared);
+    const int tid = threadIdx.x, threads = WARPS * WARP;
+    const int lanes = w.lanes, lane = lane_id() & (lanes - 1), side = WARP / lanes, group = w.group;
+    const int columns = lanes * OWN, padded = columns * w.tiles, size = group * padded;
+    const int mine = group / WARPS, first_own = warp_id() * mine + lane_id() / lanes;
+    const int chunks = ceil_div(w.steps, CHUNK), groups = ceil_div(w.width, group);
+
+    float* rates = reinterpret_cast<float*>(shared);
+    float* dh_all = rates + size;
+    float* da_all = dh_all + size;
+    float* sums = da_all + size;  // [WARPS, 2, SUB, columns]; while states are computed again: h [group, padded]
+    float* h_all = sums;
+    const int sums_size = max(WARPS * 2 * SUB * columns, size);
+    // Two buffers: (dt, dt u, g, u) [group, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
+    // [group]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
+    const int map_size = padded / OWN * ROW, buffer_size = group * (ROW + OUT_ROW) + 2 * map_size;
+    float* buffers = sums + sums_size;
+    T* raw = reinterpret_cast<T*>(buffers + 2 * buffer_size);
+    const int b_at = group * ROW, c_at = b_at + map_size, out_at = c_at + map_size;
+
+    const int per_row = group / PIECE, pieces = SUB * per_row;
+    const int map_row = padded / PIECE, maps = SUB * map_row;
+    const bool vector = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) &&
+                        aligned(w.dy, w.width);
+    const bool map_vector = aligned(w.b, w.states) && aligned(w.c, w.states);
+    const long long slab = (long long)w.width * (w.states + 2);
+    float* scratch = w.scratch + (long long)blockIdx.x * (CHUNK / SUB - 1) * size;
+
+    for (int item = blockIdx.x; item < groups * w.batch * w.segments; item += gridDim.x) {
+        const int part = item % groups, c0 = part * group, row = item / groups;
+        const int batch = row / w.segments, segment = row % w.segments;
+        const int first_chunk = segment * w.per_segment, end_chunk = min(first_chunk + w.per_segment, chunks);
+        float* slab_sums = w.parameters + row * slab;
+
+        auto subs = [&](int chunk) { return ceil_div(min(CHUNK, w.steps - chunk * CHUNK), SUB); };
+        auto first_job = [&](int chunk) { return Job{chunk, 0, chunk >= first_chunk && subs(chunk) == 1}; };
+        auto next_job = [&](Job job) {
+            if (!job.main) {
+                const int last = subs(job.chunk) - 1;
+                return job.sub + 1 < last ? Job{job.chunk, job.sub + 1, false} : Job{job.chunk, last, true};
+            }
+            return job.sub > 0 ? Job{job.chunk, job.sub - 1, true} : first_job(job.chunk - 1);
+        };
+        auto stage = [&](Job job) {
+            const int t0 = job.chunk * CHUNK + job.sub * SUB;
+#pragma unroll 1
+            for (int i = tid; i < pieces; i += threads) {
+                const Place place(i, per_row);
+                const int t = t0 + place.row, c = c0 + place.column;
+                const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                const long long at = ((long long)batch * w.steps + t) * w.width + c;
+                T* to = raw + i * PIECE;
+                stage_piece(to, w.u + at, valid, vector);
+                stage_piece(to + pieces * PIECE, w.delta + at, valid, vector);
+                if (job.main) {
+                    stage_piece(to + 2 * pieces * PIECE, w.dy + at, valid, vector);
+                    if (w.z != nullptr) {
+                        stage_piece(to + 3 * pieces * PIECE, w.z + at, valid, vector);
+                        stage_piece(to + 4 * pieces * PIECE, w.plain + at, valid, vector);
+                    }
+                }
+            }
+            T* maps_to = raw + 5 * pieces * PIECE;
+#pragma unroll 1
+            for (int i = tid; i < maps; i += threads) {
+                const Place place(i, map_row);
+                const int t = t0 + place.row, n = place.column;
+                const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
+                const long long at = ((long long)batch * w.steps + t) * w.states + n;
+                stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
+                if (job.main) stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
+            }
+            cp_async_commit();
+        };
+        // Of what was staged: the scalars, B and C to a buffer; dz to its place.
+        auto convert = [&](Job job, float* buffer) {
+            const int t0 = job.chunk * CHUNK + job.sub * SUB;
+            cp_async_wait<0>();
+#pragma unroll 1
+            for (int i = tid; i < pieces; i += threads) {
+                const Place place(i, per_row);
+                const int t = t0 + place.row, c = c0 + place.column;
+                const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                const T* from = raw + i * PIECE;
+                float u[PIECE], delta[PIECE], dy[PIECE];
+                load_vec<PIECE>(from, u);
+                load_vec<PIECE>(from + pieces * PIECE, delta);
+                if (job.main) {
+                    load_vec<PIECE>(from + 2 * pieces * PIECE, dy);
+                    if (w.z != nullptr) {
+                        float z[PIECE], plain[PIECE], dz[PIECE];
+                        load_vec<PIECE>(from + 3 * pieces * PIECE, z);
+                        load_vec<PIECE>(from + 4 * pieces * PIECE, plain);
+#pragma unroll
+                        for (int j = 0; j < PIECE; j++) {
+                            const float s = fast_sigmoid(z[j]);
+                            dz[j] = dy[j] * plain[j] * s * (1.f + z[j] * (1.f - s));
+                            dy[j] *= z[j] * s;
+                        }
+                        store_piece(w.dz + ((long long)batch * w.steps + t) * w.width + c, dz, valid,
+                                    w.width % PIECE == 0);
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < PIECE; j++) {
+                    const float dt = j < valid ? fast_softplus(delta[j] + w.delta_bias[c + j]) : 0.f;
+                    const float scalars[4] = {dt, dt * u[j], job.main ? dy[j] : 0.f, u[j]};
+                    store_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalars);
+                }
+            }
+            const T* maps_from = raw + 5 * pieces * PIECE;
+#pragma unroll 1
+            for (int i = tid; i < maps; i += threads) {
+                const Place place(i, map_row);
+                const int at = place.column / OWN * ROW + place.row * OWN;
+                float x[PIECE];
+                load_vec<PIECE>(maps_from + i * PIECE, x);
+                store_vec<PIECE>(buffer + b_at + at, x);
+                if (job.main) {
+                    load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
+                    store_vec<PIECE>(buffer + c_at + at, x);
+                }
+            }
+        };
+        // The states before the first step of a job.
+        auto load_h = [&](Job job, int c, int n, float (&h)[OWN]) {
+            if (job.sub == 0)
+                load_states<OWN>(
+                    w.checkpoints + (((long long)batch * chunks + job.chunk) * w.width + c0 + c) * w.states, n,
+                    w.states, c0 + c < w.width, h);
+            else
+                load_vec<OWN>(scratch + (long long)(job.sub - 1) * size + c * padded + n, h);
+        };
+        // One step forward of the lane's states.
+        auto step = [&](const float* scalars, const float (&b)[OWN], const float (&a)[OWN], float (&decay)[OWN],
+                        float (&h)[OWN]) {
+            float scalar[2];
+            load_vec<2>(scalars, scalar);
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                decay[i] = exp2_approx(scalar[0] * a[i]);
+                h[i] = fmaf(decay[i], h[i], scalar[1] * b[i]);
+            }
+        };
+
+        __syncthreads();
+        for (int tile = 0; tile < w.tiles; tile++) {
+            for (int k = 0; k < mine; k += side) {
+                const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+                const bool exists = c0 + c < w.width;
+                float x[OWN], zeros[OWN] = {};
+                load_rates<OWN>(w.a_log + (long long)(c0 + c) * w.states, n, w.states, exists, x);
+                store_vec<OWN>(rates + at, x);
+                store_vec<OWN>(da_all + at, zeros);
+                const bool last = segment + 1 == w.segments;
+                const float* from = last ? w.dfinal : w.carry;
+                const long long state = last ? batch : (long long)batch * (w.segments - 1) + segment;
+                load_states<OWN>(from + (state * w.width + c0 + c) * w.states, n, w.states,
+                                 exists && from != nullptr, x);
+                store_vec<OWN>(dh_all + at, x);
+            }
+        }
+        float dd[PIECE] = {}, dbias[PIECE] = {};
+
+        float before[OWN] = {};  // the states before a job, of the first channel
+        Job job = first_job(end_chunk - 1), next = next_job(job);
+        stage(job);
+        convert(job, buffers);
+        if (job.main) load_h(job, first_own, lane * OWN, before);
+        if (next.chunk >= first_chunk) stage(next);
+        __syncthreads();
+        for (int turn = 0; job.chunk >= first_chunk; turn++) {
+            float* buffer = buffers + (turn & 1) * buffer_size;
+            if (!job.main) {
+                // h_all shares its memory with the sums, which the last job may still be reading.
+                if (job.sub == 0) __syncthreads();
+                for (int tile = 0; tile < w.tiles; tile++) {
+                    const int n = tile * columns + lane * OWN;
+                    const float* b_row = buffer + b_at + n / OWN * ROW;
+                    // Two channels at a time share the loads of B; the second may be missing.
+                    for (int k = 0; k < mine; k += 2 * side) {
+                        const int pair = k + side < mine ? 2 : 1;
+                        float a[2][OWN], h[2][OWN], decay[OWN], b[OWN];
+#pragma unroll
+                        for (int s = 0; s < 2; s++) {
+                            const int c = first_own + k + (s < pair ? s : 0) * side;
+                            load_vec<OWN>(rates + c * padded + n, a[s]);
+                            if (job.sub == 0)
+                                load_h(job, c, n, h[s]);
+                            else
+                                load_vec<OWN>(h_all + c * padded + n, h[s]);
+                        }
+                        const float* scalars[2] = {buffer + (first_own + k) * ROW,
+                                                   buffer + (first_own + k + (pair - 1) * side) * ROW};
+#pragma unroll
+                        for (int r = 0; r < SUB; r++) {
+                            load_vec<OWN>(b_row + r * OWN, b);
+#pragma unroll
+                            for (int s = 0; s < 2; s++) step(scalars[s] + r * 4, b, a[s], decay, h[s]);
+                        }
+#pragma unroll
+                        for (int s = 0; s < 2; s++) {
+                            const int at = (first_own + k + s * side) * padded + n;
+                            if (s < pair) {
+                                store_vec<OWN>(h_all + at, h[s]);
+                                store_vec<OWN>(scratch + (long long)job.sub * size + at, h[s]);
+                            }
+                        }
+                    }
+                }
+            }
+            for (int tile = 0; tile < (job.main ? w.tiles : 1); tile++) {
+                float acc[2 * SUB * OWN];  // dB, dC
+                if (job.main) {
+#pragma unroll
+                    for (int i = 0; i < 2 * SUB * OWN; i++) acc[i] = 0.f;
+                    const int n = tile * columns + lane * OWN;
+                    const float *b_row = buffer + b_at + n / OWN * ROW, *c_row = b_row + map_size;
+                    if (tile > 0) load_h(job, first_own, n, before);
+                    for (int k = 0; k < mine; k += side) {
+                        const int c = first_own + k, at = c * padded + n;
+                        const float* scalars = buffer + c * ROW;
+                        float a[OWN], dh[OWN], da[OWN], decay[SUB][OWN], h[SUB][OWN], after[OWN], out[2 * SUB];
+                        if (k + side < mine) load_h(job, c + side, n, after);
+                        const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + c0 + c;
+                        prefetch(w.checkpoints + earlier * w.states + n,
+                                 job.sub == 0 && job.chunk > first_chunk && c0 + c < w.width && n < w.states);
+                        load_vec<OWN>(rates + at, a);
+                        load_vec<OWN>(dh_all + at, dh);
+                        load_vec<OWN>(da_all + at, da);
+#pragma unroll
+                        for (int r = 0; r < SUB; r++) {
+#pragma unroll
+                            for (int i = 0; i < OWN; i++) h[r][i] = r == 0 ? before[i] : h[r - 1][i];
+                            float b[OWN];
+                            load_vec<OWN>(b_row + r * OWN, b);
+                            step(scalars + r * 4, b, a, decay[r], h[r]);
+                        }
+#pragma unroll
+                        for (int r = SUB - 1; r >= 0; r--) {
+                            float scalar[4], b[OWN], cc[OWN];
+                            load_vec<4>(scalars + r * 4, scalar);
+                            load_vec<OWN>(b_row + r * OWN, b);
+                            load_vec<OWN>(c_row + r * OWN, cc);
+                            out[r] = out[SUB + r] = 0.f;
+#pragma unroll
+                            for (int i = 0; i < OWN; i++) {
+                                const float g = fmaf(scalar[2], cc[i], dh[i]);
+                                acc[r * OWN + i] = fmaf(scalar[1], g, acc[r * OWN + i]);
+                                acc[(SUB + r) * OWN + i] = fmaf(scalar[2], h[r][i], acc[(SUB + r) * OWN + i]);
+                                out[r] = fmaf(g, b[i], out[r]);
+                                dh[i] = decay[r][i] * g;
+                                const float q = dh[i] * (r == 0 ? before[i] : h[r > 0 ? r - 1 : 0][i]);
+                                out[SUB + r] = fmaf(a[i], q, out[SUB + r]);
+                                da[i] = fmaf(scalar[0], q, da[i]);
+                            }
+                        }
+                        store_vec<OWN>(dh_all + at, dh);
+                        store_vec<OWN>(da_all + at, da);
+                        sum_over_lanes<2 * SUB, 1>(out, 0, 1, lanes, [&](int first, const auto& x) {
+                            constexpr int V = sizeof(x) / sizeof(float);
+                            float* to = buffer + out_at + c * OUT_ROW + first;
+#pragma unroll
+                            for (int i = 0; i < V; i++) to[i] = tile == 0 ? x[i] : to[i] + x[i];
+                        });
+#pragma unroll
+                        for (int i = 0; i < OWN; i++) before[i] = after[i];
+                    }
+                }
+                __syncthreads();
+                if (job.main) {
+                    // [2, SUB, columns] of the warp
+                    float* to = sums + warp_id() * 2 * SUB * columns + lane * OWN;
+                    sum_over_lanes<2 * SUB * OWN, OWN>(acc, 0, lanes, WARP, [&](int first, const auto& x) {
+                        constexpr int V = sizeof(x) / sizeof(float);
+#pragma unroll
+                        for (int i = 0; i < V; i += OWN) {
+                            const float y[OWN] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+                            store_vec<OWN>(to + (first + i) / OWN * columns, y);
+                        }
+                    });
+                }
+                if (tile + 1 == (job.main ? w.tiles : 1) && next.chunk >= first_chunk) {
+                    convert(next, buffers + (~turn & 1) * buffer_size);
+                    const Job after = next_job(next);
+                    if (after.chunk >= first_chunk) stage(after);
+                }
+                if (next.main && next.chunk >= first_chunk) load_h(next, first_own, lane * OWN, before);
+                __syncthreads();
+                if (job.main) {
+                    const int t0 = job.chunk * CHUNK + job.sub * SUB;
+                    for (int i = tid; i < 2 * SUB * lanes; i += threads) {
+                        const int r = i >> (31 - __clz(lanes)), t = t0 + r % SUB;
+                        float total[OWN] = {};
+#pragma unroll
+                        for (int warp = 0; warp < WARPS; warp++) {
+                            float x[OWN];
+                            load_vec<OWN>(sums + (warp * 2 * SUB * lanes + i) * OWN, x);
+#pragma unroll
+                            for (int j = 0; j < OWN; j++) total[j] += x[j];
+                        }
+                        const long long map = r / SUB * groups + part;
+                        if (t < w.steps)
+                            store_vec<OWN>(w.maps + ((map * w.batch + batch) * w.steps + t) * padded + tile * columns +
+                                               (i & (lanes - 1)) * OWN,
+                                           total);
+                    }
+                }
+            }
+            if (job.main) {
+                const int t0 = job.chunk * CHUNK + job.sub * SUB;
+#pragma unroll 1
+                for (int i = tid; i < pieces; i += threads) {
+                    const Place place(i, per_row);
+                    const int t = t0 + place.row, c = c0 + place.column;
+                    const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                    if (valid == 0) continue;
+                    float du[PIECE], ddelta[PIECE];
+#pragma unroll
+                    for (int j = 0; j < PIECE; j++) {
+                        float scalar[4];
+                        load_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalar);
+                        const float dt = scalar[0], g = scalar[2], u = scalar[3];
+                        const float* out = buffer + out_at + (place.column + j) * OUT_ROW + place.row;
+                        const float by_b = out[0], by_a = LN2 * out[SUB];  // the rates are A log2 e
+                        du[j] = fmaf(dt, by_b, j < valid ? w.d[c + j] * g : 0.f);
+                        // sigmoid(x) = 1 - exp(-softplus(x))
+                        ddelta[j] = fmaf(u, by_b, by_a) * -expm1f(-dt);
+                        dd[j] = fmaf(g, u, dd[j]);
+                        dbias[j] += ddelta[j];
+                    }
+                    const long long at = ((long long)batch * w.steps + t) * w.width + c;
+                    store_piece(w.du + at, du, valid, w.width % PIECE == 0);
+                    store_piece(w.ddelta + at, ddelta, valid, w.width % PIECE == 0);
+                }
+            }
+            job = next;
+            next = job.chunk >= first_chunk ? next_job(job) : job;
+        }
+
+        // Gradients of the rates and of the state before the segment; those of d and delta_bias over the threads.
+        for (int tile = 0; tile < w.tiles; tile++) {
+            for (int k = 0; k < mine; k += side) {
+                const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+                const bool exists = c0 + c < w.width;
+                float x[OWN];
+                load_vec<OWN>(da_all + at, x);
+                for (int i = 0; i < OWN; i++)
+                    if (exists && n + i < w.states) slab_sums[(long long)(c0 + c) * w.states + n + i] = x[i];
+                if (segment == 0 && w.dstate != nullptr) {
+                    load_vec<OWN>(dh_all + at, x);
+                    store_states<OWN>(w.dstate + ((long long)batch * w.width + c0 + c) * w.states, n, w.states, exists,
+                                      x);
+                }
+            }
+        }
+        __syncthreads();
+        // Threads `per_row` apart have the same channels.
+        store_vec<PIECE>(sums + tid * PIECE, dd);
+        store_vec<PIECE>(sums + (threads + tid) * PIECE, dbias);
+        __syncthreads();
+        for (int i = tid; i < 2 * group; i += threads) {
+            const int c = c0 + i % group;
+            if (c >= w.width) continue;
+            float total = 0.f;
+            for (int k = i % group; k < threads * PIECE; k += group) total += sums[i / group * threads * PIECE + k];
+            slab_sums[(long long)w.width * (w.states + i / group) + c] = total;
+        }
+    }
+}
+
+// dB and dC from the sums of the groups of channels, [2, groups, rows, padded]: a thread has a piece.
+template <class T>
+__device__ void sum_maps(const float* maps, T* db, T* dc, int groups, int rows, int states, int padded) {
+    const int per_row = padded / PIECE;
+    const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= 2LL * rows * per_row) return;
+    const int map = (int)(index / ((long long)rows * per_row));
+    const long long place = index % ((long long)rows * per_row);
+    const int n = (int)(place % per_row) * PIECE;
+    float total[PIECE] = {};
+    for (int group = 0; group < groups; group++) {
+        float x[PIECE];
+        load_vec<PIECE>(maps + ((long long)(map * groups + group) * rows * per_row + place) * PIECE, x);
+#pragma unroll
+        for (int j = 0; j < PIECE; j++) total[j] += x[j];
+    }
+    T* out = map == 0 ? db : dc;
+    store_piece(out + place / per_row * states + n, total, min(max(states - n, 0), PIECE), states % PIECE == 0);
+}
+
+}  // namespace
+
+// Forward: grid (ceil(D / channels), B), block `threads`, channels = threads / lanes x CH; `plain` (y before the gate)
+// and checkpoints [B, ceil(T / 64), D, N] may be null. Shared memory: tile x (2 (3 channels + 2 S lanes) sizeof(T) +
+// 4 (3 channels + 4 + 2 S lanes)) bytes.
+#define FORWARD(NAME, T, S, CH)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(256, 2) NAME(                                                      \
+        const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
+        const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
+        const float* __restrict__ delta_bias, const T* __restrict__ z, const float* __restrict__ state,             \
+        T* __restrict__ y, T* __restrict__ plain, float* __restrict__ final_state, float* __restrict__ checkpoints, \
+        int batch, int steps, int width, int states, int lanes, int tile) {                                         \
+        walk<T, S, CH, false>(Walk<T>{u, delta, b, c, z, a_log, d, delta_bias, state, y, plain, final_state,        \
+                                      checkpoints, batch, steps, width, states, lanes, tile, 0});                   \
+    }
+FORWARD(selective_scan_forward_s16x2_f32, float, 16, 2)
+FORWARD(selective_scan_forward_s16x2_bf16, bf16, 16, 2)
+FORWARD(selective_scan_forward_s4x2_f32, float, 4, 2)
+FORWARD(selective_scan_forward_s4x2_bf16, bf16, 4, 2)
+FORWARD(selective_scan_forward_s2x1_f32, float, 2, 1)
+FORWARD(selective_scan_forward_s2x1_bf16, bf16, 2, 1)
+
+// carry [B, segments - 1, D, N] of segments of `segment` steps, a multiple of 64. Launched as the forward kernels.
+#define CARRY(NAME, T, S)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256, 2) NAME(                                                      \
+        const T* __restrict__ dy, const T* __restrict__ delta, const float* __restrict__ a_log,                     \
+        const T* __restrict__ c, const float* __restrict__ delta_bias, const T* __restrict__ z,                     \
+        const float* __restrict__ dfinal, float* __restrict__ carry, int batch, int steps, int width, int states,   \
+        int lanes, int tile, int segment) {                                                                         \
+        walk<T, S, 1, true>(Walk<T>{dy, delta, c, c, z, a_log, nullptr, delta_bias, dfinal, nullptr, nullptr,       \
+                                    nullptr, carry, batch, steps, width, states, lanes, tile, segment});            \
+    }
+CARRY(selective_scan_carry_s8_f32, float, 8)
+CARRY(selective_scan_carry_s8_bf16, bf16, 8)
+CARRY(selective_scan_carry_s2_f32, float, 2)
+CARRY(selective_scan_carry_s2_bf16, bf16, 2)
+
+// Backward: at most ceil(D / group) B segments blocks of 256. `maps` [2, ceil(D / group), B, T, padded], `parameters`
+// [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 lanes tiles >= N. Shared memory: 4 (3 group
+// padded + max(512 lanes, group padded) + 2 (53 group + 18 padded)) + 8 (5 group + 2 padded) sizeof(T) bytes.
+#define BACKWARD(NAME, T)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256, 1) NAME(                                                      \
+        const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
+        const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
+        const float* __restrict__ delta_bias, const T* __restrict__ z, const T* __restrict__ plain,                 \
+        const T* __restrict__ dy, const float* __restrict__ dfinal, const float* __restrict__ checkpoints,          \
+        const float* __restrict__ carry, T* __restrict__ du, T* __restrict__ ddelta, T* __restrict__ dz,            \
+        float* __restrict__ dstate, float* __restrict__ maps, float* __restrict__ parameters, float* scratch,       \
+        int batch, int steps, int width, int states, int lanes, int tiles, int group, int segments,                 \
+        int per_segment) {                                                                                          \
+        backward<T>(Backward<T>{u,      delta,  b,     c,      z,     plain, dy,       a_log,      d,               \
+                                delta_bias, dfinal, checkpoints, carry, du,    ddelta, dz, dstate, maps,            \
+                                parameters, scratch, batch, steps, width, states, lanes, tiles, group, segments,    \
+                                per_segment});                                                                      \
+    }
+BACKWARD(selective_scan_backward_f32, float)
+BACKWARD(selective_scan_backward_bf16, bf16)
+
+// Grid ceil(2 B T padded / 4 / 256), block 256.
+#define SUM_MAPS(NAME, T)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) NAME(const float* __restrict__ maps, T* __restrict__ db,      \
+                                                           T* __restrict__ dc, int groups, int rows, int states,    \
+                                                           int padded) {                                            \
+        sum_maps<T>(maps, db, dc, groups, rows, states, padded);                                                    \
+    }
+SUM_MAPS(selective_scan_sum_maps_f32, float)
+SUM_MAPS(selective_scan_sum_maps_bf16, bf16)
+
+// da_log [D, N], dd, ddelta_bias [D] from `slabs` slabs; null: not wanted; added to what is there where bit 0, 1, 2 of
+// `add` is set. Grid ceil(D (N + 2) / 256), block 256.
+extern "C" __global__ void __launch_bounds__(256)
+    selective_scan_sum_parameters(const float* __restrict__ parameters, const float* __restrict__ a_log,
+                                  float* __restrict__ da_log, float* __restrict__ dd, float* __restrict__ dbias,
+                                  int slabs, int width, int states, int add) {
+    const long long columns = (long long)width * (states + 2), rates = (long long)width * states;
+    const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= columns) return;
+    float total = 0.f;
+#pragma unroll 8
+    for (int slab = 0; slab < slabs; slab++) total += parameters[slab * columns + column];
+    if (column < rates) total *= -expf(a_log[column]);
+    const int which = column < rates ? 0 : column < rates + width ? 1 : 2;
+    float* out = which == 0 ? da_log : which == 1 ? dd : dbias;
+    if (out == nullptr) return;
+    out += which == 0 ? column : which == 1 ? column - rates : column - rates - width;
+    *out = add >> which & 1 ? *out + total : total;
+}

@@ -1,0 +1,219 @@
+//! Whole models: loss and every gradient of a small stack, and training that repeats to the bit.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::case::{Named, Place, Results, Route};
+use super::{Checked, Compared, compare, differing, first_line, guarded};
+use crate::config::load::parse;
+use crate::config::{Auto, ModelConfig};
+use crate::model::{Context, DropoutKey, Input, MODELS, RecNet};
+use crate::ops::head::{PAD, Targets, head_cross_entropy};
+use crate::ops::philox::{philox4x32, unit_f32};
+use crate::task::{BLANK, Part, Task};
+use crate::train::trainer::Trainer;
+
+/// Gradients of whole models that may be off by more than [`gradient_tolerance`] in bf16: those of few values that
+/// sum over all steps with signs that cancel. The allowances are one and a half times what the authors' kernels
+/// show on the same layers and an H100 (their loss and outputs are off by 1e-2), rounded up.
+const BF16_EXCEPTIONS: &[(&str, f64)] = &[
+    // The decay's low rank projection sees the whole state through one number a channel.
+    (".gk_proj.", 0.25),
+    // Turned and normed queries and keys: most of the gradient along the row cancels.
+    (".q_norm.weight", 0.15),
+    (".k_norm.weight", 0.15),
+    // The softmax does not see a constant added to its keys: what is left of this gradient is small.
+    (".k_proj.bias", 0.15),
+    // One number a head or channel, summed over all steps.
+    (".A_log", 0.1),
+    (".dt_bias", 0.1),
+    (".dt_proj.bias", 0.1),
+    (".a_proj.weight", 0.1),
+    (".b_proj.weight", 0.1),
+];
+
+/// How far the gradient of a parameter of a whole model may be off.
+fn gradient_tolerance(param: &str, route: Route) -> f64 {
+    let wide = BF16_EXCEPTIONS.iter().find(|(part, _)| param.contains(part));
+    match (route, wide) {
+        (Route::F32, _) => 2e-5,
+        (Route::Tf32, Some((_, tolerance))) => tolerance / 4.0,
+        (Route::Tf32, None) => 1e-2,
+        (Route::Bf16, Some((_, tolerance))) => *tolerance,
+        (Route::Bf16, None) => 4e-2,
+    }
+}
+
+const FEATURES: usize = 11;
+const CLASSES: usize = 30;
+const BATCH: usize = 2;
+const STEPS: usize = 70;
+
+fn model_config(name: &str) -> ModelConfig {
+    ModelConfig {
+        name: name.into(),
+        layers: 2,
+        width: 64,
+        state: 16,
+        heads: Auto::AUTO,
+        dropout: 0.2,
+        conv: 4,
+        householders: 2,
+        rope_base: 1000.0,
+    }
+}
+
+/// Weights by name, moved away from the zeros and ones that they begin with, as the route can hold them.
+fn weights(config: &ModelConfig, route: Route) -> anyhow::Result<HashMap<String, Tensor>> {
+    let net = RecNet::new(config, FEATURES, CLASSES, 3, DType::F32, &Device::Cpu)?;
+    let trained: Vec<&str> = net.params().params().iter().map(|param| param.name()).collect();
+    (net.params().named().enumerate())
+        .map(|(i, param)| {
+            let mut value = param.value();
+            if trained.contains(&param.name()) && value.rank() == 1 {
+                let noise = |at| 0.4 * unit_f32(philox4x32([at as u32, i as u32, 0, 0], [5, 9])[0]) - 0.2;
+                let noise: Vec<f32> = (0..value.elem_count()).map(noise).collect();
+                value = (&value + Tensor::from_vec(noise, value.shape(), &Device::Cpu)?)?;
+            }
+            if route == Route::Bf16 && value.rank() == 2 {
+                value = value.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+            }
+            Ok((param.name().to_string(), value.copy()?))
+        })
+        .collect()
+}
+
+/// Loss and gradients of one batch with dropout.
+fn run(config: &ModelConfig, weights: &HashMap<String, Tensor>, place: &Place) -> anyhow::Result<Results> {
+    let (device, dtype) = match place {
+        Place::Reference(_) => (&Device::Cpu, DType::F64),
+        Place::On(device, route) => (device, route.dtype()),
+    };
+    let net = RecNet::new(config, FEATURES, CLASSES, 1, dtype, device)?;
+    net.load(weights)?;
+    net.params().zero_grad()?;
+    let symbols: Vec<u32> = (0..BATCH * STEPS)
+        .map(|i| philox4x32([i as u32, 0, 0, 0], [3, 1])[0])
+        .map(|x| if x % 3 == 0 { BLANK } else { (x >> 8) % FEATURES as u32 })
+        .collect();
+    let ids = Tensor::from_vec(symbols.clone(), (BATCH, STEPS), device)?;
+    let padded = |i: usize| i / STEPS == BATCH - 1 && i % STEPS >= STEPS - 9;
+    let targets = Targets {
+        labels: symbols.iter().map(|x| (x ^ 0x55) % CLASSES as u32).collect(),
+        element: (0..BATCH * STEPS).map(|i| if padded(i) { PAD } else { (i % STEPS / 2) as u32 }).collect(),
+        batch: BATCH,
+        steps: STEPS,
+        elements: STEPS / 2,
+    };
+    let dropout = DropoutKey { p: config.dropout, key: [1, 2], first: 0 };
+    let mut context = Context { dropout: Some(dropout), ..Context::default() };
+    let hidden = net.hidden(Input::Ids(&ids), &mut context)?;
+    let (weight, bias) = net.decoder();
+    let valid = (BATCH * STEPS - 9) as f64;
+    let loss = head_cross_entropy(&hidden, weight, bias, &targets, valid)?.loss;
+    loss.backward()?;
+    let named = |name: &str, value: &Tensor| {
+        Ok::<_, candle_core::Error>(Named { name: name.into(), value: value.to_device(&Device::Cpu)? })
+    };
+    let grads = net.params().params().iter().map(|param| named(param.name(), &param.grad()));
+    Ok(Results { outputs: vec![named("loss", &loss)?], grads: grads.collect::<Result<_>>()? })
+}
+
+fn row(op: String, size: String, route: Route) -> Checked {
+    Checked { op, size, route, tensors: vec![], unrepeatable: vec![], failure: None, seconds: 0.0 }
+}
+
+/// A small stack of a model on a device against the CPU in f64.
+pub fn check_model(name: &str, device: &Device, route: Route) -> Checked {
+    let begin = Instant::now();
+    let size = format!("B{BATCH} T{STEPS} 2 layers, width 64");
+    let mut checked = row(format!("model {name}"), size, route);
+    let outcome = guarded(|| {
+        Ok((|| -> anyhow::Result<(Vec<Compared>, Vec<String>)> {
+            let config = model_config(name);
+            let weights = weights(&config, route)?;
+            let want = run(&config, &weights, &Place::Reference(route))?;
+            let place = Place::On(device.clone(), route);
+            route.select();
+            let runs = (run(&config, &weights, &place), run(&config, &weights, &place));
+            Route::F32.select();
+            let (first, second) = (runs.0?, runs.1?);
+            let mut tensors = vec![];
+            for (got, want) in first.outputs.iter().zip(&want.outputs) {
+                let allowed = super::tolerance("model", &got.name, route);
+                tensors.push(compare(got.name.clone(), &got.value, &want.value, allowed)?);
+            }
+            for (got, want) in first.grads.iter().zip(&want.grads) {
+                let allowed = gradient_tolerance(&got.name, route);
+                tensors.push(compare(format!("gradient of {}", got.name), &got.value, &want.value, allowed)?);
+            }
+            let mut unrepeatable = differing(&first.outputs, &second.outputs)?;
+            unrepeatable.extend(differing(&first.grads, &second.grads)?);
+            Ok((tensors, unrepeatable))
+        })())
+    });
+    Route::F32.select();
+    match outcome.and_then(|inner| inner) {
+        Ok((tensors, unrepeatable)) => (checked.tensors, checked.unrepeatable) = (tensors, unrepeatable),
+        Err(error) => checked.failure = Some(first_line(&format!("{error:#}"))),
+    }
+    checked.seconds = begin.elapsed().as_secs_f64();
+    checked
+}
+
+/// Losses of `updates` updates on a device, and the weights behind them.
+fn train(name: &str, device: &Device, updates: usize) -> anyhow::Result<(Vec<f64>, Tensor)> {
+    let text = "
+seed: 5
+task: {preset: task2, ambiguities: 8, depth: 4, length: 20, samples: {train: 8000}}
+model: {layers: 2, width: 64, state: 32, dropout: 0.1}
+train: {batch: 16, warmup: 10}";
+    let config = parse(text, "the check", &[format!("model.name={name}")])?;
+    let task = Task::new(&config.task, config.seed)?;
+    let mut trainer = Trainer::new(&config, task.features(), task.classes(), device)?;
+    let mut losses = vec![];
+    for update in 0..updates {
+        let batch = task.batch(Part::Train, (16 * update) as u64, 16, None)?;
+        losses.push(trainer.update(&batch)?.loss);
+    }
+    Ok((losses, trainer.net().params().value().to_device(&Device::Cpu)?))
+}
+
+/// Trains a model twice from one seed: the same bits; and on the CPU, which it must follow.
+pub fn check_training(name: &str, device: &Device, updates: usize) -> Checked {
+    /// Updates over which the losses of two devices stay together.
+    const TOGETHER: usize = 10;
+    let begin = Instant::now();
+    let mut checked = row(format!("training {name}"), format!("{updates} updates, twice"), Route::F32);
+    let outcome = guarded(|| {
+        Ok((|| {
+            let first = train(name, device, updates)?;
+            let second = train(name, device, updates)?;
+            let together = updates.min(TOGETHER);
+            let (want, _) = train(name, &Device::Cpu, together)?;
+            anyhow::Ok((first, second, want))
+        })())
+    });
+    match outcome.and_then(|inner| inner).and_then(|(first, second, want)| {
+        let losses = |losses: &[f64]| Tensor::new(&losses[..want.len()], &Device::Cpu);
+        let compared = compare("loss beside the CPU".into(), &losses(&first.0)?, &losses(&want)?, 2e-3)?;
+        let named = |value: Tensor| [Named { name: "weights".into(), value }];
+        let mut unrepeatable = differing(&named(first.1), &named(second.1))?;
+        if first.0.iter().zip(&second.0).any(|(a, b)| a.to_bits() != b.to_bits()) {
+            unrepeatable.push("loss".into());
+        }
+        Ok((vec![compared], unrepeatable))
+    }) {
+        Ok((tensors, unrepeatable)) => (checked.tensors, checked.unrepeatable) = (tensors, unrepeatable),
+        Err(error) => checked.failure = Some(first_line(&format!("{error:#}"))),
+    }
+    checked.seconds = begin.elapsed().as_secs_f64();
+    checked
+}
+
+/// The models, in the order of the registry.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    MODELS.iter().map(|model| model.name)
+}

@@ -1,0 +1,207 @@
+//! `selectivbench doctor`: whether this build computes right on this machine.
+
+use std::path::PathBuf;
+
+use candle_core::Device;
+use candle_core::utils::cuda_is_available;
+use serde_json::json;
+
+use super::{print, table};
+use crate::check::{self, Checked, OPS, Route, models};
+use crate::device::{NO_CUDA, parse_device};
+use crate::error::nearest;
+use crate::train::device_name;
+use crate::{bad_input, bail_input, files};
+
+/// Check every op and every model on this machine against the float64 path of the CPU.
+///
+/// Outputs and all gradients, random inputs, buffers filled with NaN before, every run twice: the second must give
+/// the same bits. Without a GPU the f32 path of the CPU is checked.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Exit code 1 if a check fails.
+
+Examples:
+  selectivbench doctor
+  selectivbench doctor --thorough --json doctor.json
+  selectivbench doctor --op gated_delta_rule,gla --route bf16")]
+pub struct DoctorArgs {
+    /// What to check: auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// All sizes, and training runs of 50 updates
+    #[arg(long)]
+    thorough: bool,
+    /// Only these ops or models, as the table names them, or `models` or `training`
+    #[arg(long, value_delimiter = ',', value_name = "NAME,NAME,...")]
+    op: Vec<String>,
+    /// Only these number formats: f32, tf32, bf16
+    #[arg(long, value_delimiter = ',', value_name = "ROUTE,ROUTE,...")]
+    route: Vec<String>,
+    /// Write every tensor's error to a file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
+    let chosen = choose(&args.op)?;
+    let formats = formats(&args.route)?;
+    if let Some(path) = &args.json {
+        files::check_writable(path)?;
+    }
+    let device = match parse_device(&args.device) {
+        Ok(device) => device,
+        Err(error) if args.device == "auto" => {
+            print(format_args!("no GPU: {error:#}"))?;
+            Device::Cpu
+        }
+        Err(error) => return Err(error),
+    };
+    let about = describe(&device)?;
+
+    let begin = std::time::Instant::now();
+    let mut list: Vec<Checked> = Vec::new();
+    #[cfg(feature = "cuda")]
+    crate::cuda::poison(true);
+    for op in OPS.iter().filter(|op| chosen.has(op.name) || chosen.has(op.room)) {
+        let routes: Vec<Route> =
+            check::routes(op, &device).into_iter().filter(|route| formats.contains(route)).collect();
+        let mut sizes = (op.quick)();
+        if args.thorough {
+            sizes.extend((op.thorough)());
+        }
+        for size in sizes {
+            list.extend(check::check(&(op.build)(&size), &device, &routes, size.stateful));
+        }
+    }
+    for name in models::names() {
+        if chosen.has("models") || chosen.has(name) {
+            for &route in &formats {
+                if device.is_cuda() || route == Route::F32 {
+                    list.push(models::check_model(name, &device, route));
+                }
+            }
+        }
+        if chosen.has("training") || chosen.has(name) {
+            let updates = if args.thorough { 50 } else { 3 };
+            list.push(models::check_training(name, &device, updates));
+        }
+    }
+    #[cfg(feature = "cuda")]
+    crate::cuda::poison(false);
+
+    print(results(&list))?;
+    if let Some(path) = &args.json {
+        let all = json!({ "device": about, "passed": list.iter().all(Checked::passed), "checks": list });
+        let text = serde_json::to_string_pretty(&all)? + "\n";
+        files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
+    }
+    let failed: Vec<&Checked> = list.iter().filter(|checked| !checked.passed()).collect();
+    for line in failed.iter().flat_map(|checked| checked.complaints()) {
+        print(line)?;
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    if !failed.is_empty() {
+        let mut ops: Vec<&str> = failed.iter().map(|checked| checked.op.as_str()).collect();
+        ops.dedup();
+        anyhow::bail!(
+            "{} of {} checks failed on {}: {}",
+            failed.len(),
+            list.len(),
+            device_name(&device),
+            ops.join(", ")
+        )
+    }
+    print(format_args!("all {} checks passed on {} in {seconds:.1} s", list.len(), device_name(&device)))
+}
+
+/// What `--op` names.
+struct Chosen(Vec<String>);
+
+impl Chosen {
+    fn has(&self, name: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|chosen| chosen == name)
+    }
+}
+
+fn choose(names: &[String]) -> anyhow::Result<Chosen> {
+    let ops = OPS.iter().flat_map(|op| [op.name, op.room]);
+    let known: Vec<&str> = ops.chain(models::names()).chain(["models", "training"]).collect();
+    for name in names {
+        if !known.contains(&name.as_str()) {
+            return Err(match nearest(name, known.iter().copied()) {
+                Some(near) => bad_input!("--op is {name:?}; did you mean `{near}`?"),
+                None => bad_input!("--op is {name:?}; there are {}", known.join(", ")),
+            });
+        }
+    }
+    Ok(Chosen(names.to_vec()))
+}
+
+fn formats(names: &[String]) -> anyhow::Result<Vec<Route>> {
+    for name in names {
+        if Route::ALL.iter().all(|route| route.name() != name) {
+            bail_input!("--route is {name:?}; it must be f32, tf32 or bf16")
+        }
+    }
+    let chosen = |route: &Route| names.is_empty() || names.iter().any(|name| name == route.name());
+    Ok(Route::ALL.into_iter().filter(chosen).collect())
+}
+
+/// Prints what is checked, and gives it for the file.
+fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        let about = crate::profile::gpu::describe(device)?;
+        print(format_args!(
+            "{}: {}, compute capability {}, {} multiprocessors, {:.1} GiB of memory, {:.1} GiB free",
+            device_name(device),
+            about.name,
+            about.compute_capability,
+            about.multiprocessors,
+            about.memory,
+            about.memory_free
+        ))?;
+        print(format_args!(
+            "driver {} for CUDA {}; kernels compiled by CUDA {} for compute capability {}; cuBLAS {}",
+            about.driver.as_deref().unwrap_or("of unknown version"),
+            about.driver_cuda,
+            about.toolkit,
+            about.compiled_for,
+            about.cublas
+        ))?;
+        print("number formats: f32, tf32 (matrix products of f32), bf16 (sums and states in f32)")?;
+        return Ok(serde_json::to_value(about)?);
+    }
+    let why = match cuda_is_available() {
+        false => NO_CUDA,
+        true => "not on a GPU",
+    };
+    print(format_args!("{why}: checking the f32 path of the CPU against its f64 path"))?;
+    Ok(json!({ "name": device_name(device), "threads": rayon::current_num_threads() }))
+}
+
+/// A line for every case and route.
+fn results(list: &[Checked]) -> comfy_table::Table {
+    let mut table =
+        table(&["op", "size", "route", "outputs", "gradients", "worst gradient", "verdict"], 3..5);
+    for checked in list {
+        let error = |gradient| checked.worst(gradient).map_or("-".into(), |t| format!("{:.1e}", t.error));
+        let worst = checked.worst(true).map_or("", |t| t.tensor.trim_start_matches("gradient of "));
+        let verdict = match checked {
+            _ if checked.failure.is_some() => "FAILED",
+            _ if checked.passed() => "ok",
+            _ if checked.tensors.iter().all(|t| t.passed()) => "NOT REPEATABLE",
+            _ => "WRONG",
+        };
+        table.add_row([
+            checked.op.as_str(),
+            &checked.size,
+            checked.route.name(),
+            &error(false),
+            &error(true),
+            worst,
+            verdict,
+        ]);
+    }
+    table
+}

@@ -1,0 +1,237 @@
+//! From compact samples to timesteps on a GPU, where a batch need not be sent step by step.
+//!
+//! The host packs the samples of a batch into one buffer, a few numbers per element ([`Compact`]); the GPU
+//! makes of it what `task::Samples` makes on the CPU, which is the reference: symbols, labels, element numbers
+//! and the input with noise, a window of timesteps at a time.
+//!
+//! ```text
+//!   task::Samples ── compact() ──► Compact ── DeviceSamples::upload() ──► next_window() ──► DeviceBatch
+//!     (any thread)                   one copy to the GPU                    kernels/expand.cu
+//! ```
+
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use candle_core::Result;
+
+#[cfg(feature = "cuda")]
+pub use cuda::{DeviceBatch, DeviceSamples};
+
+/// What stands for no symbol, no element, no distractors.
+const NONE: u32 = u32::MAX;
+
+/// Numbers that describe a sample; see `kernels/expand.cu`.
+const META: usize = 8;
+
+/// Where the noise in the input comes from.
+pub enum Noise {
+    None,
+    /// Philox by position, times `level`: drawn by the GPU.
+    ByPosition {
+        level: f32,
+    },
+    /// Drawn by the host: given a number of steps, the noise [B, steps, features] of the next ones.
+    Drawn(Box<dyn FnMut(usize) -> Vec<f32> + Send>),
+}
+
+/// A sample, as its parts lie in memory.
+pub struct Sequence<'a> {
+    pub states: &'a [u32],
+    /// Timesteps behind each element.
+    pub gaps: &'a [u32],
+    /// Symbols shown in the gaps, gap after gap; empty where gaps are blank.
+    pub distractors: &'a [u32],
+    /// Key and index of noise by position.
+    pub noise: ([u32; 2], u64),
+}
+
+/// The samples of a batch, ready for the GPU.
+pub struct Compact {
+    /// As the kernels read it.
+    words: Vec<u32>,
+    /// Elements of all samples.
+    total: usize,
+    /// Elements of the longest sample.
+    elements: usize,
+    /// Timesteps of each sample.
+    lengths: Vec<usize>,
+    features: usize,
+    first: u64,
+    noise: Noise,
+}
+
+impl Compact {
+    /// Packs `samples`, the first with index `first`; `label` and `symbol` are those of a state, `features` is
+    /// the width of the input.
+    pub fn pack(
+        samples: &[Sequence],
+        label: impl Fn(u32) -> u32,
+        symbol: impl Fn(u32) -> u32,
+        features: usize,
+        first: u64,
+        noise: Noise,
+    ) -> Result<Self> {
+        let total = samples.iter().map(|sample| sample.states.len()).sum::<usize>();
+        let elements = samples.iter().map(|sample| sample.states.len()).max().unwrap_or(0);
+        let shown: usize = samples.iter().map(|sample| sample.distractors.len()).sum();
+        let size = META * samples.len() + 3 * total + shown;
+        if i32::try_from(size).is_err() {
+            candle_core::bail!("expand: a batch with {total} elements and {shown} distractors is too large")
+        }
+        let mut words = Vec::with_capacity(size);
+        let mut lengths = Vec::with_capacity(samples.len());
+        let (mut element, mut distractor) = (0, META * samples.len() + 3 * total);
+        for sample in samples {
+            let gaps: u64 = sample.gaps.iter().map(|&gap| u64::from(gap)).sum();
+            let Ok(length) = u32::try_from(sample.states.len() as u64 + gaps) else {
+                candle_core::bail!("expand: a sample is longer than {} timesteps", u32::MAX)
+            };
+            if sample.gaps.len() != sample.states.len()
+                || !(sample.distractors.is_empty() || sample.distractors.len() as u64 == gaps)
+            {
+                candle_core::bail!("expand: the gaps of a sample fit neither its states nor its distractors")
+            }
+            let shown = if sample.distractors.is_empty() { NONE } else { distractor as u32 };
+            let ([key_low, key_high], index) = sample.noise;
+            words.extend([element as u32, sample.states.len() as u32, length, shown]);
+            words.extend([key_low, key_high, index as u32, (index >> 32) as u32]);
+            lengths.push(length as usize);
+            element += sample.states.len();
+            distractor += sample.distractors.len();
+        }
+        for sample in samples {
+            let mut at = 0;
+            for gap in sample.gaps {
+                words.push(at);
+                // The last sum may be the length, which fits.
+                at += 1 + gap;
+            }
+        }
+        let states = || samples.iter().flat_map(|sample| sample.states);
+        words.extend(states().map(|&state| label(state)));
+        words.extend(states().map(|&state| symbol(state)));
+        samples.iter().for_each(|sample| words.extend(sample.distractors));
+        Ok(Self { words, total, elements, lengths, features, first, noise })
+    }
+
+    /// The buffer, as the kernels read it.
+    pub fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Number of samples.
+    pub fn batch(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Timesteps of the longest sample.
+    pub fn steps(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Timesteps of each sample.
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
+    /// Timesteps that are no padding.
+    pub fn valid_steps(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    /// Elements of the longest sample.
+    pub fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Elements of all samples.
+    pub fn total_elements(&self) -> usize {
+        self.total
+    }
+
+    /// Width of the input.
+    pub fn features(&self) -> usize {
+        self.features
+    }
+
+    /// Index of the first sample in its part of the data.
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// Whether the input is more than symbols.
+    pub fn noisy(&self) -> bool {
+        !matches!(self.noise, Noise::None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::load::parse;
+    use crate::task::{BLANK, PAD, Part, Samples, Task};
+
+    /// Symbol, label and element of step `at` of sample `b`, found as the kernel finds them.
+    fn step(compact: &Compact, b: usize, at: usize) -> [u32; 3] {
+        let (words, total, at) = (compact.words(), compact.total_elements(), at as u32);
+        let [first, count, length, distractors] = words[META * b..][..4] else { unreachable!() };
+        if at >= length {
+            return [BLANK, 0, PAD];
+        }
+        let elements = &words[META * compact.batch() + first as usize..];
+        let element = elements[..count as usize].partition_point(|&start| start <= at) - 1;
+        let symbol = match at - elements[element] {
+            0 => elements[2 * total + element],
+            _ if distractors == NONE => BLANK,
+            _ => words[distractors as usize + at as usize - element - 1],
+        };
+        [symbol, elements[total + element], element as u32]
+    }
+
+    /// Samples with blanks and with distractors, with noise by position, in sequence, and without; and what
+    /// they were set up with.
+    pub(super) fn sets_of_samples() -> impl Iterator<Item = (&'static str, impl Fn() -> Samples)> {
+        const TEXT: &str = "
+seed: 3
+task: {preset: task2, ambiguities: 4, depth: 3, length: 12}
+model: {name: gla, layers: 1, width: 16}";
+        [
+            "task.preset=task2 task.noise=0.2",
+            "task.preset=task3 task.gap.start=2 task.gap.probability=0.6 task.gap.high=0.3",
+            "task.preset=task1_complexity task.split=as-released",
+            "task.preset=task2 task.noise=0.2 task.split=as-released",
+        ]
+        .into_iter()
+        .map(|sets| {
+            let list: Vec<String> = sets.split(' ').map(String::from).collect();
+            let config = parse(TEXT, "test", &list).unwrap();
+            let task = Task::new(&config.task, config.seed).unwrap();
+            (sets, move || task.samples(Part::Train, 5, 7, None).unwrap())
+        })
+    }
+
+    #[test]
+    fn packed_samples_hold_what_windows_show() {
+        for (sets, samples) in sets_of_samples() {
+            let (mut windows, mut compact) = (samples(), samples().compact().unwrap());
+            assert_eq!((compact.steps(), compact.lengths()), (windows.steps(), windows.lengths()));
+            assert_eq!((compact.elements(), compact.first()), (windows.elements(), 5));
+            let (mut at, mut distractors) = (0, 0);
+            while let Some(window) = windows.next_window(9) {
+                for i in 0..window.batch * window.steps {
+                    let (b, t) = (i / window.steps, i % window.steps);
+                    let shown = [window.symbols[i], window.labels[i], window.element[i]];
+                    assert_eq!(step(&compact, b, at + t), shown, "{sets:?}, sample {b}, step {}", at + t);
+                    distractors += usize::from(window.distractor[i]);
+                }
+                match &mut compact.noise {
+                    Noise::None => assert!(window.noise.is_none()),
+                    Noise::Drawn(draw) => assert_eq!(Some(draw(window.steps)), window.noise),
+                    Noise::ByPosition { level } => assert_eq!(*level, 0.2),
+                }
+                at += window.steps;
+            }
+            assert_eq!(distractors > 0, sets.starts_with("task.preset=task3"));
+        }
+    }
+}
