@@ -3,10 +3,9 @@
 use anyhow::Result;
 use candle_core::Device;
 use cudarc::cublas::{self, CudaBlas};
-use cudarc::driver::sys::cuDriverGetVersion;
 use serde::Serialize;
 
-use crate::cuda::Gpu;
+use crate::cuda::{self, Gpu};
 
 /// A GPU and the software around it.
 #[derive(Clone, Debug, Serialize)]
@@ -34,9 +33,7 @@ pub fn describe(device: &Device) -> Result<Description> {
     let context = gpu.stream().context();
     let (major, minor) = context.compute_capability()?;
     let (free, _) = context.mem_get_info()?;
-    let mut cuda = 0;
-    // SAFETY: writes one number to a place of ours.
-    unsafe { cuDriverGetVersion(&mut cuda) }.result()?;
+    let (cuda_major, cuda_minor) = cuda::driver_version().unwrap_or_default();
     let blas = CudaBlas::new(gpu.stream().clone())?;
     let mut version = 0;
     // SAFETY: a living handle, and one number written to a place of ours.
@@ -53,9 +50,9 @@ pub fn describe(device: &Device) -> Result<Description> {
         memory: context.total_mem()? as f64 / GIB,
         memory_free: free as f64 / GIB,
         driver,
-        driver_cuda: format!("{}.{}", cuda / 1000, cuda % 1000 / 10),
-        toolkit: env!("SELECTIVBENCH_CUDA_VERSION"),
-        compiled_for: env!("SELECTIVBENCH_CUDA_CAPS"),
+        driver_cuda: format!("{cuda_major}.{cuda_minor}"),
+        toolkit: cuda::TOOLKIT,
+        compiled_for: cuda::COMPILED_FOR,
         cublas: format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100),
     })
 }
