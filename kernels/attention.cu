@@ -1,6 +1,7 @@
 // Causal softmax attention: o = softmax(scale · q kᵀ + mask) v per head, and its gradients.
 //
 //   q [B, T, H, D], k [B, S, H, D], v [B, S, H, V] with S >= T; o [B, T, H, V]. Query t sees the keys 0 ..= S−T+t.
+//   A sequence of any of them has less than 2³¹ elements.
 //   lse [B, H, T4]: log₂ of every query's sum of exponentials; delta [B, H, T4]: rowsum(do ⊙ o). T4 is T rounded up
 //   to a multiple of 4, so that a tile of either starts at 16 bytes.
 //
@@ -37,27 +38,46 @@ struct Tile {
     static constexpr int MT = MT_, WARPS = WARPS_, OTHER = OTHER_, OWN = 16 * MT * WARPS, THREADS = WARP * WARPS;
 };
 
-// Starts copying rows first .. first+ROWS of one head, those outside 0..count as zeros, to a tile with DP columns.
-// `vector`: rows begin at 16 bytes.
+// Copies tiles of ROWS rows of one head, one after the other, to tiles of shared memory with DP columns; rows outside
+// 0..count and columns past `dim` as zeros. A thread always has the same columns, so that a tile costs it little more
+// than the copies.
 template <class T, int DP, int LD, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_rows(T* s, const T* g, long long ldg, int first, int count, int dim, bool vector) {
-    constexpr int V = 16 / sizeof(T), PER_ROW = DP / V;
-    if (vector) {
+struct Copy {
+    static constexpr int V = 16 / sizeof(T), PER_ROW = DP / V, STEP = THREADS / PER_ROW;
+    const T* g;
+    int ldg, row, at, count, dim;
+    bool vector;  // rows begin at 16 bytes
+
+    __device__ __forceinline__ static int r() { return threadIdx.x / PER_ROW; }
+    __device__ __forceinline__ static int c() { return threadIdx.x % PER_ROW * V; }
+    __device__ __forceinline__ Copy(const T* g, int ldg, int first, int count, int dim)
+        : g(g), ldg(ldg), row(first), count(count), dim(dim),
+          vector(dim % V == 0 && reinterpret_cast<size_t>(g) % 16 == 0) {
+        if (vector) row += r();
+        at = row * ldg + (vector ? c() : 0);
+        if (vector && c() >= dim) this->count = 0;
+    }
+    // Starts to copy the next tile.
+    __device__ __forceinline__ void operator()(T* s) {
+        if (vector) {
+            if (THREADS % PER_ROW == 0 || r() < STEP) {
+                T* const to = s + r() * LD + c();
 #pragma unroll
-        for (int i0 = 0; i0 < ROWS * PER_ROW; i0 += THREADS) {
-            const int i = i0 + threadIdx.x, r = i / PER_ROW, c = i % PER_ROW * V, row = first + r;
-            if (ROWS * PER_ROW % THREADS == 0 || i < ROWS * PER_ROW) {
-                const bool inside = row >= 0 && row < count && c < dim;
-                cp_async16(s + r * LD + c, inside ? g + row * ldg + c : g, inside ? 16 : 0);
+                for (int i = 0; i < ROWS; i += STEP)
+                    // Where nothing is read, the address does not matter.
+                    if (ROWS % STEP == 0 || r() + i < ROWS)
+                        cp_async16(to + i * LD, g + at + i * ldg, (unsigned)(row + i) < (unsigned)count ? 16 : 0);
+            }
+        } else {
+            for (int i = threadIdx.x; i < ROWS * DP; i += THREADS) {
+                const int y = i / DP, x = i % DP;
+                const bool inside = (unsigned)(row + y) < (unsigned)count && x < dim;
+                s[y * LD + x] = inside ? g[at + y * ldg + x] : from_f<T>(0.f);
             }
         }
-    } else {
-        for (int i = threadIdx.x; i < ROWS * DP; i += THREADS) {
-            const int r = i / DP, c = i % DP, row = first + r;
-            s[r * LD + c] = row >= 0 && row < count && c < dim ? g[row * ldg + c] : from_f<T>(0.f);
-        }
+        row += ROWS, at += ROWS * ldg;
     }
-}
+};
 
 // Starts copying `N` floats from `first` on, a multiple of 4, those past `count` as zeros.
 template <int N>
@@ -71,7 +91,7 @@ __device__ __forceinline__ void copy_floats(float* s, const float* g, int first,
 // Writes a warp's 16·MT rows of accumulators times `scale[mt][half]`, through its own rows of shared memory `s`, to
 // the rows first .. of one head that lie in 0..count.
 template <class T, int LD, int MT, int NT>
-__device__ __forceinline__ void store_rows(T* s, T* g, long long ldg, int first, int count, int dim, bool vector,
+__device__ __forceinline__ void store_rows(T* s, T* g, int ldg, int first, int count, int dim, bool vector,
                                            const float (&acc)[MT][NT][4], const float (&scale)[MT][2]) {
     __syncwarp();
 #pragma unroll
@@ -101,44 +121,53 @@ __device__ __forceinline__ void store_rows(T* s, T* g, long long ldg, int first,
     }
 }
 
-// Fragments of a warp's rows of a left operand, kept in registers where they fit.
-template <class R, int DP, int MT, bool KEEP>
+// A warp's rows of a left operand in shared memory, with KEEP in registers.
+template <class R, int DP, int LD, int MT, bool KEEP>
 struct Rows {
     const typename R::elem* s;
-    __device__ __forceinline__ void load(const typename R::elem* rows, int) { s = rows; }
+    __device__ __forceinline__ explicit Rows(const typename R::elem* rows) : s(rows) {}
     // acc += rows · tᵀ
-    template <int LD, int NT>
+    template <int NT>
     __device__ __forceinline__ void times(float (&acc)[MT][NT][4], const typename R::elem* t) const {
         warp_gemm<R, AlongK, AlongK, MT, NT>(acc, s, LD, t, LD, DP);
     }
 };
-template <int DP, int MT>
-struct Rows<Bf16, DP, MT, true> {
-    uint32_t a[DP / 16][MT][4];
-    __device__ __forceinline__ void load(const bf16* rows, int ld) {
-        const int l8 = lane_id() % 8, up = lane_id() / 8 % 2 * 8, half = lane_id() / 16 * 8;
+template <int DP, int LD, int MT, bool KEEP>
+struct Rows<Bf16, DP, LD, MT, KEEP> {
+    const bf16* s;
+    uint32_t kept[KEEP ? DP / 16 : 1][MT][4];
+    __device__ __forceinline__ static int up() { return lane_id() / 8 % 2 * 8; }
+    __device__ __forceinline__ static int half() { return lane_id() / 16 * 8; }
+    __device__ __forceinline__ explicit Rows(const bf16* rows) : s(rows + (lane_id() % 8 + up()) * LD + half()) {
+        if constexpr (KEEP)
 #pragma unroll
-        for (int k = 0; k < DP / 16; k++)
-#pragma unroll
-            for (int i = 0; i < MT; i++) ldmatrix_x4(a[k][i], rows + (16 * i + l8 + up) * ld + 16 * k + half);
+            for (int k = 0; k < DP / 16; k++) load(kept[k], k);
     }
-    template <int LD, int NT>
+    __device__ __forceinline__ void load(uint32_t (&a)[MT][4], int k) const {
+#pragma unroll
+        for (int i = 0; i < MT; i++) ldmatrix_x4(a[i], s + 16 * i * LD + 16 * k);
+    }
+    template <int NT>
     __device__ __forceinline__ void times(float (&acc)[MT][NT][4], const bf16* t) const {
         static_assert(NT % 2 == 0);
-        const int l8 = lane_id() % 8, up = lane_id() / 8 % 2 * 8, half = lane_id() / 16 * 8;
+        t += (lane_id() % 8 + half()) * LD + up();
 #pragma unroll
-        for (int k = 0; k < DP / 16; k++)
+        for (int k = 0; k < DP / 16; k++) {
+            uint32_t loaded[MT][4];
+            if constexpr (!KEEP) load(loaded, k);
+            const auto& a = KEEP ? kept[KEEP ? k : 0] : loaded;
 #pragma unroll
             for (int j = 0; j < NT; j += 2) {
                 uint32_t b[4];
-                ldmatrix_x4(b, t + (8 * j + l8 + half) * LD + 16 * k + up);
+                ldmatrix_x4(b, t + 8 * j * LD + 16 * k);
                 const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
-                    mma_bf16(acc[i][j], a[k][i], b0);
-                    mma_bf16(acc[i][j + 1], a[k][i], b1);
+                    mma_bf16(acc[i][j], a[i], b0);
+                    mma_bf16(acc[i][j + 1], a[i], b1);
                 }
             }
+        }
     }
 };
 
@@ -176,21 +205,20 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
     const int w0 = q0 + 16 * MT * warp_id();
     q = head_of(q, bh, n.steps, n.heads, n.dim), k = head_of(k, bh, n.keys, n.heads, n.dim);
     v = head_of(v, bh, n.keys, n.heads, n.values), o = head_of(o, bh, n.steps, n.heads, n.values);
-    const long long ld = (long long)n.heads * n.dim, ldv = (long long)n.heads * n.values;
-    const bool vec_q = aligned(q, n.dim), vec_k = aligned(k, n.dim), vec_v = aligned(v, n.values);
+    const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
+    Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, 0, n.keys, n.dim);
+    Copy<T, DP, LDV, BN, THREADS> copy_v(v, ldv, 0, n.keys, n.values);
     const auto copy = [&](int block) {
-        const int at = block % 2 * BN;
-        copy_rows<T, DP, LD, BN, THREADS>(ks + at * LD, k, ld, block * BN, n.keys, n.dim, vec_k);
-        copy_rows<T, DP, LDV, BN, THREADS>(vs + at * LDV, v, ldv, block * BN, n.keys, n.values, vec_v);
+        copy_k(ks + block % 2 * BN * LD);
+        copy_v(vs + block % 2 * BN * LDV);
         cp_async_commit();
     };
-    copy_rows<T, DP, LD, BM, THREADS>(qs, q, ld, q0, n.steps, n.dim, vec_q);
+    Copy<T, DP, LD, BM, THREADS>(q, ld, q0, n.steps, n.dim)(qs);
     copy(0);
     cp_async_wait<0>();
     __syncthreads();
-    Rows<R, DP, MT, DP <= 64> rows;
-    rows.load(qs + 16 * MT * warp_id() * LD, LD);
+    const Rows<R, DP, LD, MT, DP <= 64> rows(qs + 16 * MT * warp_id() * LD);
 
     float acc[MT][DP / 8][4], max[MT][2], sum[MT][2];
     zero(acc);
@@ -211,7 +239,7 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
 
         float s[MT][NT][4];
         zero(s);
-        rows.template times<LD>(s, ks + block % 2 * BN * LD);
+        rows.times(s, ks + block % 2 * BN * LD);
         if (k0 + BN > past + w0 + 1) {
 #pragma unroll
             for (int i = 0; i < MT; i++)
@@ -271,7 +299,7 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
 
 // delta = rowsum(do ⊙ o) of a warp's rows, `dos` in shared memory; eight lanes a row.
 template <class T, int LD, int ROWS>
-__device__ __forceinline__ void row_deltas(float* delta, const T* dos, const T* o, long long ldg, int first, int count,
+__device__ __forceinline__ void row_deltas(float* delta, const T* dos, const T* o, int ldg, int first, int count,
                                            int dim, bool vector) {
     constexpr int V = 16 / sizeof(T);
 #pragma unroll 4
@@ -321,18 +349,17 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
     v = head_of(v, bh, n.keys, n.heads, n.values), o = head_of(o, bh, n.steps, n.heads, n.values);
     dout = head_of(dout, bh, n.steps, n.heads, n.values), dq = head_of(dq, bh, n.steps, n.heads, n.dim);
     lse += (long long)bh * ceil_div(n.steps, 4) * 4, delta += (long long)bh * ceil_div(n.steps, 4) * 4;
-    const long long ld = (long long)n.heads * n.dim, ldv = (long long)n.heads * n.values;
-    const bool vec_k = aligned(k, n.dim), vec_v = aligned(v, n.values);
+    const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
+    Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, 0, n.keys, n.dim), copy_v(v, ldv, 0, n.keys, n.values);
     const auto copy = [&](int block) {
-        const int at = block % 2 * BN * LD;
-        copy_rows<T, DP, LD, BN, THREADS>(ks + at, k, ld, block * BN, n.keys, n.dim, vec_k);
-        copy_rows<T, DP, LD, BN, THREADS>(vs + at, v, ldv, block * BN, n.keys, n.values, vec_v);
+        copy_k(ks + block % 2 * BN * LD);
+        copy_v(vs + block % 2 * BN * LD);
         cp_async_commit();
     };
-    copy_rows<T, DP, LD, BM, THREADS>(dos, dout, ldv, q0, n.steps, n.values, aligned(dout, n.values));
+    Copy<T, DP, LD, BM, THREADS>(dout, ldv, q0, n.steps, n.values)(dos);
     cp_async_commit();
-    copy_rows<T, DP, LD, BM, THREADS>(qs, q, ld, q0, n.steps, n.dim, aligned(q, n.dim));
+    Copy<T, DP, LD, BM, THREADS>(q, ld, q0, n.steps, n.dim)(qs);
     copy(0);
     cp_async_wait<1>();
     __syncthreads();
@@ -352,9 +379,7 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
         }
     cp_async_wait<0>();
     __syncthreads();
-    Rows<R, DP, MT, DP * MT <= 64> q_rows, do_rows;
-    q_rows.load(qs + own * LD, LD);
-    do_rows.load(dos + own * LD, LD);
+    const Rows<R, DP, LD, MT, DP * MT <= 64> q_rows(qs + own * LD), do_rows(dos + own * LD);
 
     float acc[MT][DP / 8][4];
     zero(acc);
@@ -372,20 +397,27 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
         const T* const vt = vs + block % 2 * BN * LD;
         float s[MT][NT][4], ds[MT][NT][4];
         zero(s);
-        q_rows.template times<LD>(s, kt);
+        q_rows.times(s, kt);
         zero(ds);
-        do_rows.template times<LD>(ds, vt);
-        const bool mask = k0 + BN > past + w0 + 1 || w0 < 0;
+        do_rows.times(ds, vt);
+        if (k0 + BN > past + w0 + 1 || w0 < 0) {
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (k0 + acc_col(j, e) > past + w0 + acc_row(i, e) || w0 + acc_row(i, e) < 0)
+                            s[i][j][e] = -INFINITY;
+        }
 #pragma unroll
         for (int i = 0; i < MT; i++)
 #pragma unroll
             for (int j = 0; j < NT; j++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float x = fmaf(s[i][j][e], c, -row_lse[i][e / 2]);
-                    if (mask && (k0 + acc_col(j, e) > past + w0 + acc_row(i, e) || w0 + acc_row(i, e) < 0)) x = -INFINITY;
-                    s[i][j][e] = exp2_fast(x) * (ds[i][j][e] - row_delta[i][e / 2]);
-                }
+                for (int e = 0; e < 4; e++)
+                    s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, -row_lse[i][e / 2])) *
+                                 (ds[i][j][e] - row_delta[i][e / 2]);
         warp_gemm_acc<R, AlongMN>(acc, s, kt, LD);
     }
     float scales[MT][2];
@@ -417,27 +449,26 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
     v = head_of(v, bh, n.keys, n.heads, n.values), dout = head_of(dout, bh, n.steps, n.heads, n.values);
     dk = head_of(dk, bh, n.keys, n.heads, n.dim), dv = head_of(dv, bh, n.keys, n.heads, n.values);
     lse += (long long)bh * ceil_div(n.steps, 4) * 4, delta += (long long)bh * ceil_div(n.steps, 4) * 4;
-    const long long ld = (long long)n.heads * n.dim, ldv = (long long)n.heads * n.values;
-    const bool vec_q = aligned(q, n.dim), vec_do = aligned(dout, n.values);
+    const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
+    // From the tile of the first query that sees the first key.
+    const int first = (k0 > past ? k0 - past : 0) / BM, blocks = ceil_div(n.steps, BM);
+    Copy<T, DP, LD, BM, THREADS> copy_q(q, ld, first * BM, n.steps, n.dim);
+    Copy<T, DP, LD, BM, THREADS> copy_do(dout, ldv, first * BM, n.steps, n.values);
     const auto copy = [&](int block) {
-        const int buffer = block % 2, at = buffer * BM * LD;
-        copy_rows<T, DP, LD, BM, THREADS>(qs + at, q, ld, block * BM, n.steps, n.dim, vec_q);
-        copy_rows<T, DP, LD, BM, THREADS>(dos + at, dout, ldv, block * BM, n.steps, n.values, vec_do);
+        const int buffer = block % 2;
+        copy_q(qs + buffer * BM * LD);
+        copy_do(dos + buffer * BM * LD);
         copy_floats<BM>(lses + buffer * BM, lse, block * BM, n.steps);
         copy_floats<BM>(deltas + buffer * BM, delta, block * BM, n.steps);
         cp_async_commit();
     };
-    // From the tile of the first query that sees the first key.
-    const int first = (k0 > past ? k0 - past : 0) / BM, blocks = ceil_div(n.steps, BM);
-    copy_rows<T, DP, LD, BN, THREADS>(ks, k, ld, k0, n.keys, n.dim, aligned(k, n.dim));
-    copy_rows<T, DP, LD, BN, THREADS>(vs, v, ldv, k0, n.keys, n.values, aligned(v, n.values));
+    Copy<T, DP, LD, BN, THREADS>(k, ld, k0, n.keys, n.dim)(ks);
+    Copy<T, DP, LD, BN, THREADS>(v, ldv, k0, n.keys, n.values)(vs);
     copy(first);
     cp_async_wait<0>();
     __syncthreads();
-    Rows<R, DP, MT, DP * MT <= 64> k_rows, v_rows;
-    k_rows.load(ks + own * LD, LD);
-    v_rows.load(vs + own * LD, LD);
+    const Rows<R, DP, LD, MT, DP * MT <= 64> k_rows(ks + own * LD), v_rows(vs + own * LD);
 
     float acc_k[MT][DP / 8][4], acc_v[MT][DP / 8][4];
     zero(acc_k);
@@ -456,10 +487,20 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
         const float* const tile_delta = deltas + block % 2 * BM;
         float p[MT][NT][4], ds[MT][NT][4];
         zero(p);
-        k_rows.template times<LD>(p, qt);
+        k_rows.times(p, qt);
         zero(ds);
-        v_rows.template times<LD>(ds, dot);
-        const bool mask = past + q0 < w0 + 16 * MT - 1 || q0 + BM > n.steps;
+        v_rows.times(ds, dot);
+        if (past + q0 < w0 + 16 * MT - 1 || q0 + BM > n.steps) {
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int t = q0 + acc_col(j, e);
+                        if (w0 + acc_row(i, e) > past + t || t >= n.steps) p[i][j][e] = -INFINITY;
+                    }
+        }
 #pragma unroll
         for (int j = 0; j < NT; j++) {
             float of_lse[2], of_delta[2];
@@ -469,10 +510,7 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int t = q0 + acc_col(j, e);
-                    float x = fmaf(p[i][j][e], c, -of_lse[e % 2]);
-                    if (mask && (w0 + acc_row(i, e) > past + t || t >= n.steps)) x = -INFINITY;
-                    p[i][j][e] = exp2_fast(x);
+                    p[i][j][e] = exp2_fast(fmaf(p[i][j][e], c, -of_lse[e % 2]));
                     ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - of_delta[e % 2]);
                 }
         }

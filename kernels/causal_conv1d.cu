@@ -249,12 +249,12 @@ BACKWARD(causal_conv1d_backward_w4_v4_bf16, bf16, 4, 4)
 BACKWARD(causal_conv1d_backward_w8_v1_f32, float, 1, 8)
 BACKWARD(causal_conv1d_backward_w8_v1_bf16, bf16, 1, 8)
 
-// dw [D, W] and dbias [D] (null: no bias) from the sums of the slabs. Grid ceil(D (W + 1) / 32), block 1024: a lane has
-// a column, a warp every 32nd slab.
+// dw [D, W] and dbias [D] from the sums of the slabs; null: not wanted; added to what is there where `add` has bit 0 (dw)
+// or bit 1 (dbias). Grid ceil(D (W + 1) / 32), block 1024: a lane has a column, a warp every 32nd slab.
 extern "C" __global__ void __launch_bounds__(1024) causal_conv1d_sums(const float* __restrict__ partial,
                                                                        float* __restrict__ dweight,
                                                                        float* __restrict__ dbias, int slabs, int width,
-                                                                       int taps) {
+                                                                       int taps, int add) {
     __shared__ float sums[WARP][WARP + 1];
     const int columns = width * (taps + 1), column = blockIdx.x * WARP + lane_id();
     float sum = 0.f;
@@ -268,8 +268,8 @@ extern "C" __global__ void __launch_bounds__(1024) causal_conv1d_sums(const floa
     sum = 0.f;
     for (int i = 0; i < WARP; i++) sum += sums[i][lane_id()];
     const int c = column % width, tap = column / width;
-    if (tap < taps)
-        dweight[(long long)c * taps + tap] = sum;
-    else if (dbias != nullptr)
-        dbias[c] = sum;
+    float* out = tap < taps ? dweight : dbias;
+    if (out == nullptr) return;
+    out += tap < taps ? (long long)c * taps + tap : c;
+    *out = add >> (tap < taps ? 0 : 1) & 1 ? *out + sum : sum;
 }

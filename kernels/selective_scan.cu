@@ -848,21 +848,22 @@ BACKWARD(selective_scan_backward_bf16, bf16)
 SUM_MAPS(selective_scan_sum_maps_f32, float)
 SUM_MAPS(selective_scan_sum_maps_bf16, bf16)
 
-// da_log [D, N], dd, ddelta_bias [D] from `slabs` slabs. Grid ceil(D (N + 2) / 256), block 256.
+// da_log [D, N], dd, ddelta_bias [D] from `slabs` slabs; null: not wanted; added to what is there where bit 0, 1, 2 of
+// `add` is set. Grid ceil(D (N + 2) / 256), block 256.
 extern "C" __global__ void __launch_bounds__(256)
     selective_scan_sum_parameters(const float* __restrict__ parameters, const float* __restrict__ a_log,
                                   float* __restrict__ da_log, float* __restrict__ dd, float* __restrict__ dbias,
-                                  int slabs, int width, int states) {
+                                  int slabs, int width, int states, int add) {
     const long long columns = (long long)width * (states + 2), rates = (long long)width * states;
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     float total = 0.f;
 #pragma unroll 8
     for (int slab = 0; slab < slabs; slab++) total += parameters[slab * columns + column];
-    if (column < rates)
-        da_log[column] = -expf(a_log[column]) * total;
-    else if (column < rates + width)
-        dd[column - rates] = total;
-    else
-        dbias[column - rates - width] = total;
+    if (column < rates) total *= -expf(a_log[column]);
+    const int which = column < rates ? 0 : column < rates + width ? 1 : 2;
+    float* out = which == 0 ? da_log : which == 1 ? dd : dbias;
+    if (out == nullptr) return;
+    out += which == 0 ? column : which == 1 ? column - rates : column - rates - width;
+    *out = add >> which & 1 ? *out + total : total;
 }

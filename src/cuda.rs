@@ -357,7 +357,7 @@ impl Gpu {
         tensor.map_or(Ok(NULL), |tensor| self.ptr(tensor))
     }
 
-    fn address(&self, storage: &CudaStorage, offset: usize) -> Result<KernelArg> {
+    pub(crate) fn address(&self, storage: &CudaStorage, offset: usize) -> Result<KernelArg> {
         macro_rules! address {
             ($type:ty) => {
                 storage.as_cuda_slice::<$type>()?.device_ptr(&self.stream).0

@@ -1,6 +1,9 @@
 //! Loops over the rows of row-major arrays: parallel over fixed blocks, so that neither the results nor
 //! the order of any sum depend on the number of threads.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
 use rayon::prelude::*;
 
 use super::real::Real;

@@ -1,5 +1,8 @@
 //! Sums of two tensors: in the graph, into a new tensor, and in place.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 
@@ -27,6 +30,10 @@ impl Node for Add {
     }
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::sum(&args[0], &args[1])?], saved: vec![] });
+        }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; a = &args[0], b = &args[1]);
             Value::cpu(sums::<F>(a, b), args[0].shape())
@@ -51,6 +58,10 @@ fn sums<F: Real>(a: &[F], b: &[F]) -> Vec<F> {
 
 /// a + b outside the graph, both contiguous and of one shape.
 pub(crate) fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if a.device().is_cuda() {
+        return Ok(cuda::sum(a, b)?.into_tensor());
+    }
     dispatch!(a.dtype(), F => {
         slices!(F; x = a, y = b);
         Tensor::from_vec(sums::<F>(x, y), a.shape(), &Device::Cpu)
@@ -80,5 +91,16 @@ impl InplaceOp2 for AddAssign {
             (CpuStorage::F64(dst), CpuStorage::F64(src)) => add(dst, dl, src, sl),
             _ => candle_core::bail!("add_assign: expected f32 or f64 on both sides"),
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        dst: &mut candle_core::CudaStorage,
+        dl: &Layout,
+        src: &candle_core::CudaStorage,
+        sl: &Layout,
+    ) -> Result<()> {
+        cuda::add_assign(dst, dl, src, sl)
     }
 }

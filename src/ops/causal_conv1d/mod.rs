@@ -1,5 +1,7 @@
 //! Short convolution along time, one filter per channel, then SiLU.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod reference;
 
 use candle_core::{Device, Result, Tensor};
@@ -70,6 +72,10 @@ impl Node for CausalConv1d {
     }
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(self, args);
+        }
         let Shape { batch, steps, width, taps } = self.shape;
         let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
         let outputs = dispatch!(args[0].dtype(), F => {
@@ -84,6 +90,10 @@ impl Node for CausalConv1d {
     }
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if run.args[0].device().is_cuda() {
+            return cuda::backward(self, run, grads);
+        }
         let args = &run.args;
         let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
         let zeros = |grad: &Option<Tensor>, shape: (usize, usize, usize)| match grad {

@@ -1,6 +1,8 @@
 //! The delta rule, gated delta rule and gated delta product: a matrix state that is erased and rewritten
 //! along one key at a time.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
@@ -26,7 +28,7 @@ const NAME: &str = "gated_delta_rule";
 /// | `state` | [B, H, K, V] | before the first token; none: zeros |
 ///
 /// Returns the outputs [B, T, H, V] and the final state [B, H, K, V]. All arguments share one dtype, f32
-/// or f64. With row vectors, one head and one token:
+/// or f64; on a GPU `q`, `k` and `v` may be bf16 and the others are f32. With row vectors, one head and one token:
 ///
 /// ```text
 /// S ← exp(g) S                        once per token, before its first step
@@ -36,8 +38,8 @@ const NAME: &str = "gated_delta_rule";
 ///
 /// n = 1 without `g` is DeltaNet (Yang et al. 2024, arXiv:2406.06484, eq. 3), with `g` Gated DeltaNet
 /// (Yang et al. 2025, arXiv:2412.06464, eq. 10), n > 1 DeltaProduct (Siems et al. 2025,
-/// arXiv:2502.10297, section 3). Every argument is differentiable. The forward pass is strictly
-/// sequential: a sequence fed in pieces gives the same bits as in one.
+/// arXiv:2502.10297, section 3). Every argument is differentiable. On a CPU the forward pass
+/// is strictly sequential: a sequence fed in pieces gives the same bits as in one.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.
@@ -127,6 +129,10 @@ impl Node for GatedDeltaRule {
     }
 
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(self, args, save);
+        }
         let Dims { batch, steps, heads, key, value, .. } = self.dims(args)?;
         dispatch!(args[0].dtype(), F => {
             let DeltaForward::<F> { o, state, checkpoints } =
@@ -145,6 +151,10 @@ impl Node for GatedDeltaRule {
     }
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if run.args[0].device().is_cuda() {
+            return cuda::backward(self, run, grads);
+        }
         let args = &run.args;
         let Dims { batch, steps, heads, key, value, .. } = self.dims(args)?;
         let d_o = grad_or_zeros(&grads[0], &[batch, steps, heads, value], &args[0])?;

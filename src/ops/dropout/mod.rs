@@ -1,5 +1,8 @@
 //! Dropout whose mask is a function of position.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use candle_core::{Device, Result, Tensor};
 
 use super::philox::{philox4x32, unit_f32};
@@ -30,6 +33,12 @@ impl Dropout {
             candle_core::bail!("dropout: p must be in [0, 1), got {}", self.p)
         }
         Ok(())
+    }
+
+    /// The key in the memory of a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device_key(&self, gpu: &crate::cuda::Gpu) -> Result<Tensor> {
+        Tensor::new(&self.key, &gpu.device())
     }
 
     /// The factors of one row: 0 or 1/(1−p).
@@ -72,6 +81,10 @@ impl Node for Dropout {
     }
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::apply(self, &args[0])?], saved: vec![] });
+        }
         let (_, steps, width) = args[0].dims3()?;
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0]);
@@ -82,6 +95,10 @@ impl Node for Dropout {
 
     fn backward(&self, _: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let Some(dy) = &grads[0] else { return Ok(vec![None]) };
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return Ok(vec![Some(cuda::apply(self, dy)?.into_tensor())]);
+        }
         let (_, steps, width) = dy.dims3()?;
         dispatch!(dy.dtype(), F => {
             slices!(F; grad = dy);

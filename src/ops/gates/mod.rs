@@ -1,5 +1,8 @@
 //! Gates of the recurrences: what turns a projection into a decay or a write strength.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
@@ -72,6 +75,10 @@ impl Node for Elementwise {
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
         let x = &args[0];
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(Forward { outputs: vec![self.forward_cuda(x)?], saved: vec![] });
+        }
         let value = dispatch!(x.dtype(), F => {
             slices!(F; data = x);
             let y: Vec<F> = match *self {
@@ -91,6 +98,10 @@ impl Node for Elementwise {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (x, Some(grad)) = (&run.args[0], &grads[0]) else { return Ok(vec![None]) };
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(vec![Some(self.backward_cuda(x, grad)?)]);
+        }
         dispatch!(x.dtype(), F => {
             slices!(F; data = x, grad = grad);
             let slope: Vec<F> = match *self {
@@ -128,6 +139,10 @@ impl Node for DecayGate {
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
         let heads = Self::heads(args)?;
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::decay_gate(args, heads)?], saved: vec![] });
+        }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; a = &args[0], a_log = &args[1], dt_bias = &args[2]);
             let rates: Vec<F> = a_log.iter().map(|a| -a.exp()).collect();
@@ -148,6 +163,10 @@ impl Node for DecayGate {
         let args = &run.args;
         let heads = Self::heads(args)?;
         let Some(dg) = &grads[0] else { return Ok(vec![None, None, None]) };
+        #[cfg(feature = "cuda")]
+        if dg.device().is_cuda() {
+            return cuda::decay_gate_backward(run, heads, dg);
+        }
         dispatch!(args[0].dtype(), F => {
             slices!(F; a = &args[0], a_log = &args[1], dt_bias = &args[2], dg = dg);
             let rates: Vec<F> = a_log.iter().map(|a| -a.exp()).collect();

@@ -1,5 +1,8 @@
 //! Vectors of length one, as the delta rule wants its keys.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Device, Result, Tensor};
 
 use super::real::{Real, dot};
@@ -50,6 +53,10 @@ impl Node for L2Norm {
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
         let x = &args[0];
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::run("forward", &[x])?], saved: vec![] });
+        }
         let n = x.dim(candle_core::D::Minus1)?;
         let value = dispatch!(x.dtype(), F => {
             slices!(F; xs = x);
@@ -60,6 +67,10 @@ impl Node for L2Norm {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (x, Some(dy)) = (&run.args[0], &grads[0]) else { return Ok(vec![None]) };
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(vec![Some(cuda::run("backward", &[x, dy])?.into_tensor())]);
+        }
         let n = x.dim(candle_core::D::Minus1)?;
         dispatch!(x.dtype(), F => {
             slices!(F; xs = x, dy = dy);

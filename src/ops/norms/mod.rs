@@ -1,5 +1,7 @@
 //! Normalisation over the last dimension: layer norm, RMS norm, and RMS norm with a gate.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod reference;
 
 use candle_core::{Device, Result, Tensor};
@@ -94,6 +96,10 @@ impl Node for LayerNorm {
     }
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::layer_norm(self, args);
+        }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], b = &args[2]);
             Value::cpu(reference::layer_norm(x, w, b, self.eps), args[0].shape())
@@ -103,6 +109,10 @@ impl Node for LayerNorm {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (args, Some(dy)) = (&run.args, &grads[0]) else { return Ok(vec![None; 3]) };
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return cuda::layer_norm_backward(self, run, dy);
+        }
         dispatch!(dy.dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], dy = dy);
             let (dx, dw, db) = reference::layer_norm_backward(x, w, dy, self.eps);
@@ -128,6 +138,10 @@ impl Node for RmsNorm {
     }
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::rms_norm(self, args);
+        }
         let z = args.get(2).unwrap_or(&args[0]);
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], z = z);
@@ -140,6 +154,10 @@ impl Node for RmsNorm {
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let args = &run.args;
         let Some(dy) = &grads[0] else { return Ok(vec![None; args.len()]) };
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return cuda::rms_norm_backward(self, run, dy);
+        }
         let z = args.get(2).unwrap_or(&args[0]);
         dispatch!(dy.dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], z = z, dy = dy);

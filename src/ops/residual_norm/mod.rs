@@ -1,5 +1,8 @@
 //! The tail of every layer in one pass: residual sum, dropout, layer norm.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Device, Result, Tensor};
 
 use super::dropout::Dropout;
@@ -113,6 +116,10 @@ impl Node for ResidualNorm {
     }
 
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(self, args);
+        }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; branch = &args[0], residual = &args[1], w = &args[2], b = &args[3]);
             Value::cpu(self.run(Input { branch, residual, w }, b), args[0].shape())
@@ -122,6 +129,10 @@ impl Node for ResidualNorm {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (args, Some(dy)) = (&run.args, &grads[0]) else { return Ok(vec![None; 4]) };
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return cuda::backward(self, run, dy);
+        }
         dispatch!(dy.dtype(), F => {
             slices!(F; branch = &args[0], residual = &args[1], w = &args[2], dy = dy);
             let grads = self.run_backward(Input { branch, residual, w }, dy);

@@ -1,5 +1,7 @@
 //! The selective scan: the recurrence of Mamba.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
@@ -25,7 +27,8 @@ const NAME: &str = "selective_scan";
 /// | `delta_bias` | \[D\] | |
 /// | `state` | [B, D, N] | before the first token; none: zeros |
 ///
-/// Returns the outputs [B, T, D] and the final state [B, D, N]. All arguments share one dtype, f32 or f64.
+/// Returns the outputs [B, T, D] and the final state [B, D, N]. All arguments share one dtype, f32 or f64; on a GPU
+/// u, delta, b, c and z are f32 or bf16, and the parameters and states f32.
 /// With Δ = softplus(delta + delta_bias), one channel and one token:
 ///
 /// ```text
@@ -144,6 +147,10 @@ impl Node for SelectiveScanNode {
     }
 
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(self, args, save);
+        }
         let Dims { batch, steps, channels, states } = self.dims(args)?;
         dispatch!(args[0].dtype(), F => {
             let SelectiveScanForward::<F> { y, state, checkpoints } =
@@ -160,6 +167,10 @@ impl Node for SelectiveScanNode {
     }
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if run.args[0].device().is_cuda() {
+            return cuda::backward(self, run, grads);
+        }
         let args = &run.args;
         let Dims { batch, steps, channels, states } = self.dims(args)?;
         let d_y = grad_or_zeros(&grads[0], &[batch, steps, channels], &args[0])?;

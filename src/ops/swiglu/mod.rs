@@ -1,5 +1,8 @@
 //! Gated linear unit with a swish whose slope is trained.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use candle_core::{Device, Result, Tensor};
 
 use super::real::{Real, sigmoid};
@@ -67,6 +70,10 @@ impl Node for SwiGlu {
         let mut shape = args[0].dims().to_vec();
         let n = shape[shape.len() - 1] / 2;
         *shape.last_mut().expect("x has a last dimension") = n;
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::forward(args, &shape)?], saved: vec![] });
+        }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], beta = &args[1]);
             Value::cpu(forward(x, beta[0], n), shape)
@@ -76,6 +83,10 @@ impl Node for SwiGlu {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (args, Some(dy)) = (&run.args, &grads[0]) else { return Ok(vec![None; 2]) };
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return cuda::backward(run, dy);
+        }
         let n = dy.dim(candle_core::D::Minus1)?;
         dispatch!(dy.dtype(), F => {
             slices!(F; x = &args[0], beta = &args[1], dy = dy);

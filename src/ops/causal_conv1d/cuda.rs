@@ -1,0 +1,146 @@
+//! Launching `kernels/causal_conv1d.cu`.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::CausalConv1d;
+use super::reference::Shape;
+use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, suffix};
+use crate::ops::tape::{Forward, Run, Value};
+
+/// Threads of a block.
+const THREADS: usize = 128;
+/// Runs of steps in a block of the backward kernel, one to a warp.
+const WARPS: usize = THREADS / 32;
+/// From so many threads on the longest runs fill a GPU; runs share W − 1 steps, so long ones read less.
+const MANY_THREADS: usize = 1 << 17;
+
+/// How one pass is laid out.
+struct Plan {
+    name: String,
+    /// Channels of a thread.
+    vector: usize,
+    /// Steps of a thread.
+    run: usize,
+    /// Runs of the whole batch.
+    runs: usize,
+}
+
+impl Plan {
+    /// A plan for threads of `vector` channels, if D and the addresses of all rows allow that.
+    fn new(pass: &str, shape: Shape, dtype: DType, vector: usize, rows: &[KernelArg]) -> Result<Self> {
+        let Shape { batch, steps, width, taps } = shape;
+        if taps > 8 || steps == 0 {
+            candle_core::bail!(
+                "causal_conv1d on a GPU: at most 8 taps and at least one step, got {taps} and {steps}"
+            )
+        }
+        let aligned = |row: &KernelArg| !matches!(row, KernelArg::Ptr(at) if at % 16 != 0);
+        let fits = taps <= 4 && width.is_multiple_of(vector) && rows.iter().all(aligned);
+        let vector = if fits { vector } else { 1 };
+        let long = batch * steps.div_ceil(32) * (width / vector) >= MANY_THREADS;
+        let run = steps.div_ceil(steps.div_ceil(if long { 32 } else { 16 })).next_multiple_of(4);
+        let padded = if taps <= 4 { 4 } else { 8 };
+        let name = format!("causal_conv1d_{pass}_w{padded}_v{vector}_{}", suffix(dtype)?);
+        Ok(Self { name, vector, run, runs: batch * steps.div_ceil(run) })
+    }
+
+    /// What ends the arguments of both kernels.
+    fn sizes(&self, shape: Shape) -> [KernelArg; 5] {
+        [shape.batch, shape.steps, shape.width, shape.taps, self.run].map(KernelArg::from)
+    }
+}
+
+impl CausalConv1d {
+    /// x, the weight, the bias and the state: what begins the arguments of both kernels.
+    fn inputs(&self, gpu: &Gpu, args: &[Tensor]) -> Result<[KernelArg; 4]> {
+        let optional = |place: Option<usize>| gpu.ptr_or_null(place.map(|i| &args[i]));
+        if let Some(state) = self.state.map(|i| &args[i])
+            && state.dtype() != args[0].dtype()
+        {
+            candle_core::bail!("causal_conv1d: x is {:?} and the state {:?}", args[0].dtype(), state.dtype())
+        }
+        Ok([gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, optional(self.bias)?, optional(self.state)?])
+    }
+}
+
+pub fn forward(node: &CausalConv1d, args: &[Tensor]) -> Result<Forward> {
+    let Shape { batch, steps, width, taps } = node.shape;
+    let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
+    let y = gpu.empty((batch, steps, width), dtype)?;
+    let state = gpu.empty((batch, taps - 1, width), dtype)?;
+    let mut params = node.inputs(&gpu, args)?.to_vec();
+    params.extend([gpu.of_value(&y)?, gpu.of_value(&state)?]);
+    let rows = [params[0], params[3], params[4]];
+    let plan = Plan::new("forward", node.shape, dtype, 16 / dtype.size_in_bytes(), &rows)?;
+    params.extend(plan.sizes(node.shape));
+    let launch = Launch::new((plan.runs * (width / plan.vector)).div_ceil(THREADS), THREADS as u32);
+    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, launch, &params)?;
+    Ok(Forward { outputs: vec![y, state], saved: vec![] })
+}
+
+/// The gradients of all arguments, from those of y and of the final state.
+pub fn backward(node: &CausalConv1d, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+    let (shape, args) = (node.shape, &run.args);
+    let Shape { batch, steps, width, taps } = shape;
+    let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
+    let dy = match &grads[0] {
+        Some(dy) => dy.contiguous()?,
+        None => gpu.zeros((batch, steps, width), dtype)?.into_tensor(),
+    };
+    let dfinal = grads[1].as_ref().map(Tensor::contiguous).transpose()?;
+    let dx = gpu.empty((batch, steps, width), dtype)?.into_tensor();
+    let dstate = match node.state {
+        Some(i) if run.needs[i] => Some(gpu.empty(args[i].shape(), dtype)?.into_tensor()),
+        _ => None,
+    };
+
+    let mut params = node.inputs(&gpu, args)?.to_vec();
+    params.extend([gpu.ptr(&dy)?, gpu.ptr_or_null(dfinal.as_ref())?, gpu.ptr(&dx)?]);
+    params.push(gpu.ptr_or_null(dstate.as_ref())?);
+    let rows = [params[0], params[3], params[4], params[5]];
+    let plan = Plan::new("backward", shape, dtype, 4, &rows)?;
+    let slabs = plan.runs.div_ceil(WARPS);
+    let partial = gpu.empty((slabs, taps + 1, width), DType::F32)?;
+    params.push(gpu.of_value(&partial)?);
+    params.extend(plan.sizes(shape));
+    let launch = Launch::grid(width.div_ceil(32 * plan.vector), slabs, 1, THREADS as u32);
+    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, launch, &params)?;
+
+    let (dweight, dbias) = weight_sums(node, &gpu, run, &partial, slabs)?;
+    let mut out = vec![Some(dx), dweight];
+    out.extend(node.bias.map(|_| dbias));
+    out.extend(node.state.map(|_| dstate));
+    Ok(out)
+}
+
+/// The gradients of the weight and the bias from the slabs of sums: added to a parameter's own, else new.
+fn weight_sums(
+    node: &CausalConv1d,
+    gpu: &Gpu,
+    run: &Run,
+    partial: &Value,
+    slabs: usize,
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let target = |i: usize| -> Result<(KernelArg, bool, Option<Tensor>)> {
+        match &run.params[i] {
+            _ if !run.needs[i] => Ok((NULL, false, None)),
+            Some(param) => Ok((gpu.ptr(&param.grad())?, true, None)),
+            None => {
+                let new = gpu.empty(run.args[i].shape(), DType::F32)?.into_tensor();
+                Ok((gpu.ptr(&new)?, false, Some(new)))
+            }
+        }
+    };
+    let (weight, add_weight, dweight) = target(1)?;
+    let (bias, add_bias, dbias) = match node.bias {
+        Some(i) => target(i)?,
+        None => (NULL, false, None),
+    };
+    let Shape { width, taps, .. } = node.shape;
+    let add = i32::from(add_weight) | i32::from(add_bias) << 1;
+    let args =
+        [gpu.of_value(partial)?, weight, bias, slabs.into(), width.into(), taps.into(), KernelArg::from(add)];
+    let launch = Launch::new((width * (taps + 1)).div_ceil(32), 1024);
+    gpu.launch(&kernels::CAUSAL_CONV1D, "causal_conv1d_sums", launch, &args)?;
+    Ok((dweight, dbias))
+}
