@@ -688,12 +688,17 @@ fn global_norm_case(size: &Size) -> Case {
     Case {
         tokens: n,
         inputs: vec![exact("grad", Draw::of(size).normal(&[n], 1.0))],
-        outputs: &["norm"],
+        outputs: &["sum of squares"],
         operations: 2.0 * n as f64,
         backward: 0.0,
         run: Box::new(|x| {
             let [Arg::Tensor(grad)] = x else { candle_core::bail!("global_norm takes one tensor") };
-            Ok(vec![Tensor::new(global_norm(grad)?, &Device::Cpu)?])
+            // On a GPU the sum stays there.
+            #[cfg(feature = "cuda")]
+            if grad.device().is_cuda() {
+                return Ok(vec![crate::ops::optim::cuda::sum_of_squares(grad)?]);
+            }
+            Ok(vec![Tensor::new(&[global_norm(grad)?.powi(2)], &Device::Cpu)?])
         }),
         ..base("global_norm", size, format!("{n}"))
     }

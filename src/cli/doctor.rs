@@ -49,6 +49,9 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
     }
     let device = parse_device(&args.device)?;
     let about = describe(&device)?;
+    if device.is_cpu() {
+        print("checking the f32 path of the CPU against its f64 path")?;
+    }
 
     let begin = std::time::Instant::now();
     let mut list: Vec<Checked> = Vec::new();
@@ -105,15 +108,15 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
 }
 
 /// What `--op` names.
-struct Chosen(Vec<String>);
+pub(super) struct Chosen(Vec<String>);
 
 impl Chosen {
-    fn has(&self, name: &str) -> bool {
+    pub(super) fn has(&self, name: &str) -> bool {
         self.0.is_empty() || self.0.iter().any(|chosen| chosen == name)
     }
 }
 
-fn choose(names: &[String]) -> anyhow::Result<Chosen> {
+pub(super) fn choose(names: &[String]) -> anyhow::Result<Chosen> {
     let ops = OPS.iter().flat_map(|op| [op.name, op.room]);
     let known: Vec<&str> = ops.chain(models::names()).chain(["models", "training"]).collect();
     for name in names {
@@ -137,8 +140,8 @@ fn formats(names: &[String]) -> anyhow::Result<Vec<Route>> {
     Ok(Route::ALL.into_iter().filter(chosen).collect())
 }
 
-/// Prints what is checked, and gives it for the file.
-fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
+/// Prints what the device is, and gives it for the file.
+pub(super) fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
         let about = crate::profile::gpu::describe(device)?;
@@ -167,7 +170,6 @@ fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
     } else if gpu_count() == 0 {
         print("there is no GPU, or no NVIDIA driver for it")?;
     }
-    print("checking the f32 path of the CPU against its f64 path")?;
     Ok(json!({ "name": device_name(device), "threads": rayon::current_num_threads() }))
 }
 
