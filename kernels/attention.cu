@@ -12,11 +12,12 @@
 //                    times scale · log₂ e.
 // attention_dq       the same walk: p = 2^(s−lse), ds = p ⊙ (do vᵀ − delta), dq += ds k. Writes delta first.
 // attention_dkdv     a block has a tile of keys and walks over the queries that see them, with transposed scores:
-//                    dv += pᵀ do, dk += dsᵀ q. Needs delta: runs after attention_dq.
+//                    dv += pᵀ do, dk += dsᵀ q. Needs delta: runs after attention_dq. Wide heads in bf16 have two
+//                    warps to the same keys (backward_kv_pairs).
 //
 // Every warp owns 16·MT rows of the result and has their scores in registers, where they are already laid out as the
-// left operand of the next product; nothing but the operands passes through shared memory. Gradients are sums of one
-// warp in one order, at the price of forming the scores twice. Head dims are padded with zeros to DP, in shared
+// left operand of the next product: but for the pairs, only operands pass through shared memory. Gradients are sums of
+// one warp in one order, at the price of forming the scores twice. Head dims are padded with zeros to DP, in shared
 // memory only. Tiles of keys or queries stream through two buffers by cp.async.
 //
 // Entry points: attention_<forward|dq|dkdv>_<DP>_<bf16|tf32|f32>; grid.x = tiles · B·H, block 32·warps.
@@ -29,6 +30,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+#endif
+}
+
+// Waits for the other warp of a pair.
+__device__ __forceinline__ void pair_barrier(int pair) {
+#ifdef SB_EMULATE
+    emu::named_barrier(1 + pair, 2 * WARP);
+#else
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + pair) : "memory");
 #endif
 }
 
@@ -524,6 +534,162 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
     store_rows<T, LD>(vs + own * LD, dv, ldv, w0, n.keys, n.values, aligned(dv, n.values), acc_v, ones);
 }
 
+// attention_dkdv for wide heads in bf16. A warp's dk and dv of 32 keys do not fit in registers, and with 16 keys a warp
+// reads shared memory more than it multiplies. So two warps share 32 keys: each forms the scores of half of the queries,
+// gives them to the other as bf16, and owns half of the columns of dk and dv.
+template <int DP, class Tile>
+__device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                                  const bf16* dout, const float* delta, bf16* dk, bf16* dv, Sizes n,
+                                                  float scale) {
+    constexpr int LD = DP + Pad<Bf16>::K, MT = 2, BN = Tile::OWN, BM = Tile::OTHER, THREADS = Tile::THREADS;
+    constexpr int HALF = BM / 2, NT = HALF / 8, COLUMNS = DP / 2;
+    static_assert(Tile::MT == 1 && HALF == 32 && COLUMNS % 16 == 0);
+    DYNAMIC_SHARED(shared);
+    bf16* const ks = reinterpret_cast<bf16*>(shared);                 // [BN, LD]
+    bf16* const vs = ks + BN * LD;                                    // [BN, LD]
+    bf16* const qs = vs + BN * LD;                                    // two of [BM, LD]
+    bf16* const dos = qs + 2 * BM * LD;                               // two of [BM, LD]
+    float* const lses = reinterpret_cast<float*>(dos + 2 * BM * LD);  // two of [BM]
+    float* const deltas = lses + 2 * BM;                              // two of [BM]
+    bf16* const given = reinterpret_cast<bf16*>(deltas + 2 * BM);     // per warp [32, HALF], swizzled
+
+    const int tiles = ceil_div(n.keys, BN), bh = blockIdx.x / tiles;
+    const int k0 = BN * (int)(blockIdx.x % tiles), past = n.keys - n.steps;
+    const int pair = warp_id() / 2, side = warp_id() % 2, own = 32 * pair, w0 = k0 + own;
+    q = head_of(q, bh, n.steps, n.heads, n.dim), k = head_of(k, bh, n.keys, n.heads, n.dim);
+    v = head_of(v, bh, n.keys, n.heads, n.values), dout = head_of(dout, bh, n.steps, n.heads, n.values);
+    dk = head_of(dk, bh, n.keys, n.heads, n.dim), dv = head_of(dv, bh, n.keys, n.heads, n.values);
+    lse += (long long)bh * ceil_div(n.steps, 4) * 4, delta += (long long)bh * ceil_div(n.steps, 4) * 4;
+    const int ld = n.heads * n.dim, ldv = n.heads * n.values;
+
+    const int first = (k0 > past ? k0 - past : 0) / BM, blocks = ceil_div(n.steps, BM);
+    Copy<bf16, DP, LD, BM, THREADS> copy_q(q, ld, first * BM, n.steps, n.dim);
+    Copy<bf16, DP, LD, BM, THREADS> copy_do(dout, ldv, first * BM, n.steps, n.values);
+    const auto copy = [&](int block) {
+        const int buffer = block % 2;
+        copy_q(qs + buffer * BM * LD);
+        copy_do(dos + buffer * BM * LD);
+        copy_floats<BM>(lses + buffer * BM, lse, block * BM, n.steps);
+        copy_floats<BM>(deltas + buffer * BM, delta, block * BM, n.steps);
+        cp_async_commit();
+    };
+    Copy<bf16, DP, LD, BN, THREADS>(k, ld, k0, n.keys, n.dim)(ks);
+    Copy<bf16, DP, LD, BN, THREADS>(v, ldv, k0, n.keys, n.values)(vs);
+    copy(first);
+    cp_async_wait<0>();
+    __syncthreads();
+    const Rows<Bf16, DP, LD, MT, false> k_rows(ks + own * LD), v_rows(vs + own * LD);
+
+    float acc_k[MT][COLUMNS / 8][4], acc_v[MT][COLUMNS / 8][4];
+    zero(acc_k);
+    zero(acc_v);
+    const int l8 = lane_id() % 8, up = lane_id() / 8 % 2 * 8, half = lane_id() / 16 * 8;
+    // acc += (32 x BM, of which this warp has `x` and the other gives the rest) (BM rows of t, this warp's columns)
+    const auto multiply = [&](float (&acc)[MT][COLUMNS / 8][4], const float (&x)[MT][NT][4], const bf16* t) {
+        t += (l8 + up) * LD + side * COLUMNS + half;
+        const auto step = [&](const uint32_t (&a)[MT][4], const bf16* rows) {
+#pragma unroll
+            for (int j = 0; j < COLUMNS / 8; j += 2) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, rows + 8 * j);
+                const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+#pragma unroll
+                for (int i = 0; i < MT; i++) {
+                    mma_bf16(acc[i][j], a[i], b0);
+                    mma_bf16(acc[i][j + 1], a[i], b1);
+                }
+            }
+        };
+        // Rows of 64 bytes: the four chunks of two rows share all banks, each pair of rows in another order.
+        const auto chunk = [&](int row, int c) { return row * HALF + (c ^ (row / 2 % 4)) * 8; };
+        bf16* const to = given + warp_id() * 32 * HALF;
+        const bf16* const from = given + (warp_id() ^ 1) * 32 * HALF;
+        uint32_t mine[NT / 2][MT][4], other[NT / 2][MT][4];
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const uint32_t bits = pack_bf16(x[i][j][2 * e], x[i][j][2 * e + 1]);
+                    mine[j / 2][i][j % 2 * 2 + e] = bits;
+                    *reinterpret_cast<uint32_t*>(to + chunk(acc_row(i, 2 * e), j) + acc_col(0, 0)) = bits;
+                }
+        pair_barrier(pair);
+#pragma unroll
+        for (int kt = 0; kt < NT / 2; kt++)
+#pragma unroll
+            for (int i = 0; i < MT; i++) ldmatrix_x4(other[kt][i], from + chunk(16 * i + l8 + up, 2 * kt + half / 8));
+#pragma unroll
+        for (int kt = 0; kt < NT / 2; kt++) step(mine[kt], t + (side * HALF + 16 * kt) * LD);
+#pragma unroll
+        for (int kt = 0; kt < NT / 2; kt++) step(other[kt], t + ((side ^ 1) * HALF + 16 * kt) * LD);
+    };
+
+    const float c = scale * LOG2E;
+    for (int block = first; block < blocks; block++) {
+        cp_async_wait<0>();
+        __syncthreads();
+        if (block + 1 < blocks) copy(block + 1);
+        if (past + block * BM + BM <= w0) continue;  // the same for both warps
+
+        const int q0 = block * BM + side * HALF, buffer = block % 2;
+        const bf16* const qt = qs + buffer * BM * LD;
+        const bf16* const dot = dos + buffer * BM * LD;
+        float p[MT][NT][4], ds[MT][NT][4];
+        zero(p);
+        k_rows.times(p, qt + side * HALF * LD);
+        zero(ds);
+        v_rows.times(ds, dot + side * HALF * LD);
+        if (past + q0 < w0 + 16 * MT - 1 || q0 + HALF > n.steps) {
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int t = q0 + acc_col(j, e);
+                        if (w0 + acc_row(i, e) > past + t || t >= n.steps) p[i][j][e] = -INFINITY;
+                    }
+        }
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            float of_lse[2], of_delta[2];
+            load_vec<2>(lses + buffer * BM + side * HALF + acc_col(j, 0), of_lse);
+            load_vec<2>(deltas + buffer * BM + side * HALF + acc_col(j, 0), of_delta);
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    p[i][j][e] = exp2_fast(fmaf(p[i][j][e], c, -of_lse[e % 2]));
+                    ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - of_delta[e % 2]);
+                }
+        }
+        multiply(acc_v, p, dot);
+        pair_barrier(pair);  // both have read what was given
+        multiply(acc_k, ds, qt);
+    }
+    __syncthreads();  // the other warp reads the same keys
+    const float scales[MT][2] = {{scale, scale}, {scale, scale}}, ones[MT][2] = {{1.f, 1.f}, {1.f, 1.f}};
+    const int at = side * COLUMNS;
+    store_rows<bf16, LD>(ks + own * LD + at, dk + at, ld, w0, n.keys, min(n.dim - at, COLUMNS), aligned(dk, n.dim), acc_k,
+                         scales);
+    store_rows<bf16, LD>(vs + own * LD + at, dv + at, ldv, w0, n.keys, min(n.values - at, COLUMNS), aligned(dv, n.values),
+                         acc_v, ones);
+}
+
+template <class R, int DP, class Tile>
+__device__ __forceinline__ void choose_kv(const typename R::elem* q, const typename R::elem* k,
+                                          const typename R::elem* v, const float* lse, const typename R::elem* dout,
+                                          const float* delta, typename R::elem* dk, typename R::elem* dv, Sizes n,
+                                          float scale) {
+    if constexpr (__is_same(R, Bf16) && DP >= 96) {
+        backward_kv_pairs<DP, Tile>(q, k, v, lse, dout, delta, dk, dv, n, scale);
+    } else {
+        backward_kv<R, DP, Tile>(q, k, v, lse, dout, delta, dk, dv, n, scale);
+    }
+}
+
 // The tiles of src/ops/attention/cuda.rs.
 #define ENTRIES(DP, R, NAME, FORWARD, FORWARD_BLOCKS, DQ, DQ_BLOCKS, DKDV, DKDV_BLOCKS)                                 \
     extern "C" __global__ void __launch_bounds__(FORWARD::THREADS, FORWARD_BLOCKS) attention_forward_##DP##_##NAME(     \
@@ -540,7 +706,7 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
         const R::elem* q, const R::elem* k, const R::elem* v, const float* lse, const R::elem* dout,                    \
         const float* delta, R::elem* dk, R::elem* dv, int steps, int keys, int heads, int dim, int values,              \
         float scale) {                                                                                                 \
-        backward_kv<R, DP, DKDV>(q, k, v, lse, dout, delta, dk, dv, {steps, keys, heads, dim, values}, scale);          \
+        choose_kv<R, DP, DKDV>(q, k, v, lse, dout, delta, dk, dv, {steps, keys, heads, dim, values}, scale);            \
     }
 
 using Wide = Tile<2, 4, 64>;     // 128 rows, 64 of the other side

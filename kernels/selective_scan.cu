@@ -540,11 +540,10 @@ __device__ void backward(const Backward<T>& w) {
                 load_vec<OWN>(scratch + (long long)(job.sub - 1) * size + c * padded + n, h);
         };
         // One step forward of the lane's states.
-        auto step = [&](const float* scalars, const float* b_row, int r, const float (&a)[OWN], float (&decay)[OWN],
+        auto step = [&](const float* scalars, const float (&b)[OWN], const float (&a)[OWN], float (&decay)[OWN],
                         float (&h)[OWN]) {
-            float scalar[2], b[OWN];
-            load_vec<2>(scalars + r * 4, scalar);
-            load_vec<OWN>(b_row + r * OWN, b);
+            float scalar[2];
+            load_vec<2>(scalars, scalar);
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 decay[i] = exp2_approx(scalar[0] * a[i]);
@@ -586,19 +585,35 @@ __device__ void backward(const Backward<T>& w) {
                 for (int tile = 0; tile < w.tiles; tile++) {
                     const int n = tile * columns + lane * OWN;
                     const float* b_row = buffer + b_at + n / OWN * ROW;
-                    for (int k = 0; k < mine; k += side) {
-                        const int c = first_own + k, at = c * padded + n;
-                        const float* scalars = buffer + c * ROW;
-                        float a[OWN], h[OWN], decay[OWN];
-                        load_vec<OWN>(rates + at, a);
-                        if (job.sub == 0)
-                            load_h(job, c, n, h);
-                        else
-                            load_vec<OWN>(h_all + at, h);
+                    // Two channels at a time share the loads of B; the second may be missing.
+                    for (int k = 0; k < mine; k += 2 * side) {
+                        const int pair = k + side < mine ? 2 : 1;
+                        float a[2][OWN], h[2][OWN], decay[OWN], b[OWN];
 #pragma unroll
-                        for (int r = 0; r < SUB; r++) step(scalars, b_row, r, a, decay, h);
-                        store_vec<OWN>(h_all + at, h);
-                        store_vec<OWN>(scratch + (long long)job.sub * size + at, h);
+                        for (int s = 0; s < 2; s++) {
+                            const int c = first_own + k + (s < pair ? s : 0) * side;
+                            load_vec<OWN>(rates + c * padded + n, a[s]);
+                            if (job.sub == 0)
+                                load_h(job, c, n, h[s]);
+                            else
+                                load_vec<OWN>(h_all + c * padded + n, h[s]);
+                        }
+                        const float* scalars[2] = {buffer + (first_own + k) * ROW,
+                                                   buffer + (first_own + k + (pair - 1) * side) * ROW};
+#pragma unroll
+                        for (int r = 0; r < SUB; r++) {
+                            load_vec<OWN>(b_row + r * OWN, b);
+#pragma unroll
+                            for (int s = 0; s < 2; s++) step(scalars[s] + r * 4, b, a[s], decay, h[s]);
+                        }
+#pragma unroll
+                        for (int s = 0; s < 2; s++) {
+                            const int at = (first_own + k + s * side) * padded + n;
+                            if (s < pair) {
+                                store_vec<OWN>(h_all + at, h[s]);
+                                store_vec<OWN>(scratch + (long long)job.sub * size + at, h[s]);
+                            }
+                        }
                     }
                 }
             }
@@ -625,7 +640,9 @@ __device__ void backward(const Backward<T>& w) {
                         for (int r = 0; r < SUB; r++) {
 #pragma unroll
                             for (int i = 0; i < OWN; i++) h[r][i] = r == 0 ? before[i] : h[r - 1][i];
-                            step(scalars, b_row, r, a, decay[r], h[r]);
+                            float b[OWN];
+                            load_vec<OWN>(b_row + r * OWN, b);
+                            step(scalars + r * 4, b, a, decay[r], h[r]);
                         }
 #pragma unroll
                         for (int r = SUB - 1; r >= 0; r--) {

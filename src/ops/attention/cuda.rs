@@ -49,6 +49,11 @@ impl Variant {
         format!("attention_{what}_{}_{}", self.dim, self.route)
     }
 
+    /// Whether the warps of dkdv work in pairs.
+    fn pairs(&self) -> bool {
+        self.route == "bf16" && self.dim >= 96
+    }
+
     fn element(&self) -> usize {
         if self.route == "bf16" { 2 } else { 4 }
     }
@@ -125,10 +130,11 @@ pub fn backward(
     params.extend(sizes(shape, scale));
     gpu.launch(&kernels::ATTENTION, &variant.name("dq"), launch, &params)?;
 
-    // Two numbers per query, lse and delta, of two tiles in f32.
+    // Two numbers per query, lse and delta, of two tiles in f32; warps in pairs give each other scores.
     let tile = &variant.dkdv;
+    let given = if variant.pairs() { 2 * tile.own * tile.other } else { 0 };
     let launch = Launch::new(keys.div_ceil(tile.own) * batch * heads, THREADS)
-        .shared(variant.backward_tiles(tile) + 16 * tile.other);
+        .shared(variant.backward_tiles(tile) + 16 * tile.other + given);
     let mut params = vec![q, k, v, lse, dout, delta, gpu.ptr(&dk)?, gpu.ptr(&dv)?];
     params.extend(sizes(shape, scale));
     gpu.launch(&kernels::ATTENTION, &variant.name("dkdv"), launch, &params)?;

@@ -54,10 +54,18 @@ impl CausalConv1d {
     /// x, the weight, the bias and the state: what begins the arguments of both kernels.
     fn inputs(&self, gpu: &Gpu, args: &[Tensor]) -> Result<[KernelArg; 4]> {
         let optional = |place: Option<usize>| gpu.ptr_or_null(place.map(|i| &args[i]));
-        if let Some(state) = self.state.map(|i| &args[i])
-            && state.dtype() != args[0].dtype()
-        {
-            candle_core::bail!("causal_conv1d: x is {:?} and the state {:?}", args[0].dtype(), state.dtype())
+        let dtype = args[0].dtype();
+        let wanted = [(Some(1), DType::F32), (self.bias, DType::F32), (self.state, dtype)];
+        for (place, wanted) in wanted {
+            if let Some(i) = place
+                && args[i].dtype() != wanted
+            {
+                candle_core::bail!(
+                    "causal_conv1d on a GPU: x is {dtype:?}, the state must be too and the parameters F32; \
+                     argument {i} is {:?}",
+                    args[i].dtype()
+                )
+            }
         }
         Ok([gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, optional(self.bias)?, optional(self.state)?])
     }

@@ -35,12 +35,6 @@ impl Dropout {
         Ok(())
     }
 
-    /// The key in the memory of a GPU.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn device_key(&self, gpu: &crate::cuda::Gpu) -> Result<Tensor> {
-        Tensor::new(&self.key, &gpu.device())
-    }
-
     /// The factors of one row: 0 or 1/(1−p).
     pub(crate) fn factors<F: Real>(&self, b: usize, t: usize, out: &mut [F]) {
         let (keep, p) = (F::of(1.0 / (1.0 - self.p)), self.p as f32);

@@ -229,3 +229,84 @@ impl DeviceSamples {
         Ok(window.valid_steps() > 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::sets_of_samples;
+    use super::*;
+    use crate::task::{BLANK, Batch, PAD};
+
+    fn same(window: &DeviceBatch, expected: &Batch, name: &str) {
+        let shape = (expected.batch, expected.steps);
+        for (got, want) in [
+            (&window.ids, &expected.symbols),
+            (&window.labels, &expected.labels),
+            (&window.element, &expected.element),
+        ] {
+            assert_eq!(got.dims2().unwrap(), shape, "{name}");
+            assert_eq!(&got.flatten_all().unwrap().to_vec1::<u32>().unwrap(), want, "{name}");
+        }
+        assert_eq!(window.lengths, expected.lengths, "{name}");
+        assert_eq!((window.elements, window.first), (expected.elements, expected.first), "{name}");
+        assert_eq!(window.dense.is_some(), expected.noise.is_some(), "{name}");
+        if let Some(dense) = &window.dense {
+            let want = Tensor::from_vec(expected.dense(), dense.shape(), &Device::Cpu).unwrap();
+            let want = want.to_dtype(dense.dtype()).unwrap();
+            let bits = |x: &Tensor| {
+                let x = x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+                x.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            assert_eq!(bits(dense), bits(&want), "{name}");
+        }
+    }
+
+    #[test]
+    fn windows_on_the_gpu_are_those_of_the_cpu() {
+        let Ok(device) = Device::new_cuda(0) else {
+            eprintln!("skipped: no GPU");
+            return;
+        };
+        crate::cuda::poison(true);
+        for (name, samples) in sets_of_samples() {
+            for (dtype, len) in [(DType::F32, 9), (DType::BF16, 9), (DType::F32, 1000)] {
+                let mut expected = samples();
+                let mut windows =
+                    DeviceSamples::upload(samples().compact().unwrap(), dtype, &device).unwrap();
+                let labels = windows.element_labels().unwrap().to_vec2::<u32>().unwrap();
+                let mut from_windows = vec![vec![PAD; expected.elements()]; labels.len()];
+                while let Some(batch) = expected.next_window(len) {
+                    let window = windows.next_window(len).unwrap().unwrap();
+                    same(&window, &batch, name);
+                    same(&window.rows(2..5).unwrap(), &batch.rows(2..5), name);
+                    for (i, &element) in batch.element.iter().enumerate().filter(|(_, e)| **e != PAD) {
+                        from_windows[i / batch.steps][element as usize] = batch.labels[i];
+                    }
+                }
+                assert!(windows.next_window(len).unwrap().is_none());
+                assert_eq!(labels, from_windows);
+            }
+            // Into tensors that were there before, longer than the samples: padding follows.
+            let compact = samples().compact().unwrap();
+            let dense = compact.noisy().then_some(DType::F32);
+            let (steps, elements, features) = (compact.steps() + 3, compact.elements(), compact.features());
+            let mut window =
+                DeviceBatch::empty(&device, (compact.batch(), steps), elements, features, dense).unwrap();
+            let mut windows = DeviceSamples::upload(compact, DType::F32, &device).unwrap();
+            assert!(windows.fill(&mut window).unwrap());
+            let mut batch = samples().into_batch();
+            let pad = |x: &[u32], with: u32| -> Vec<u32> {
+                x.chunks(steps - 3).flat_map(|row| row.iter().copied().chain([with; 3])).collect()
+            };
+            batch.symbols = pad(&batch.symbols, BLANK);
+            batch.labels = pad(&batch.labels, 0);
+            batch.element = pad(&batch.element, PAD);
+            batch.noise = batch.noise.map(|noise| {
+                let rows = noise.chunks((steps - 3) * features);
+                rows.flat_map(|row| row.iter().copied().chain(vec![0.0; 3 * features])).collect()
+            });
+            batch.steps = steps;
+            same(&window, &batch, name);
+            assert!(!windows.fill(&mut window).unwrap());
+        }
+    }
+}

@@ -169,7 +169,7 @@ impl Compact {
 mod tests {
     use super::*;
     use crate::config::load::parse;
-    use crate::task::{BLANK, PAD, Part, Task};
+    use crate::task::{BLANK, PAD, Part, Samples, Task};
 
     /// Symbol, label and element of step `at` of sample `b`, found as the kernel finds them.
     fn step(compact: &Compact, b: usize, at: usize) -> [u32; 3] {
@@ -188,22 +188,31 @@ mod tests {
         [symbol, elements[total + element], element as u32]
     }
 
-    #[test]
-    fn packed_samples_hold_what_windows_show() {
-        for sets in [
+    /// Samples with blanks and with distractors, with noise by position, in sequence, and without; and what
+    /// they were set up with.
+    pub(super) fn sets_of_samples() -> impl Iterator<Item = (&'static str, impl Fn() -> Samples)> {
+        const TEXT: &str = "
+seed: 3
+task: {preset: task2, ambiguities: 4, depth: 3, length: 12}
+model: {name: gla, layers: 1, width: 16}";
+        [
             "task.preset=task2 task.noise=0.2",
             "task.preset=task3 task.gap.start=2 task.gap.probability=0.6 task.gap.high=0.3",
             "task.preset=task1_complexity task.split=as-released",
             "task.preset=task2 task.noise=0.2 task.split=as-released",
-        ] {
-            let text = "
-seed: 3
-task: {preset: task2, ambiguities: 4, depth: 3, length: 12}
-model: {name: gla, layers: 1, width: 16}";
-            let sets: Vec<String> = sets.split(' ').map(String::from).collect();
-            let config = parse(text, "test", &sets).unwrap();
+        ]
+        .into_iter()
+        .map(|sets| {
+            let list: Vec<String> = sets.split(' ').map(String::from).collect();
+            let config = parse(TEXT, "test", &list).unwrap();
             let task = Task::new(&config.task, config.seed).unwrap();
-            let samples = || task.samples(Part::Train, 5, 7, None).unwrap();
+            (sets, move || task.samples(Part::Train, 5, 7, None).unwrap())
+        })
+    }
+
+    #[test]
+    fn packed_samples_hold_what_windows_show() {
+        for (sets, samples) in sets_of_samples() {
             let (mut windows, mut compact) = (samples(), samples().compact().unwrap());
             assert_eq!((compact.steps(), compact.lengths()), (windows.steps(), windows.lengths()));
             assert_eq!((compact.elements(), compact.first()), (windows.elements(), 5));
@@ -222,7 +231,7 @@ model: {name: gla, layers: 1, width: 16}";
                 }
                 at += window.steps;
             }
-            assert_eq!(distractors > 0, sets[0] == "task.preset=task3");
+            assert_eq!(distractors > 0, sets.starts_with("task.preset=task3"));
         }
     }
 }

@@ -4,11 +4,12 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Result, Tensor};
 
-use super::check_decoder;
 use super::cuda::{Ballot, BiasSums, DeviceTargets, Totals, stride};
+use super::{HeadOutput, Targets, check_decoder};
 use crate::cuda::Gpu;
 use crate::ops::linear::cuda::{Mat, gemm, scale};
 use crate::ops::tape::{Arg, Forward, Node, Run, apply};
+use crate::ops::upload::upload;
 
 /// Steps whose logits exist at the same time, about: at 1,601 classes they just fit the cache of an H100.
 const ROWS_AT_ONCE: usize = 8192;
@@ -33,6 +34,28 @@ pub fn head_cross_entropy(
     let loss = apply(node, &[x, weight, bias])?.remove(0);
     let totals = totals.lock().expect("no task of this op has panicked").take();
     Ok((loss, totals.expect("the forward pass left them")))
+}
+
+/// [`super::head_cross_entropy`] with its targets sent to the GPU and its results read back.
+pub(super) fn from_host(
+    x: Arg,
+    weight: Arg,
+    bias: Arg,
+    targets: &Targets,
+    denominator: f64,
+) -> Result<HeadOutput> {
+    let (Arg::Tensor(tensor) | Arg::View(tensor, _)) = &x else {
+        candle_core::bail!("head: x is a parameter")
+    };
+    let (gpu, shape) = (Gpu::of(tensor)?, (targets.batch, targets.steps));
+    let labels = upload(&gpu, &targets.labels, shape)?;
+    let element = upload(&gpu, &targets.element, shape)?;
+    let factor = upload(&gpu, &[(1.0 / denominator) as f32], 1)?;
+    let on_device = Arc::new(DeviceTargets { labels, element });
+    let (loss, totals) = head_cross_entropy(x, weight, bias, &on_device, targets.elements, &factor)?;
+    let votes = totals.votes.flatten_all()?.to_vec1()?;
+    let loss_sum = totals.loss_sum.to_vec1::<f64>()?[0];
+    Ok(HeadOutput { loss, votes, loss_sum })
 }
 
 /// Votes and losses of sequences that come in pieces along time, on a GPU.

@@ -81,6 +81,12 @@ pub fn head_cross_entropy(
     let (x, weight, bias) = (x.into(), weight.into(), bias.into());
     let classes = check_decoder(&x.shape(), &weight.shape(), &bias.shape())?;
     targets.check(x.shape().dims(), classes)?;
+    #[cfg(feature = "cuda")]
+    if let Arg::Tensor(tensor) | Arg::View(tensor, _) = &x
+        && tensor.device().is_cuda()
+    {
+        return device::from_host(x.clone(), weight, bias, targets, denominator);
+    }
     let vote = Arc::new(Mutex::new(Vote::new(targets.batch, classes)));
     let node = Head { targets: targets.clone(), denominator, vote: vote.clone() };
     let loss = apply(node, &[x, weight, bias])?.remove(0);

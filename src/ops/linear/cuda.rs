@@ -183,7 +183,7 @@ pub(super) fn backward(run: &Run, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
     }
     if run.needs.get(2) == Some(&true) {
         let into = run.params[2].as_ref().map(|param| param.grad());
-        grads[2] = column_sums(&gpu, dy, outputs, into.as_ref())?;
+        grads[2] = column_sums(&gpu, dy, into.as_ref())?;
     }
     Ok(grads)
 }

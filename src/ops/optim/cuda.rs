@@ -133,3 +133,66 @@ fn launch(
         ],
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{clip_scale, global_norm};
+    use super::*;
+
+    #[test]
+    fn updates_have_the_bits_of_the_cpu() {
+        let Ok(device) = Device::new_cuda(0) else {
+            eprintln!("skipped: no GPU");
+            return;
+        };
+        crate::cuda::poison(true);
+        let list = |x: &Tensor| {
+            x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap()
+        };
+        for (n, decoupled) in [(1, false), (1023, true), (100_003, false), (100_003, true)] {
+            let wave = |a: f64, b: f64| -> Tensor {
+                let x: Vec<f32> = (0..n).map(|i| (a * (b * i as f64).sin()) as f32).collect();
+                Tensor::from_vec(x, n, &Device::Cpu).unwrap()
+            };
+            let cpu = [wave(1.0, 1.3), wave(3.0, 0.7), wave(0.1, 2.1), wave(0.1, 1.1).sqr().unwrap()];
+            let there: Vec<Tensor> = cpu.iter().map(|x| x.to_device(&device).unwrap()).collect();
+            let shadow = there[0].to_dtype(DType::BF16).unwrap();
+            let norm = global_norm(&cpu[1]).unwrap();
+            assert!((global_norm(&there[1]).unwrap() / norm - 1.0).abs() < 1e-13);
+            let step = AdamStep {
+                lr: 1e-2,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                decoupled,
+                step: 3,
+                grad_scale: clip_scale(norm, 1.0),
+            };
+            let adam = DeviceAdam::new(step, 1.0, &device).unwrap();
+            adam.set_step(1e-2, 3).unwrap();
+            let flat =
+                Flat { value: &there[0], grad: &there[1], m: &there[2], v: &there[3], shadow: Some(&shadow) };
+            let one = |x: f32| Tensor::new(&[x], &device).unwrap();
+            let squares = sum_of_squares(&there[1]).unwrap();
+            let infinite = Tensor::new(&[f64::INFINITY], &device).unwrap();
+            adam.apply(&flat, &squares, &one(f32::NAN)).unwrap();
+            adam.apply(&flat, &infinite, &one(1.0)).unwrap();
+            for (x, y) in cpu.iter().zip(&there) {
+                assert_eq!(list(x), list(y), "nothing is touched");
+            }
+            adam.apply(&flat, &squares, &one(1.0)).unwrap();
+            step.apply(&cpu[0], &cpu[1], &cpu[2], &cpu[3]).unwrap();
+            for (x, y) in cpu.iter().zip(&there) {
+                assert_eq!(list(x), list(y));
+            }
+            assert_eq!(list(&shadow), list(&cpu[0].to_dtype(DType::BF16).unwrap()));
+            // Without clipping on the GPU.
+            step.apply(&there[0], &there[1], &there[2], &there[3]).unwrap();
+            step.apply(&cpu[0], &cpu[1], &cpu[2], &cpu[3]).unwrap();
+            for (x, y) in cpu.iter().zip(&there) {
+                assert_eq!(list(x), list(y));
+            }
+        }
+    }
+}

@@ -4,15 +4,15 @@ use candle_core::{DType, Result, Tensor};
 
 use super::ResidualNorm;
 use crate::cuda::{Gpu, KernelArg, NULL, kernels};
-use crate::ops::dropout::cuda::MaskArgs;
+use crate::ops::dropout::cuda::mask_args;
 use crate::ops::rows::cuda::{Teams, parameter_sums};
 use crate::ops::tape::{Forward, Run};
 
 impl ResidualNorm {
     /// What ends the arguments of both kernels.
-    fn tail(&self, teams: &Teams, rows: usize, width: usize, mask: &MaskArgs) -> Vec<KernelArg> {
+    fn tail(&self, teams: &Teams, rows: usize, width: usize, mask: [KernelArg; 6]) -> Vec<KernelArg> {
         let mut tail = vec![rows.into(), width.into(), teams.log_lanes(), (self.eps as f32).into()];
-        tail.extend(mask.args(self.steps));
+        tail.extend(mask);
         tail
     }
 }
@@ -34,11 +34,11 @@ pub fn forward(node: &ResidualNorm, args: &[Tensor]) -> Result<Forward> {
     let width = args[2].elem_count();
     let rows = args[0].elem_count() / width.max(1);
     let y = gpu.empty(args[0].shape(), dtype)?;
-    let mask = MaskArgs::new(&gpu, node.dropout.as_ref())?;
+    let mask = mask_args(&gpu, node.dropout.as_ref(), node.steps)?;
     let mut list = args.iter().map(|arg| gpu.ptr(arg)).collect::<Result<Vec<_>>>()?;
     list.push(gpu.of_value(&y)?);
     let teams = Teams::new(width, dtype, &list)?;
-    list.extend(node.tail(&teams, rows, width, &mask));
+    list.extend(node.tail(&teams, rows, width, mask));
     let name = teams.name("residual_norm_forward");
     gpu.launch(&kernels::RESIDUAL_NORM, &name, teams.map(&gpu, rows), &list)?;
     Ok(Forward { outputs: vec![y], saved: vec![] })
@@ -52,7 +52,7 @@ pub fn backward(node: &ResidualNorm, run: &Run, dy: &Tensor) -> Result<Vec<Optio
     // Without dropout both gradients are the same.
     let masked = node.dropout.is_some() && run.needs[0];
     let dbranch = if masked { Some(gpu.empty(dy.shape(), dtype)?.into_tensor()) } else { None };
-    let mask = MaskArgs::new(&gpu, node.dropout.as_ref())?;
+    let mask = mask_args(&gpu, node.dropout.as_ref(), node.steps)?;
     let mut list = vec![
         gpu.ptr(&args[0])?,
         gpu.ptr(&args[1])?,
@@ -66,7 +66,7 @@ pub fn backward(node: &ResidualNorm, run: &Run, dy: &Tensor) -> Result<Vec<Optio
     let slabs = launch.grid.0 as usize;
     let partial = gpu.empty((slabs, 2, width), DType::F32)?;
     list.push(gpu.of_value(&partial)?);
-    list.extend(node.tail(&teams, rows, width, &mask));
+    list.extend(node.tail(&teams, rows, width, mask));
     gpu.launch(&kernels::RESIDUAL_NORM, &teams.name("residual_norm_backward"), launch, &list)?;
     let parameters = parameter_sums(&gpu, run, &partial, slabs, &[2, 3])?;
     let dbranch = if masked { dbranch } else { Some(dresidual.clone()) };
