@@ -6,6 +6,7 @@
 
 mod case;
 pub mod cases;
+mod loss;
 pub mod models;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
