@@ -204,7 +204,7 @@ pub fn backward(
     for value in [&d_a_log, &d_d, &d_dt_bias] {
         args.push(gpu.of_value(value)?);
     }
-    args.extend([(batch * plan.chunks).into(), heads.into()]);
+    args.extend([KernelArg::from(batch * plan.chunks), heads.into()]);
     gpu.launch(&kernels::SSD, "ssd_params", Launch::grid(heads, 3, 1, 256), &args)?;
     let grads = [dx, d_dt, d_a_log, db, dc, d_d, d_dt_bias, d_initial];
     Ok(grads.into_iter().map(Value::into_tensor).collect())
