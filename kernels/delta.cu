@@ -417,6 +417,7 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
     const int cols = min(VS * WV, values - v0);
     const int warp = warp_id() % 4, col0 = warp_id() / 4 * VS, low = 16 * warp + lane_id() / 4;
     const int token_pad = ceil_div(per, 16) * 16;
+    const bool few = per <= 16;
     const long long first = (long long)group * chunks;
     const long long ldk = (long long)heads * keys, ldv = (long long)heads * values;
 
@@ -486,18 +487,20 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
                 }
             }
         }
-        // P and what the outputs read from S0.
-        const bool reads = 16 * warp < at.tokens;
+        // P and what the outputs read from S0. At most 16 tokens: every warp has all of them and 16 columns.
+        const bool reads = few || 16 * warp < at.tokens;
+        const int row_q = few ? 0 : 16 * warp, end_q = (row_q + lane_id() / 4 + 1) * n;
         Kept<R, 8> kept;
         float out[1][8][4];
+        float(&narrow)[1][2][4] = reinterpret_cast<float(&)[1][2][4]>(out[0][0]);
         zero(out);
         if (reads) {
             float p[1][8][4];
             zero(p);
-            warp_gemm<R, AlongK, AlongK, 1, 8>(p, sq + 16 * warp * lk, lk, kc, lk, KM);
+            warp_gemm<R, AlongK, AlongK, 1, 8>(p, sq + row_q * lk, lk, kc, lk, KM);
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
-                const int end = (low + 4 * e + 1) * n;
+                const int end = end_q + 4 * e * n;
                 const float bt = b[min(end, C) - 1];
 #pragma unroll
                 for (int j = 0; j < 8; j++)
@@ -508,8 +511,9 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
                     }
             }
             keep(kept, p);
-            warp_gemm<R, AlongK, AlongMN, 1, 8>(out, sq + 16 * warp * lk, lk, ss + col0, lv, KM);
-            scale_rows<8>(out, decay(b[min((low + 1) * n, C) - 1]), decay(b[min((low + 9) * n, C) - 1]));
+            if (few) warp_gemm<R, AlongK, AlongMN, 1, 2>(narrow, sq, lk, ss + col0 + 16 * warp, lv, KM);
+            else warp_gemm<R, AlongK, AlongMN, 1, 8>(out, sq + row_q * lk, lk, ss + col0, lv, KM);
+            scale_rows<8>(out, decay(b[min(end_q, C) - 1]), decay(b[min(end_q + 8 * n, C) - 1]));
         }
         __syncthreads();
         if (c + 1 < chunks) fetch_q(c + 1);
@@ -529,14 +533,17 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
         if (vh_kept) put<VS * WV>(vh_kept + (first + c) * C * values + v0, values, sh, lv, C, cols);
 
         if (reads) {
-            gemm_kept<R, 8, 8>(out, kept, sh + col0, lv);
+            if (few) gemm_kept<R, 8, 2>(narrow, kept, sh + col0 + 16 * warp, lv);
+            else gemm_kept<R, 8, 8>(out, kept, sh + col0, lv);
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
-                const int r = low + 4 * e;
+                const int r = row_q + lane_id() / 4 + 4 * e;
                 T* to = o + (at.token + r) * ldv + (long long)head * values + v0;
 #pragma unroll
                 for (int j = 0; j < 8; j += 2)
-                    put_tiles(to, r < at.tokens, col0 + 8 * j, cols, values, out[0][j], out[0][j + 1], e, scale);
+                    if (j == 0 || !few)
+                        put_tiles(to, r < at.tokens, col0 + (few ? 16 * warp : 8 * j), cols, values, out[0][j],
+                                  out[0][j + 1], e, scale);
             }
         }
         const float all = decay(b[C - 1]);
