@@ -768,7 +768,7 @@ fn conv_case(size: &Size) -> Case {
     }
     let bias = inputs.len() > 2;
     if stateful {
-        inputs.push(exact("state", draw.normal(&[batch, TAPS - 1, width], 1.0)));
+        inputs.push(activation("state", draw.normal(&[batch, TAPS - 1, width], 1.0)));
     }
     Case {
         inputs,

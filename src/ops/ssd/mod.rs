@@ -1,5 +1,7 @@
 //! State space duality: the recurrence of Mamba-2.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
@@ -24,8 +26,8 @@ const NAME: &str = "ssd";
 /// | `dt_bias` | \[H\] | |
 /// | `state` | [B, H, P, N] | before the first token; none: zeros |
 ///
-/// Returns the outputs [B, T, H, P] and the final state [B, H, P, N]. All arguments share one dtype, f32
-/// or f64. With Δ = softplus(dt + dt_bias), one head and one token:
+/// Returns the outputs [B, T, H, P] and the final state [B, H, P, N]. On the CPU all arguments share one dtype,
+/// f32 or f64; on a GPU `x`, `dt`, `b` and `c` are f32 or bf16 like the outputs, the others f32. With Δ = softplus(dt + dt_bias), one head and one token:
 ///
 /// ```text
 /// h ← exp(Δ A) h + Δ x Bᵀ
@@ -33,8 +35,8 @@ const NAME: &str = "ssd";
 /// ```
 ///
 /// Dao and Gu 2024, arXiv:2405.21060, section 7, with the discretisation of Mamba (A exactly, B by an
-/// Euler step). Every argument is differentiable. The forward pass is strictly sequential: a sequence fed
-/// in pieces gives the same bits as in one.
+/// Euler step). Every argument is differentiable. On the CPU the forward pass is strictly sequential: a
+/// sequence fed in pieces gives the same bits as in one.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.
@@ -64,6 +66,7 @@ struct SsdNode {
 }
 
 /// Sizes, checked against every argument.
+#[derive(Clone, Copy)]
 struct Dims {
     batch: usize,
     steps: usize,
@@ -109,7 +112,12 @@ impl Node for SsdNode {
     }
 
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
-        let Dims { batch, steps, heads, dim, states, .. } = self.dims(args)?;
+        let dims = self.dims(args)?;
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(dims, args, save);
+        }
+        let Dims { batch, steps, heads, dim, states, .. } = dims;
         dispatch!(args[0].dtype(), F => {
             let SsdForward::<F> { y, state, checkpoints } = self.with_slices(args, |ssd| ssd.forward(save))?;
             let outputs = vec![
@@ -127,8 +135,14 @@ impl Node for SsdNode {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let args = &run.args;
-        let Dims { batch, steps, heads, dim, states, .. } = self.dims(args)?;
+        let dims = self.dims(args)?;
+        let Dims { batch, steps, heads, dim, states, .. } = dims;
         let d_y = grad_or_zeros(&grads[0], &[batch, steps, heads, dim], &args[0])?;
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            let grads = cuda::backward(dims, args, &run.saved[0], &d_y, grads[1].as_ref())?;
+            return Ok(grads.into_iter().take(args.len()).map(Some).collect());
+        }
         let d_state = grad_or_zeros(&grads[1], &[batch, heads, dim, states], &args[0])?;
         dispatch!(args[0].dtype(), F => {
             slices!(F; checkpoints = &run.saved[0], d_y = &d_y, d_state = &d_state);

@@ -1,0 +1,230 @@
+// What the chunked recurrences (ssd.cu, gla.cu) share: operands of matrix products as fragments in registers, which
+// can be scaled there or taken from accumulators, and tiles of shared memory that are filled in the background.
+//
+// A fragment is one warp's operand for a product over 16 values of k. With g = lane / 4 and t = lane % 4, on every
+// route alike:
+//
+//   A, 16 x 16   element e of 8: row g + 8 (e / 2 % 2), k = 2 t + e % 2 + 8 (e / 4)
+//   B, 16 x 8    element e of 4: k = 2 t + e % 2 + 8 (e / 2), column g
+//
+// An accumulator pair of 16 x 16 (two tiles of 16 x 8) has A's layout; its transpose has B's, twice.
+#pragma once
+#include "mma.cuh"
+
+// Padding of rows in shared memory, in elements: keeps ldmatrix free of bank conflicts for rows of n + PAD elements,
+// n a multiple of 16.
+constexpr int PAD = 8;
+
+// Tokens of a chunk.
+template <class R> constexpr int CHUNK = 32;
+template <> constexpr int CHUNK<Bf16> = 64;
+
+template <class R> struct FragA { float x[8]; };
+template <class R> struct FragB { float x[4]; };
+template <> struct FragA<Bf16> { uint32_t x[4]; };
+template <> struct FragB<Bf16> { uint32_t x[2]; };
+
+template <class R>
+__device__ __forceinline__ void mma(float (&c)[4], const FragA<R>& a, const FragB<R>& b) {
+    if constexpr (__is_same(R, Bf16)) {
+        mma_bf16(c, a.x, b.x);
+    } else {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float fa[4] = {a.x[4 * h], a.x[4 * h + 2], a.x[4 * h + 1], a.x[4 * h + 3]};
+            const float fb[2] = {b.x[2 * h], b.x[2 * h + 1]};
+            mma_float<R>(c, fa, fb);
+        }
+    }
+}
+
+template <class R, Lies L>
+__device__ __forceinline__ FragA<R> load_a(const typename R::elem* p, int ld) {
+    FragA<R> f;
+    const int lane = lane_id();
+    if constexpr (__is_same(R, Bf16)) {
+        const int l8 = lane % 8, up = lane / 8 % 2 * 8, half = lane / 16 * 8;
+        if constexpr (L == AlongK) ldmatrix_x4(f.x, p + (l8 + up) * ld + half);
+        else ldmatrix_x4_trans(f.x, p + (l8 + half) * ld + up);
+    } else {
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const int m = g + 8 * (e / 2 % 2), k = 2 * t + e % 2 + 8 * (e / 4);
+            f.x[e] = L == AlongK ? p[m * ld + k] : p[k * ld + m];
+        }
+    }
+    return f;
+}
+
+// Two fragments: 16 values of k, 16 columns.
+template <class R, Lies L>
+__device__ __forceinline__ void load_b(FragB<R> (&f)[2], const typename R::elem* p, int ld) {
+    const int lane = lane_id();
+    if constexpr (__is_same(R, Bf16)) {
+        const int l8 = lane % 8, up = lane / 8 % 2 * 8, half = lane / 16 * 8;
+        uint32_t r[4];
+        if constexpr (L == AlongK) ldmatrix_x4(r, p + (l8 + half) * ld + up);
+        else ldmatrix_x4_trans(r, p + (l8 + up) * ld + half);
+        f[0].x[0] = r[0], f[0].x[1] = r[1], f[1].x[0] = r[2], f[1].x[1] = r[3];
+    } else {
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int n = 8 * j + g, k = 2 * t + e % 2 + 8 * (e / 2);
+                f[j].x[e] = L == AlongK ? p[n * ld + k] : p[k * ld + n];
+            }
+    }
+}
+
+// Element pairs 2i, 2i+1 of a fragment times (x, y).
+__device__ __forceinline__ void scale_pair(FragA<Bf16>& f, int i, float x, float y) {
+    __nv_bfloat162 v;
+    memcpy(&v, &f.x[i], 4);
+    f.x[i] = pack_bf16(to_f(v.x) * x, to_f(v.y) * y);
+}
+template <class R>
+__device__ __forceinline__ void scale_pair(FragA<R>& f, int i, float x, float y) {
+    f.x[2 * i] *= x;
+    f.x[2 * i + 1] *= y;
+}
+// Column k times w[k]; w aligned to 8 bytes.
+template <class R>
+__device__ __forceinline__ void scale_k(FragA<R>& f, const float* w) {
+    const int t = lane_id() % 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float s[2];
+        load_vec<2>(w + 2 * t + 8 * h, s);
+        scale_pair(f, 2 * h, s[0], s[1]);
+        scale_pair(f, 2 * h + 1, s[0], s[1]);
+    }
+}
+// Row m times w[m].
+template <class R>
+__device__ __forceinline__ void scale_m(FragA<R>& f, const float* w) {
+    const int g = lane_id() / 4;
+    const float low = w[g], high = w[g + 8];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        scale_pair(f, 2 * h, low, low);
+        scale_pair(f, 2 * h + 1, high, high);
+    }
+}
+
+// The accumulators of a block [16 x 16] as the transposed operand B: k along its columns; rows 0-7, rows 8-15.
+template <class R>
+__device__ __forceinline__ void acc_as_b(FragB<R> (&f)[2], const float (&a)[4], const float (&b)[4]) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        if constexpr (__is_same(R, Bf16)) {
+            f[j].x[0] = pack_bf16(a[2 * j], a[2 * j + 1]);
+            f[j].x[1] = pack_bf16(b[2 * j], b[2 * j + 1]);
+        } else {
+            f[j].x[0] = a[2 * j], f[j].x[1] = a[2 * j + 1], f[j].x[2] = b[2 * j], f[j].x[3] = b[2 * j + 1];
+        }
+    }
+}
+
+// Two neighbours of a row.
+__device__ __forceinline__ float2 load2(const float* p) { return make_float2(p[0], p[1]); }
+__device__ __forceinline__ float2 load2(const bf16* p) {
+    const __nv_bfloat162 v = *reinterpret_cast<const __nv_bfloat162*>(p);
+    return make_float2(to_f(v.x), to_f(v.y));
+}
+__device__ __forceinline__ void store2(float* p, float x, float y) { p[0] = x, p[1] = y; }
+__device__ __forceinline__ void store2(bf16* p, float x, float y) {
+    *reinterpret_cast<uint32_t*>(p) = pack_bf16(x, y);
+}
+
+// Sum over the lanes of a row of an accumulator tile, and over those of a column.
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(FULL, x, 1);
+    return x + __shfl_xor_sync(FULL, x, 2);
+}
+__device__ __forceinline__ float col_sum(float x) {
+    x += __shfl_xor_sync(FULL, x, 4);
+    x += __shfl_xor_sync(FULL, x, 8);
+    return x + __shfl_xor_sync(FULL, x, 16);
+}
+
+// exp of what is at most 0 but for rounding.
+__device__ __forceinline__ float exp_neg(float x) { return __expf(fminf(x, 0.f)); }
+
+// Whether rows of `cols` elements at p, ld apart, can be written four (bf16) or two (f32) elements at a time.
+template <class E>
+__device__ __forceinline__ bool can_pair(const E* p, long long ld, int cols) {
+    return reinterpret_cast<size_t>(p) % 8 == 0 && ld % 4 == 0 && cols % 4 == 0;
+}
+
+// Writes an accumulator block of 16 x 16 to memory, as far as `rows` x `cols` go. Whole sectors of 32 bytes: in bf16
+// neighbouring lanes first trade halves, so that each has four elements of one row.
+template <class E>
+__device__ __forceinline__ void store_block(E* p, long long ld, int rows, int cols, const float (&a)[4],
+                                            const float (&b)[4], bool pair) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int r = g + 8 * h;
+        E* row = p + r * ld;
+        if (!pair) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                if (r < rows && 2 * t + e < cols) row[2 * t + e] = from_f<E>(a[2 * h + e]);
+                if (r < rows && 2 * t + 8 + e < cols) row[2 * t + 8 + e] = from_f<E>(b[2 * h + e]);
+            }
+        } else if constexpr (sizeof(E) == 4) {
+            const float lo[2] = {a[2 * h], a[2 * h + 1]}, hi[2] = {b[2 * h], b[2 * h + 1]};
+            if (r < rows && 2 * t < cols) store_vec<2>(row + 2 * t, lo);
+            if (r < rows && 2 * t + 8 < cols) store_vec<2>(row + 2 * t + 8, hi);
+        } else {
+            const uint32_t lo = pack_bf16(a[2 * h], a[2 * h + 1]), hi = pack_bf16(b[2 * h], b[2 * h + 1]);
+            const bool odd = t & 1;
+            const uint32_t got = __shfl_xor_sync(FULL, odd ? lo : hi, 1);
+            const int c = odd ? 2 * t + 6 : 2 * t;
+            if (r < rows && c < cols) *reinterpret_cast<uint2*>(row + c) = odd ? make_uint2(got, hi) : make_uint2(lo, got);
+        }
+    }
+}
+
+// Rows [16 x 8 NT] of a state, the accumulators of one warp, from memory [rows x n] with row stride n; zeros outside or
+// for none.
+template <int NT>
+__device__ __forceinline__ void load_rows(float (&s)[NT][4], const float* p, int rows, int n) {
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int r = acc_row(0, e), c = acc_col(j, e);
+            s[j][e] = p && r < rows && c < n ? p[r * n + c] : 0.f;
+        }
+}
+template <int NT, class E>
+__device__ __forceinline__ void store_rows(const float (&s)[NT][4], E* p, int rows, int n) {
+    const bool pair = can_pair(p, n, n);
+#pragma unroll
+    for (int j = 0; j < NT; j += 2)
+        if (8 * j < n) store_block(p + 8 * j, n, rows, n - 8 * j, s[j], s[j + 1], pair);
+}
+
+// As load_tile, in the background: the tile is there after cp_async_commit, cp_async_wait and a barrier.
+template <class E>
+__device__ __forceinline__ void fetch_tile(E* s, int lds, const E* g, long long ldg, int rows, int cols, int rows_pad,
+                                           int cols_pad) {
+    constexpr int V = 16 / sizeof(E);
+    if (cols % V == 0 && ldg % V == 0 && reinterpret_cast<size_t>(g) % 16 == 0) {
+        const int per_row = cols_pad / V;
+        for (int i = threadIdx.x; i < rows_pad * per_row; i += blockDim.x) {
+            const int r = i / per_row, c = i % per_row * V;
+            const bool inside = r < rows && c < cols;
+            cp_async16(s + r * lds + c, inside ? g + r * ldg + c : g, inside ? 16 : 0);
+        }
+    } else {
+        for (int i = threadIdx.x; i < rows_pad * cols_pad; i += blockDim.x) {
+            const int r = i / cols_pad, c = i % cols_pad;
+            s[r * lds + c] = r < rows && c < cols ? g[r * ldg + c] : from_f<E>(0.f);
+        }
+    }
+}

@@ -1,0 +1,808 @@
+// State space duality, the recurrence of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060, sections 6 and 7), by chunks.
+//
+//   x [B,T,H,P]  dt [B,T,H]  b, c [B,T,G,N]  in the activations' type;  a_log, d, dt_bias [H]  f32
+//   y [B,T,H,P]  in the activations' type;   states [B,H,P,N]  f32
+//
+// With step = softplus(dt + dt_bias), rate = -exp(a_log), and inside a chunk of C tokens l = the inclusive sum of
+// rate step from the chunk's start, S0 the state before it, and row vectors:
+//
+//   M_ij = (C_i . B_j) exp(l_i - l_j) step_j  for j <= i
+//   y_i  = sum_j M_ij x_j + exp(l_i) C_i S0^T + d x_i
+//   S1   = exp(l_C) S0 + sum_j exp(l_C - l_j) step_j x_j^T B_j
+//
+// Gradients, with E = dS1 the gradient of the state after the chunk and Q_ij = (dy_i . x_j) (C_i . B_j) exp(l_i - l_j):
+//
+//   dx_j = sum_i M_ij dy_i + exp(l_C - l_j) step_j B_j E^T + d dy_j
+//   dC_i = sum_j A_ij B_j + exp(l_i) dy_i S0             A_ij = (dy_i . x_j) exp(l_i - l_j) step_j
+//   dB_j = sum_i A_ij C_i + exp(l_C - l_j) step_j x_j E
+//   dS0  = exp(l_C) E + sum_i exp(l_i) dy_i^T C_i
+//   dlog_t  (of rate step_t) = sum_{i >= t > j} Q_ij step_j + sum_{i >= t} exp(l_i) dy_i . (C_i S0^T)
+//                              + sum_{j < t} step_j r_j + exp(l_C) <S0, E>,   r_j = exp(l_C - l_j) x_j . (B_j E^T)
+//   dstep_t = sum_i Q_it + r_t + rate dlog_t
+//
+// Kernels:
+//   ssd_forward   a block goes through the chunks of one (batch, head, 128 rows of P), the state in registers
+//   ssd_states    the state alone: in reverse the gradient of the state at every chunk's end, forward the parts of a
+//                 sequence that is cut into segments; ssd_scan joins the segments
+//   ssd_grads     all other gradients: a block has one chunk and several heads, so that those of B and C are summed
+//                 over heads in registers; ssd_sum adds what the blocks of a chunk have, ssd_params the parameters'
+// No atomics; every sum has one order.
+#include "chunk.cuh"
+
+// Numbers per token of a chunk, C of each, in shared memory.
+enum { L, STEP, WEIGHT, DECAY, TAIL, KINDS };
+
+// One warp: l, step, exp(l_C - l) step, exp(l) and exp(l_C - l) of a chunk's tokens. Lane i has tokens PER i ...; raw
+// values beyond the sequence are not used. Returns the lane's steps in `raw`.
+template <int C>
+__device__ __forceinline__ void chunk_decays(float* s, float (&raw)[C / WARP], int tokens, float bias, float rate) {
+    constexpr int PER = C / WARP;
+    const int lane = lane_id();
+    float l[PER], sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        raw[i] = PER * lane + i < tokens ? softplus(raw[i] + bias) : 0.f;
+        sum += rate * raw[i];
+        l[i] = sum;
+    }
+    float before = sum;
+#pragma unroll
+    for (int o = 1; o < WARP; o *= 2) {
+        const float other = __shfl_up_sync(FULL, before, o);
+        if (lane >= o) before += other;
+    }
+    const float total = __shfl_sync(FULL, before, WARP - 1);
+    before = __shfl_up_sync(FULL, before, 1);
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        if (lane > 0) l[i] += before;
+        // The last token's exponent is 0 whatever the order of the sums above.
+        const float tail = exp_neg(total - l[i]);
+        float* at = s + PER * lane + i;
+        at[L * C] = l[i];
+        at[STEP * C] = raw[i];
+        at[WEIGHT * C] = tail * raw[i];
+        at[DECAY * C] = exp_neg(l[i]);
+        at[TAIL * C] = tail;
+    }
+}
+
+// A lane's raw steps, read ahead of chunk_decays.
+template <int C, class E>
+__device__ __forceinline__ void read_steps(float (&raw)[C / WARP], const E* dt, int tokens, int heads) {
+    constexpr int PER = C / WARP;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int t = PER * lane_id() + i;
+        raw[i] = t < tokens ? to_f(dt[(long long)t * heads]) : 0.f;
+    }
+}
+
+// s = decay s + sum_t weight_t u_t^T v_t for rows [16 x 8 NT] of a state, the accumulators of one warp; u [C x 16] and
+// v [C x 8 NT] have rows of tokens.
+template <class R, int NT>
+__device__ __forceinline__ void update(float (&s)[NT][4], float decay, const float* weight, const typename R::elem* u,
+                                       int ldu, const typename R::elem* v, int ldv) {
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[j][e] *= decay;
+#pragma unroll 1
+    for (int k = 0; k < CHUNK<R>; k += 16) {
+        FragA<R> a = load_a<R, AlongMN>(u + k * ldu, ldu);
+        scale_k(a, weight + k);
+#pragma unroll
+        for (int j = 0; j < NT; j += 2) {
+            FragB<R> b[2];
+            load_b<R, AlongMN>(b, v + k * ldv + 8 * j, ldv);
+            mma<R>(s[j], a, b[0]);
+            mma<R>(s[j + 1], a, b[1]);
+        }
+    }
+}
+
+// Grid: (B H slices of 128 rows of P, segments). Block: a warp for 16 rows of P, at most 8.
+// Shared memory: see `forward_shared` in src/ops/ssd/cuda.rs; ldx = 16 warps + PAD, ldn = 8 NT + PAD:
+//   x [2][C][ldx], b [2][C][ldn], c [C][ldn], M [C][C + PAD], then f32 [2][KINDS][C].
+// state0 [segments][B,H,P,N]: before every segment's first token, or none; state1: after the last token.
+// saved [B,H,chunks,P,N] in the activations' type: the states before every chunk, or none.
+template <class R, int NT>
+__device__ __forceinline__ void forward(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
+                                        const typename R::elem* b, const typename R::elem* c, const float* d,
+                                        const float* dt_bias, const float* state0, typename R::elem* y, float* state1,
+                                        typename R::elem* saved, int T, int H, int P, int G, int N, int per_segment) {
+    using E = typename R::elem;
+    constexpr int C = CHUNK<R>, LDN = 8 * NT + PAD, LDM = C + PAD, MT = C / 16;
+    DYNAMIC_SHARED(memory);
+    const int warp = warp_id(), warps = blockDim.x / WARP, ldx = 16 * warps + PAD;
+    E* sx = reinterpret_cast<E*>(memory);
+    E* sb = sx + 2 * C * ldx;
+    E* sc = sb + 2 * C * LDN;
+    E* sm = sc + C * LDN;
+    float* decays = reinterpret_cast<float*>(sm + C * LDM);
+
+    const int slices = ceil_div(P, 128), slice = blockIdx.x % slices, h = blockIdx.x / slices % H;
+    const long long batch = blockIdx.x / slices / H, bh = batch * H + h;
+    const int p0 = 128 * slice, width = min(P - p0, 16 * warps), rows = width - 16 * warp;
+    const int chunks = ceil_div(T, C), first = blockIdx.y * per_segment, last = min(chunks, first + per_segment);
+    const int n_pad = ceil_div(N, 16) * 16;
+    const long long row_x = (long long)H * P, row_b = (long long)G * N, size = (long long)P * N;
+    const int group = h / (H / G);
+    x += batch * T * row_x + (long long)h * P + p0;
+    y += batch * T * row_x + (long long)h * P + p0;
+    b += (batch * T * G + group) * N;
+    c += (batch * T * G + group) * N;
+    dt += batch * T * H + h;
+    const float rate = -__expf(a_log[h]), bias = dt_bias[h], skip = d[h];
+    const int warp_at = (p0 + 16 * warp) * N;
+
+    const auto fetch_xb = [&](int chunk) {
+        const int t0 = chunk * C, tokens = min(C, T - t0), at = (chunk - first) % 2;
+        fetch_tile(sx + at * C * ldx, ldx, x + t0 * row_x, row_x, tokens, width, C, 16 * warps);
+        fetch_tile(sb + at * C * LDN, LDN, b + t0 * row_b, row_b, tokens, N, C, 8 * NT);
+    };
+    const auto fetch_c = [&](int chunk) {
+        const int t0 = chunk * C;
+        fetch_tile(sc, LDN, c + t0 * row_b, row_b, min(C, T - t0), N, C, 8 * NT);
+    };
+
+    fetch_xb(first);
+    fetch_c(first);
+    cp_async_commit();
+    if (warp == 0) {
+        float raw[C / WARP];
+        read_steps<C>(raw, dt + (long long)first * C * H, T - first * C, H);
+        chunk_decays<C>(decays, raw, T - first * C, bias, rate);
+    }
+    float s[NT][4];
+    load_rows(s, state0 ? state0 + ((long long)blockIdx.y * gridDim.x / slices + bh) * size + warp_at : nullptr, rows, N);
+    const bool pair = can_pair(y, row_x, width);
+
+    for (int chunk = first; chunk < last; chunk++) {
+        const int at = (chunk - first) % 2, t0 = chunk * C, tokens = min(C, T - t0);
+        const E* tx = sx + at * C * ldx + 16 * warp;
+        const E* tb = sb + at * C * LDN;
+        const float* w = decays + at * KINDS * C;
+        float raw[C / WARP];
+        cp_async_wait<0>();
+        __syncthreads();
+        if (chunk + 1 < last) {
+            fetch_xb(chunk + 1);
+            cp_async_commit();
+            if (warp == 0) read_steps<C>(raw, dt + (t0 + (long long)C) * H, T - t0 - C, H);
+        }
+        if (saved) store_rows(s, saved + (bh * chunks + chunk) * size + warp_at, rows, N);
+
+        // M, by blocks of 16 x 16 on and below the diagonal.
+        for (int unit = warp; unit < MT * (MT + 1) / 2; unit += warps) {
+            int i = 0, j = unit;
+            while (j > i) j -= ++i;
+            float acc[2][4] = {};
+            for (int k = 0; k < n_pad; k += 16) {
+                const FragA<R> fa = load_a<R, AlongK>(sc + 16 * i * LDN + k, LDN);
+                FragB<R> fb[2];
+                load_b<R, AlongK>(fb, tb + 16 * j * LDN + k, LDN);
+                mma<R>(acc[0], fa, fb[0]);
+                mma<R>(acc[1], fa, fb[1]);
+            }
+#pragma unroll
+            for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int r = 16 * i + acc_row(0, 2 * half), col = 16 * j + acc_col(nt, 0);
+                    float m[2];
+#pragma unroll
+                    for (int e = 0; e < 2; e++)
+                        m[e] = col + e > r ? 0.f
+                                           : acc[nt][2 * half + e] * exp_neg(w[L * C + r] - w[L * C + col + e]) *
+                                                 w[STEP * C + col + e];
+                    store2(sm + r * LDM + col, m[0], m[1]);
+                }
+        }
+        if (warp == 0 && chunk + 1 < last)
+            chunk_decays<C>(decays + (1 - at) * KINDS * C, raw, T - t0 - C, bias, rate);
+
+        // What the state before the chunk adds to its outputs: C S0^T.
+        float out[MT][2][4] = {};
+        if (chunk > 0 || state0) {
+#pragma unroll
+            for (int k = 0; k < NT; k += 2) {
+                FragB<R> fb[2];
+                acc_as_b<R>(fb, s[k], s[k + 1]);
+#pragma unroll
+                for (int i = 0; i < MT; i++) {
+                    const FragA<R> fa = load_a<R, AlongK>(sc + 16 * i * LDN + 8 * k, LDN);
+                    mma<R>(out[i][0], fa, fb[0]);
+                    mma<R>(out[i][1], fa, fb[1]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float decay = w[DECAY * C + acc_row(i, e)];
+                    out[i][0][e] *= decay;
+                    out[i][1][e] *= decay;
+                }
+        }
+        __syncthreads();
+        if (chunk + 1 < last) {
+            fetch_c(chunk + 1);
+            cp_async_commit();
+        }
+
+#pragma unroll
+        for (int k = 0; k < MT; k++) {
+            FragB<R> fb[2];
+            load_b<R, AlongMN>(fb, tx + 16 * k * ldx, ldx);
+#pragma unroll
+            for (int i = k; i < MT; i++) {
+                const FragA<R> fa = load_a<R, AlongK>(sm + 16 * i * LDM + 16 * k, LDM);
+                mma<R>(out[i][0], fa, fb[0]);
+                mma<R>(out[i][1], fa, fb[1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+#pragma unroll
+            for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float2 v = load2(tx + acc_row(i, 2 * half) * ldx + acc_col(nt, 0));
+                    out[i][nt][2 * half] += skip * v.x;
+                    out[i][nt][2 * half + 1] += skip * v.y;
+                }
+            store_block(y + (t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1], pair);
+        }
+        update<R>(s, w[DECAY * C + C - 1], w + WEIGHT * C, tx, ldx, tb, LDN);
+    }
+    if (last == chunks) store_rows(s, state1 + bh * size + warp_at, rows, N);
+}
+
+// Goes through the chunks with nothing but the state. Forward: u = x, v = b, weights exp(l_C - l) step. In reverse:
+// u = dy, v = c, weights exp(l).
+// Grid and block as ssd_forward. Shared memory: u [2][C][ldx], v [2][C][ldn], then f32 [2][KINDS][C].
+// start [segments][B,H,P,N]: the state before every segment (its gradient after it), or none.
+// states [B,H,chunks,P,N]: the state before every chunk (its gradient after it), or none.
+// end: with `log_decay` [segments][B,H], the segment's sum of rate step, [segments][B,H,P,N] after every segment,
+// without it [B,H,P,N] after the last segment.
+template <class R, int NT>
+__device__ __forceinline__ void states(const typename R::elem* u, const typename R::elem* v, const typename R::elem* dt,
+                                       const float* a_log, const float* dt_bias, const float* start,
+                                       typename R::elem* states, float* end, float* log_decay, int T, int H, int P,
+                                       int G, int N, int per_segment, int reverse) {
+    using E = typename R::elem;
+    constexpr int C = CHUNK<R>, LDN = 8 * NT + PAD;
+    DYNAMIC_SHARED(memory);
+    const int warp = warp_id(), warps = blockDim.x / WARP, ldx = 16 * warps + PAD;
+    E* su = reinterpret_cast<E*>(memory);
+    E* sv = su + 2 * C * ldx;
+    float* decays = reinterpret_cast<float*>(sv + 2 * C * LDN);
+
+    const int slices = ceil_div(P, 128), slice = blockIdx.x % slices, h = blockIdx.x / slices % H;
+    const long long batch = blockIdx.x / slices / H, bh = batch * H + h;
+    const int p0 = 128 * slice, width = min(P - p0, 16 * warps), rows = width - 16 * warp;
+    const int chunks = ceil_div(T, C), first = blockIdx.y * per_segment, count = min(chunks - first, per_segment);
+    const long long row_u = (long long)H * P, row_v = (long long)G * N, size = (long long)P * N;
+    const long long segment = (long long)blockIdx.y * (gridDim.x / slices) + bh;
+    u += batch * T * row_u + (long long)h * P + p0;
+    v += (batch * T * G + h / (H / G)) * N;
+    dt += batch * T * H + h;
+    const float rate = -__expf(a_log[h]), bias = dt_bias[h];
+    const int warp_at = (p0 + 16 * warp) * N;
+
+    const auto chunk_of = [&](int i) { return reverse ? first + count - 1 - i : first + i; };
+    const auto fetch = [&](int i) {
+        const int t0 = chunk_of(i) * C, tokens = min(C, T - t0);
+        fetch_tile(su + i % 2 * C * ldx, ldx, u + t0 * row_u, row_u, tokens, width, C, 16 * warps);
+        fetch_tile(sv + i % 2 * C * LDN, LDN, v + t0 * row_v, row_v, tokens, N, C, 8 * NT);
+        cp_async_commit();
+    };
+    const auto steps = [&](int i, float (&raw)[C / WARP]) {
+        const int t0 = chunk_of(i) * C;
+        read_steps<C>(raw, dt + (long long)t0 * H, T - t0, H);
+    };
+    const auto make_decays = [&](int i, float (&raw)[C / WARP]) {
+        chunk_decays<C>(decays + i % 2 * KINDS * C, raw, T - chunk_of(i) * C, bias, rate);
+    };
+
+    fetch(0);
+    if (warp == 0) {
+        float raw[C / WARP];
+        steps(0, raw);
+        make_decays(0, raw);
+    }
+    float s[NT][4];
+    load_rows(s, start ? start + segment * size + warp_at : nullptr, rows, N);
+    float total = 0.f;
+    for (int i = 0; i < count; i++) {
+        const float* w = decays + i % 2 * KINDS * C;
+        float raw[C / WARP];
+        cp_async_wait<0>();
+        __syncthreads();
+        if (i + 1 < count) {
+            fetch(i + 1);
+            if (warp == 0) steps(i + 1, raw);
+        }
+        if (states) store_rows(s, states + (bh * chunks + chunk_of(i)) * size + warp_at, rows, N);
+        total += w[L * C + C - 1];
+        update<R>(s, w[DECAY * C + C - 1], w + (reverse ? DECAY : WEIGHT) * C, su + i % 2 * C * ldx + 16 * warp, ldx,
+                 sv + i % 2 * C * LDN, LDN);
+        if (warp == 0 && i + 1 < count) make_decays(i + 1, raw);
+    }
+    if (log_decay) {
+        if (end) store_rows(s, end + segment * size + warp_at, rows, N);
+        if (threadIdx.x == 0 && slice == 0) log_decay[segment] = total;
+    } else if (end && blockIdx.y == (reverse ? 0 : gridDim.y - 1)) {
+        store_rows(s, end + bh * size + warp_at, rows, N);
+    }
+}
+
+// From every segment's own end, as if it had started from zeros, the state before it (in reverse: after it), in place.
+// ends [segments][count][size], log_decay [segments][count], start [count][size] or none. Grid: count. Block: any.
+extern "C" __global__ void ssd_scan(float* ends, const float* log_decay, const float* start, int segments,
+                                    int size, int reverse) {
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
+        float s = start ? start[(long long)blockIdx.x * size + i] : 0.f;
+        for (int k = 0; k < segments; k++) {
+            const long long at = (long long)(reverse ? segments - 1 - k : k) * gridDim.x + blockIdx.x;
+            const float end = ends[at * size + i];
+            ends[at * size + i] = s;
+            s = exp_neg(log_decay[at]) * s + end;
+        }
+    }
+}
+
+// Warps of ssd_grads, each with 16 tokens of a chunk and half of the columns of whatever is computed; rows of P that
+// it takes at a time.
+template <class R> constexpr int GRAD_WARPS = CHUNK<R> / 8;
+template <class R> constexpr int GRAD_SLICE = CHUNK<R>;
+
+// Gradients of all but the states. Grid: (chunks, G blocks_per_group, B). Block: GRAD_WARPS warps.
+// Shared memory, ldn = 8 NT + PAD, PS = GRAD_SLICE:
+//   b, c [C][ldn], S0, E [PS][ldn], x, dy [C][PS + PAD], M, C B^T [C][C + PAD], then f32 KINDS [C] and 20 [C].
+// states, d_states [B,H,chunks,P,N]: S0 and E.
+// dbc: with one block per group db and dc [B,T,G,N] in the activations' type, else partial sums
+// [2][blocks_per_group][B,T,G,N] f32. params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
+template <class R, int NT>
+__device__ __forceinline__ void grads(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
+                                      const typename R::elem* b, const typename R::elem* c, const float* d,
+                                      const float* dt_bias, const typename R::elem* dy, const typename R::elem* states,
+                                      const typename R::elem* d_states, typename R::elem* dx, typename R::elem* d_dt,
+                                      typename R::elem* db, typename R::elem* dc, float* partial, float* params, int T,
+                                      int H, int P, int G, int N) {
+    using E = typename R::elem;
+    constexpr int C = CHUNK<R>, PS = GRAD_SLICE<R>, LDN = 8 * NT + PAD, LDP = PS + PAD, LDM = C + PAD, MT = C / 16;
+    // Columns of a warp: of M, and of dx.
+    constexpr int UT = C / 16, XT = PS / 16;
+    DYNAMIC_SHARED(memory);
+    E* sb = reinterpret_cast<E*>(memory);
+    E* sc = sb + C * LDN;
+    E* s0 = sc + C * LDN;
+    E* se = s0 + PS * LDN;
+    E* sx = se + PS * LDN;
+    E* sdy = sx + C * LDP;
+    E* sm = sdy + C * LDP;
+    E* scb = sm + C * LDM;
+    float* w = reinterpret_cast<float*>(scb + C * LDM);
+    float* q_rows = w + KINDS * C;    // [2][C] sum over j < i of Q step, of each half of the columns
+    float* q_cols = q_rows + 2 * C;   // [MT][C] sum over i > j of Q
+    float* q_diag = q_cols + MT * C;  // [C]
+    float* yx = q_diag + C;           // [C] dy . x
+    float* inter = yx + C;            // [2][C] exp(l) dy . (C S0^T)
+    float* rest = inter + 2 * C;      // [2][C] r
+    float* dots = rest + 2 * C;       // [GRAD_WARPS] <S0, E>
+    float* sums = dots + C;           // [4][C] of the head: the first warp's sums over the slices of P, and dt
+
+    const int warp = warp_id(), lane = lane_id(), mi = warp / 2, side = warp % 2;
+    const int chunk = blockIdx.x, chunks = gridDim.x, t0 = chunk * C, tokens = min(C, T - t0);
+    const int per_group = H / G, blocks = gridDim.y / G, group = blockIdx.y / blocks, part = blockIdx.y % blocks;
+    const int first = group * per_group + per_group * part / blocks;
+    const int last = group * per_group + per_group * (part + 1) / blocks;
+    const long long batch = blockIdx.z, row_x = (long long)H * P, row_b = (long long)G * N, size = (long long)P * N;
+    const int n_pad = ceil_div(N, 16) * 16;
+    const long long bc_at = ((batch * T + t0) * G + group) * N, x_at = (batch * T + t0) * row_x;
+
+    fetch_tile(sb, LDN, b + bc_at, row_b, tokens, N, C, 8 * NT);
+    fetch_tile(sc, LDN, c + bc_at, row_b, tokens, N, C, 8 * NT);
+    for (int i = threadIdx.x; i < (2 + MT) * C; i += blockDim.x) q_rows[i] = 0.f;
+
+    const int r0 = 16 * mi, u0 = 8 * UT * side, n0 = 4 * NT * side, v0 = 8 * XT * side;
+    // Whether the warp's part of M has entries on or below the diagonal.
+    const bool active = u0 <= r0 + 15;
+    float a_sum[UT][4] = {}, db_acc[NT / 2][4] = {}, dc_acc[NT / 2][4] = {};
+    float skip_sum = 0.f, dot = 0.f;
+
+    for (int h = first; h < last; h++) {
+        const long long bh = batch * H + h;
+        const float rate = -__expf(a_log[h]), bias = dt_bias[h], skip = d[h];
+        for (int p0 = 0; p0 < P; p0 += PS) {
+            const int width = min(PS, P - p0), width_pad = ceil_div(width, 16) * 16;
+            const long long at = x_at + (long long)h * P + p0, state_at = (bh * chunks + chunk) * size + (long long)p0 * N;
+            fetch_tile(sx, LDP, x + at, row_x, tokens, width, C, width_pad);
+            fetch_tile(sdy, LDP, dy + at, row_x, tokens, width, C, width_pad);
+            fetch_tile(s0, LDN, states + state_at, N, width, N, width_pad, 8 * NT);
+            fetch_tile(se, LDN, d_states + state_at, N, width, N, width_pad, 8 * NT);
+            cp_async_commit();
+            if (warp == 0 && p0 == 0) {
+                float raw[C / WARP];
+                read_steps<C>(raw, dt + (batch * T + t0) * H + h, tokens, H);
+#pragma unroll
+                for (int i = 0; i < C / WARP; i++) sums[3 * C + C / WARP * lane + i] = raw[i];
+                chunk_decays<C>(w, raw, tokens, bias, rate);
+            }
+            cp_async_wait<0>();
+            __syncthreads();
+
+            if (active) {
+                if (h == first && p0 == 0) {
+                    float cb[UT][4] = {};
+#pragma unroll 1
+                    for (int k = 0; k < n_pad; k += 16) {
+                        const FragA<R> fa = load_a<R, AlongK>(sc + r0 * LDN + k, LDN);
+#pragma unroll
+                        for (int j = 0; j < UT; j += 2) {
+                            FragB<R> fb[2];
+                            load_b<R, AlongK>(fb, sb + (u0 + 8 * j) * LDN + k, LDN);
+                            mma<R>(cb[j], fa, fb[0]);
+                            mma<R>(cb[j + 1], fa, fb[1]);
+                        }
+                    }
+#pragma unroll
+                    for (int j = 0; j < UT; j++)
+#pragma unroll
+                        for (int half = 0; half < 2; half++)
+                            store2(scb + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0), cb[j][2 * half],
+                                   cb[j][2 * half + 1]);
+                }
+                float dm[UT][4] = {};
+#pragma unroll 1
+                for (int k = 0; k < width_pad; k += 16) {
+                    const FragA<R> fa = load_a<R, AlongK>(sdy + r0 * LDP + k, LDP);
+#pragma unroll
+                    for (int j = 0; j < UT; j += 2) {
+                        FragB<R> fb[2];
+                        load_b<R, AlongK>(fb, sx + (u0 + 8 * j) * LDP + k, LDP);
+                        mma<R>(dm[j], fa, fb[0]);
+                        mma<R>(dm[j + 1], fa, fb[1]);
+                    }
+                }
+                float by_row[2] = {};
+#pragma unroll
+                for (int j = 0; j < UT; j++) {
+                    float by_col[2] = {}, m[4], cb[4];
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const float2 v = load2(scb + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0));
+                        cb[2 * half] = v.x, cb[2 * half + 1] = v.y;
+                    }
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int r = r0 + acc_row(0, e), col = u0 + acc_col(j, e);
+                        const float step = w[STEP * C + col];
+                        const float decay = col > r ? 0.f : exp_neg(w[L * C + r] - w[L * C + col]);
+                        const float q = dm[j][e] * cb[e] * decay;
+                        m[e] = cb[e] * decay * step;
+                        a_sum[j][e] += dm[j][e] * decay * step;
+                        if (col == r) {
+                            q_diag[r] = q;
+                            yx[r] = dm[j][e];
+                        } else {
+                            by_row[e / 2] += q * step;
+                            by_col[e % 2] += q;
+                        }
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        store2(sm + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0), m[2 * half], m[2 * half + 1]);
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const float sum = col_sum(by_col[e]);
+                        if (lane < 4) q_cols[mi * C + u0 + acc_col(j, e)] = sum;
+                    }
+                }
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float sum = row_sum(by_row[half]);
+                    if (lane % 4 == 0) q_rows[side * C + r0 + acc_row(0, 2 * half)] = sum;
+                }
+            }
+
+            // <S0, E>
+            float product = 0.f;
+            for (int i = threadIdx.x; i < width * (4 * NT); i += blockDim.x) {
+                const int r = i / (4 * NT), col = i % (4 * NT) * 2;
+                const float2 p = load2(s0 + r * LDN + col), q = load2(se + r * LDN + col);
+                product += p.x * q.x + p.y * q.y;
+            }
+            product = warp_sum(product);
+            if (lane == 0) dots[warp] = product;
+
+            // dC from the state before the chunk, and its product with C.
+            {
+                FragA<R> fa[PS / 16];
+#pragma unroll
+                for (int k = 0; k < PS / 16; k++)
+                    if (16 * k < width_pad) {
+                        fa[k] = load_a<R, AlongK>(sdy + r0 * LDP + 16 * k, LDP);
+                        scale_m(fa[k], w + DECAY * C + r0);
+                    }
+                float by_row[2] = {};
+#pragma unroll
+                for (int j = 0; j < NT / 2; j += 2) {
+                    float z[2][4] = {};
+#pragma unroll
+                    for (int k = 0; k < PS / 16; k++)
+                        if (16 * k < width_pad) {
+                            FragB<R> fb[2];
+                            load_b<R, AlongMN>(fb, s0 + 16 * k * LDN + n0 + 8 * j, LDN);
+                            mma<R>(z[0], fa[k], fb[0]);
+                            mma<R>(z[1], fa[k], fb[1]);
+                        }
+#pragma unroll
+                    for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            const float2 v = load2(sc + (r0 + acc_row(0, 2 * half)) * LDN + n0 + acc_col(j + nt, 0));
+                            by_row[half] += z[nt][2 * half] * v.x + z[nt][2 * half + 1] * v.y;
+                            dc_acc[j + nt][2 * half] += z[nt][2 * half];
+                            dc_acc[j + nt][2 * half + 1] += z[nt][2 * half + 1];
+                        }
+                }
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float sum = row_sum(by_row[half]);
+                    if (lane % 4 == 0) inter[side * C + r0 + acc_row(0, 2 * half)] = sum;
+                }
+            }
+            // dB through the state after the chunk.
+#pragma unroll 1
+            for (int k = 0; k < width_pad; k += 16) {
+                FragA<R> fa = load_a<R, AlongK>(sx + r0 * LDP + k, LDP);
+                scale_m(fa, w + WEIGHT * C + r0);
+#pragma unroll
+                for (int j = 0; j < NT / 2; j += 2) {
+                    FragB<R> fb[2];
+                    load_b<R, AlongMN>(fb, se + k * LDN + n0 + 8 * j, LDN);
+                    mma<R>(db_acc[j], fa, fb[0]);
+                    mma<R>(db_acc[j + 1], fa, fb[1]);
+                }
+            }
+            // dx through the state after the chunk; columns beyond the slice hold rubbish and are not used.
+            float out[XT][4] = {};
+            if (v0 < width_pad) {
+#pragma unroll 1
+                for (int k = 0; k < n_pad; k += 16) {
+                    const FragA<R> fa = load_a<R, AlongK>(sb + r0 * LDN + k, LDN);
+#pragma unroll
+                    for (int j = 0; j < XT; j += 2)
+                        if (v0 + 8 * j < width_pad) {
+                            FragB<R> fb[2];
+                            load_b<R, AlongK>(fb, se + (v0 + 8 * j) * LDN + k, LDN);
+                            mma<R>(out[j], fa, fb[0]);
+                            mma<R>(out[j + 1], fa, fb[1]);
+                        }
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int r = r0 + acc_row(0, 2 * half);
+                float sum = 0.f;
+#pragma unroll
+                for (int j = 0; j < XT; j++)
+                    if (v0 + 8 * j < width_pad) {
+                        const float2 v = load2(sx + r * LDP + v0 + acc_col(j, 0));
+                        sum += out[j][2 * half] * v.x + out[j][2 * half + 1] * v.y;
+                        out[j][2 * half] *= w[WEIGHT * C + r];
+                        out[j][2 * half + 1] *= w[WEIGHT * C + r];
+                    }
+                sum = row_sum(sum);
+                if (lane % 4 == 0) rest[side * C + r] = w[TAIL * C + r] * sum;
+            }
+            __syncthreads();
+
+            if (v0 < width_pad) {
+#pragma unroll 1
+                for (int k = mi; k < MT; k++) {
+                    const FragA<R> fa = load_a<R, AlongMN>(sm + 16 * k * LDM + r0, LDM);
+#pragma unroll
+                    for (int j = 0; j < XT; j += 2)
+                        if (v0 + 8 * j < width_pad) {
+                            FragB<R> fb[2];
+                            load_b<R, AlongMN>(fb, sdy + 16 * k * LDP + v0 + 8 * j, LDP);
+                            mma<R>(out[j], fa, fb[0]);
+                            mma<R>(out[j + 1], fa, fb[1]);
+                        }
+                }
+                const bool pair = can_pair(dx + at, row_x, width);
+#pragma unroll
+                for (int j = 0; j < XT; j += 2)
+                    if (v0 + 8 * j < width_pad) {
+#pragma unroll
+                        for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                            for (int half = 0; half < 2; half++) {
+                                const float2 v = load2(sdy + (r0 + acc_row(0, 2 * half)) * LDP + v0 + acc_col(j + nt, 0));
+                                out[j + nt][2 * half] += skip * v.x;
+                                out[j + nt][2 * half + 1] += skip * v.y;
+                            }
+                        store_block(dx + at + r0 * row_x + v0 + 8 * j, row_x, tokens - r0, width - v0 - 8 * j, out[j],
+                                    out[j + 1], pair);
+                    }
+            }
+
+            if (warp == 0) {
+                // Gradients of the steps and log decays; lane i has tokens PER i ...
+                constexpr int PER = C / WARP;
+                if (p0 == 0) skip_sum = dot = 0.f;
+#pragma unroll
+                for (int i = 0; i < PER; i++) {
+                    const int t = PER * lane + i;
+                    const bool more = p0 > 0;
+                    float cols = 0.f;
+                    for (int k = 0; k < MT; k++) cols += q_cols[k * C + t];
+                    const float r = rest[t] + rest[C + t], step = w[STEP * C + t];
+                    const float log = q_rows[t] + q_rows[C + t] - cols * step + inter[t] + inter[C + t];
+                    sums[t] = (more ? sums[t] : 0.f) + cols + q_diag[t] + r;
+                    sums[C + t] = (more ? sums[C + t] : 0.f) + log;
+                    sums[2 * C + t] = (more ? sums[2 * C + t] : 0.f) + step * r;
+                    skip_sum += yx[t];
+                }
+                for (int k = 0; k < GRAD_WARPS<R>; k++) dot += dots[k];
+            }
+            __syncthreads();
+        }
+        if (warp == 0) {
+            constexpr int PER = C / WARP;
+            float d_log[PER], before[PER];
+#pragma unroll
+            for (int i = 0; i < PER; i++) {
+                d_log[i] = sums[C + PER * lane + i];
+                before[i] = sums[2 * C + PER * lane + i];
+            }
+            // Sums over what comes after (d_log) and before, from a lane's own to those of other lanes.
+#pragma unroll
+            for (int i = PER - 2; i >= 0; i--) d_log[i] += d_log[i + 1];
+            float after = d_log[0], sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < PER; i++) {
+                const float own = before[i];
+                before[i] = sum;
+                sum += own;
+            }
+            float upto = sum;
+#pragma unroll
+            for (int o = 1; o < WARP; o *= 2) {
+                const float right = __shfl_down_sync(FULL, after, o), left = __shfl_up_sync(FULL, upto, o);
+                if (lane + o < WARP) after += right;
+                if (lane >= o) upto += left;
+            }
+            const float right = __shfl_down_sync(FULL, after, 1), left = __shfl_up_sync(FULL, upto, 1);
+            float log_sum = 0.f, bias_sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < PER; i++) {
+                const int t = PER * lane + i;
+                float g = d_log[i] + before[i] + w[DECAY * C + C - 1] * dot;
+                if (lane + 1 < WARP) g += right;
+                if (lane > 0) g += left;
+                if (t < tokens) {
+                    const float own = (sums[t] + rate * g) * sigmoid(sums[3 * C + t] + bias);
+                    log_sum += g * rate * w[STEP * C + t];
+                    bias_sum += own;
+                    d_dt[(batch * T + t0 + t) * H + h] = from_f<E>(own);
+                }
+            }
+            log_sum = warp_sum(log_sum), bias_sum = warp_sum(bias_sum), skip_sum = warp_sum(skip_sum);
+            if (lane == 0) {
+                const long long rows = (long long)gridDim.z * chunks, row = batch * chunks + chunk;
+                params[row * H + h] = log_sum;
+                params[(rows + row) * H + h] = skip_sum;
+                params[(2 * rows + row) * H + h] = bias_sum;
+            }
+        }
+    }
+
+    // The products of the summed A with B and C.
+    if (active) {
+#pragma unroll
+        for (int j = 0; j < UT; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                store2(sm + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0), a_sum[j][2 * half],
+                       a_sum[j][2 * half + 1]);
+    }
+    __syncthreads();
+    const auto multiply = [&](float(&acc)[NT / 2][4], const FragA<R>& fa, const E* v) {
+#pragma unroll
+        for (int j = 0; j < NT / 2; j += 2) {
+            FragB<R> fb[2];
+            load_b<R, AlongMN>(fb, v + n0 + 8 * j, LDN);
+            mma<R>(acc[j], fa, fb[0]);
+            mma<R>(acc[j + 1], fa, fb[1]);
+        }
+    };
+#pragma unroll 1
+    for (int k = 0; k <= mi; k++)
+        multiply(dc_acc, load_a<R, AlongK>(sm + r0 * LDM + 16 * k, LDM), sb + 16 * k * LDN);
+#pragma unroll 1
+    for (int k = mi; k < MT; k++)
+        multiply(db_acc, load_a<R, AlongMN>(sm + 16 * k * LDM + r0, LDM), sc + 16 * k * LDN);
+
+    const auto write = [&](auto* p, const float(&acc)[NT / 2][4]) {
+        p += bc_at + r0 * row_b;
+        const bool pair = can_pair(p, row_b, N);
+#pragma unroll
+        for (int j = 0; j < NT / 2; j += 2)
+            if (n0 + 8 * j < N)
+                store_block(p + n0 + 8 * j, row_b, tokens - r0, N - n0 - 8 * j, acc[j], acc[j + 1], pair);
+    };
+    if (blocks == 1) {
+        write(db, db_acc);
+        write(dc, dc_acc);
+    } else {
+        const long long all = (long long)gridDim.z * T * row_b;
+        write(partial + part * all, db_acc);
+        write(partial + (blocks + part) * all, dc_acc);
+    }
+}
+
+// Sums of `parts` partial results, [2][parts][size] to [size] each. Grid: (any, 2).
+template <class E>
+__device__ __forceinline__ void sum_parts(const float* partial, E* db, E* dc, long long size, int parts) {
+    partial += blockIdx.y * parts * size;
+    E* out = blockIdx.y ? dc : db;
+    const long long stride = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += stride) {
+        float sum = 0.f;
+        for (int k = 0; k < parts; k++) sum += partial[k * size + i];
+        out[i] = from_f<E>(sum);
+    }
+}
+
+// Gradients of a_log, d and dt_bias [H] from their shares [3][rows][H]. Grid: (H, 3). Block: 256.
+extern "C" __global__ void ssd_params(const float* shares, float* d_a_log, float* d_d, float* d_dt_bias, int rows, int H) {
+    __shared__ float scratch[WARP];
+    shares += (long long)blockIdx.y * rows * H + blockIdx.x;
+    float sum = 0.f;
+    for (int i = threadIdx.x; i < rows; i += blockDim.x) sum += shares[(long long)i * H];
+    sum = block_sum(sum, scratch);
+    float* out = blockIdx.y == 0 ? d_a_log : blockIdx.y == 1 ? d_d : d_dt_bias;
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
+#define KERNELS(N_MAX, BLOCKS, SUFFIX, R)                                                                               \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) ssd_forward_n##N_MAX##_##SUFFIX(                         \
+        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c, const float* d,   \
+        const float* dt_bias, const float* state0, R::elem* y, float* state1, R::elem* saved, int T, int H, int P,     \
+        int G, int N, int per_segment) {                                                                               \
+        forward<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, state0, y, state1, saved, T, H, P, G, N, per_segment);   \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) ssd_states_n##N_MAX##_##SUFFIX(                          \
+        const R::elem* u, const R::elem* v, const R::elem* dt, const float* a_log, const float* dt_bias,               \
+        const float* start, R::elem* all, float* end, float* log_decay, int T, int H, int P, int G, int N,             \
+        int per_segment, int reverse) {                                                                                \
+        states<R, N_MAX / 8>(u, v, dt, a_log, dt_bias, start, all, end, log_decay, T, H, P, G, N, per_segment,         \
+                             reverse);                                                                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, BLOCKS) ssd_grads_n##N_MAX##_##SUFFIX(            \
+        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c, const float* d,   \
+        const float* dt_bias, const R::elem* dy, const R::elem* all, const R::elem* d_all, R::elem* dx, R::elem* d_dt, \
+        R::elem* db, R::elem* dc, float* partial, float* params, int T, int H, int P, int G, int N) {                  \
+        grads<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, dy, all, d_all, dx, d_dt, db, dc, partial, params, T, H,   \
+                            P, G, N);                                                                                  \
+    }
+#define ROUTE(SUFFIX, R)        \
+    KERNELS(64, 2, SUFFIX, R)   \
+    KERNELS(128, 2, SUFFIX, R)  \
+    KERNELS(256, 1, SUFFIX, R)
+ROUTE(bf16, Bf16)
+ROUTE(tf32, Tf32)
+ROUTE(f32, F32)
+
+#define SUM(SUFFIX, E)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256)                                                          \
+        ssd_sum_##SUFFIX(const float* partial, E* db, E* dc, long long size, int parts) {                      \
+        sum_parts<E>(partial, db, dc, size, parts);                                                            \
+    }
+SUM(bf16, bf16)
+SUM(f32, float)

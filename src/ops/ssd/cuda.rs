@@ -1,0 +1,211 @@
+//! Launching `kernels/ssd.cu`.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{Dims, NAME};
+use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, route, suffix};
+use crate::ops::tape::{Forward, Value};
+
+/// Padding of rows in shared memory, in elements.
+const PAD: usize = 8;
+/// Rows of P of a block that carries a state, 16 to a warp.
+const STATE_ROWS: usize = 128;
+/// f32 numbers per token of a chunk in shared memory: of one chunk, and all of the kernel of the gradients.
+const DECAYS: usize = 5;
+const GRAD_NUMBERS: usize = 25;
+
+/// One call: its sizes, and how its kernels are instantiated.
+struct Plan {
+    gpu: Gpu,
+    dtype: DType,
+    route: &'static str,
+    dims: Dims,
+    /// N is padded to this in shared memory and registers.
+    columns: usize,
+    /// Tokens of a chunk.
+    chunk: usize,
+    chunks: usize,
+    /// Chunks of a segment: a sequence is cut where its heads alone leave the GPU idle.
+    per_segment: usize,
+    segments: usize,
+}
+
+impl Plan {
+    fn new(dims: Dims, args: &[Tensor]) -> Result<Self> {
+        let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
+        let route = route(dtype)?;
+        let Some(columns) = [64, 128, 256].into_iter().find(|&n| dims.states <= n) else {
+            candle_core::bail!("{NAME} on a GPU: at most 256 states, got {}", dims.states)
+        };
+        let chunk = if route == "bf16" { 64 } else { 32 };
+        let chunks = dims.steps.div_ceil(chunk);
+        let blocks = dims.batch * dims.heads * dims.dim.div_ceil(STATE_ROWS);
+        let processors = gpu.multiprocessors();
+        let wanted = if 2 * blocks <= processors { (2 * processors).div_ceil(blocks) } else { 1 };
+        // A segment is worth its two extra passes from a few chunks on.
+        let per_segment = chunks.div_ceil(wanted).max(chunks.min(8));
+        let segments = chunks.div_ceil(per_segment);
+        Ok(Self { gpu, dtype, route, dims, columns, chunk, chunks, per_segment, segments })
+    }
+
+    fn launch(&self, kernel: &str, launch: Launch, args: &[KernelArg]) -> Result<()> {
+        let name = format!("ssd_{kernel}_n{}_{}", self.columns, self.route);
+        self.gpu.launch(&kernels::SSD, &name, launch, args)
+    }
+
+    fn empty<const N: usize>(&self, shape: [usize; N], dtype: DType) -> Result<Value> {
+        self.gpu.empty(shape.to_vec(), dtype)
+    }
+
+    /// Bytes of `rows` rows of `columns` elements in shared memory.
+    fn tile(&self, rows: usize, columns: usize) -> usize {
+        rows * (columns + PAD) * self.dtype.size_in_bytes()
+    }
+
+    /// The launch of a kernel that carries states, with `tiles` of B or C in shared memory.
+    fn carrying(&self, tiles: usize, more: usize) -> Launch {
+        let Dims { batch, heads, dim, .. } = self.dims;
+        let warps = dim.div_ceil(16).min(STATE_ROWS / 16);
+        let shared = self.tile(2 * self.chunk, 16 * warps)
+            + self.tile(tiles * self.chunk, self.columns)
+            + more
+            + 2 * DECAYS * self.chunk * 4;
+        let blocks = batch * heads * dim.div_ceil(STATE_ROWS);
+        Launch::grid(blocks, self.segments, 1, 32 * warps as u32).shared(shared)
+    }
+
+    /// The sizes that every kernel ends its arguments with.
+    fn sizes(&self) -> [KernelArg; 5] {
+        let Dims { steps, heads, dim, groups, states, .. } = self.dims;
+        [steps, heads, dim, groups, states].map(KernelArg::from)
+    }
+
+    /// Launches ssd_states. `start`: before the first chunk (in reverse: after the last), one for every segment
+    /// if they are several.
+    fn states(&self, args: &States, start: KernelArg, all: KernelArg, end: [KernelArg; 2]) -> Result<()> {
+        let [t, h, p, g, n] = self.sizes();
+        let States { u, v, dt, a_log, dt_bias, reverse } = *args;
+        let sizes = [t, h, p, g, n, self.per_segment.into(), i32::from(reverse).into()];
+        let args = [&[u, v, dt, a_log, dt_bias, start, all], &end[..], &sizes].concat();
+        self.launch("states", self.carrying(2, 0), &args)
+    }
+
+    /// The state before every segment (in reverse: after it), given the one that the sequence begins with.
+    fn segment_states(&self, args: &States, start: KernelArg) -> Result<Value> {
+        let Dims { batch, heads, dim, states, .. } = self.dims;
+        let (gpu, count) = (&self.gpu, batch * heads);
+        let ends = self.empty([self.segments, count, dim, states], DType::F32)?;
+        let decay = self.empty([self.segments, count], DType::F32)?;
+        let (at, decay_at) = (gpu.of_value(&ends)?, gpu.of_value(&decay)?);
+        self.states(args, NULL, NULL, [at, decay_at])?;
+        let sizes = [self.segments.into(), (dim * states).into(), i32::from(args.reverse).into()];
+        let args = [&[at, decay_at, start], &sizes[..]].concat();
+        gpu.launch(&kernels::SSD, "ssd_scan", Launch::new(count, 256), &args)?;
+        Ok(ends)
+    }
+}
+
+/// What ssd_states goes through.
+#[derive(Clone, Copy)]
+struct States {
+    u: KernelArg,
+    v: KernelArg,
+    dt: KernelArg,
+    a_log: KernelArg,
+    dt_bias: KernelArg,
+    reverse: bool,
+}
+
+/// y and the final state; saves the states before every chunk.
+pub fn forward(dims: Dims, args: &[Tensor], save: bool) -> Result<Forward> {
+    let plan = Plan::new(dims, args)?;
+    let (gpu, Dims { batch, steps, heads, dim, states, .. }) = (&plan.gpu, plan.dims);
+    let ptrs = args.iter().map(|arg| gpu.ptr(arg)).collect::<Result<Vec<_>>>()?;
+    let [x, dt, a_log, b, c, d, dt_bias] = ptrs[..7] else { unreachable!("seven arguments and a state") };
+    let start = ptrs.get(7).copied().unwrap_or(NULL);
+
+    let y = plan.empty([batch, steps, heads, dim], plan.dtype)?;
+    let state = plan.empty([batch, heads, dim, states], DType::F32)?;
+    let saved = save.then(|| plan.empty([batch, heads, plan.chunks, dim, states], plan.dtype)).transpose()?;
+    let segments = match plan.segments {
+        1 => None,
+        _ => Some(plan.segment_states(&States { u: x, v: b, dt, a_log, dt_bias, reverse: false }, start)?),
+    };
+    let start = segments.as_ref().map_or(Ok(start), |value| gpu.of_value(value))?;
+    let saved_at = saved.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
+    let outputs = [start, gpu.of_value(&y)?, gpu.of_value(&state)?, saved_at];
+    let sizes = [&plan.sizes()[..], &[plan.per_segment.into()]].concat();
+    let launch = plan.carrying(3, plan.tile(plan.chunk, plan.chunk));
+    plan.launch("forward", launch, &[&[x, dt, a_log, b, c, d, dt_bias], &outputs[..], &sizes].concat())?;
+    Ok(Forward { outputs: vec![y, state], saved: saved.into_iter().map(Value::into_tensor).collect() })
+}
+
+/// The gradients of the arguments, in their order, from those of y and of the final state.
+pub fn backward(
+    dims: Dims,
+    args: &[Tensor],
+    saved: &Tensor,
+    dy: &Tensor,
+    d_state: Option<&Tensor>,
+) -> Result<Vec<Tensor>> {
+    let plan = Plan::new(dims, args)?;
+    let (gpu, dtype) = (&plan.gpu, plan.dtype);
+    let Dims { batch, steps, heads, dim, groups, states } = plan.dims;
+    let ptrs = args[..7].iter().map(|arg| gpu.ptr(arg)).collect::<Result<Vec<_>>>()?;
+    let [x, dt, a_log, b, c, d, dt_bias] = ptrs[..] else { unreachable!("seven arguments") };
+    let (dy, start) = (gpu.ptr(dy)?, gpu.ptr_or_null(d_state)?);
+
+    // The gradient of the state after every chunk, and of the initial state.
+    let d_states = plan.empty([batch, heads, plan.chunks, dim, states], dtype)?;
+    let d_initial = plan.empty([batch, heads, dim, states], DType::F32)?;
+    let reverse = States { u: dy, v: c, dt, a_log, dt_bias, reverse: true };
+    let segments = match plan.segments {
+        1 => None,
+        _ => Some(plan.segment_states(&reverse, start)?),
+    };
+    let start = segments.as_ref().map_or(Ok(start), |value| gpu.of_value(value))?;
+    plan.states(&reverse, start, gpu.of_value(&d_states)?, [gpu.of_value(&d_initial)?, NULL])?;
+
+    // Blocks that share the heads of a group: enough of them to fill the GPU a few times over.
+    let blocks = (6 * gpu.multiprocessors()).div_ceil(batch * plan.chunks * groups).min(heads / groups);
+    let (dx, d_dt) =
+        (plan.empty([batch, steps, heads, dim], dtype)?, plan.empty([batch, steps, heads], dtype)?);
+    let [db, dc] = [(); 2].map(|()| plan.empty([batch, steps, groups, states], dtype));
+    let (db, dc) = (db?, dc?);
+    let partial = match blocks {
+        1 => None,
+        _ => Some(plan.empty([2, blocks, batch, steps, groups, states], DType::F32)?),
+    };
+    let partial_at = partial.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
+    let shares = plan.empty([3, batch * plan.chunks, heads], DType::F32)?;
+    let (chunk, slice) = (plan.chunk, plan.chunk);
+    let shared = plan.tile(2 * chunk + 2 * slice, plan.columns)
+        + plan.tile(2 * chunk, slice)
+        + plan.tile(2 * chunk, chunk)
+        + GRAD_NUMBERS * chunk * 4;
+    let launch = Launch::grid(plan.chunks, groups * blocks, batch, 4 * chunk as u32).shared(shared);
+    let inputs = [x, dt, a_log, b, c, d, dt_bias, dy, gpu.ptr(saved)?, gpu.of_value(&d_states)?];
+    let outputs = [&dx, &d_dt, &db, &dc].map(|value| gpu.of_value(value));
+    let [dx_at, d_dt_at, db_at, dc_at] = outputs;
+    let (db_at, dc_at) = (db_at?, dc_at?);
+    let outputs = [dx_at?, d_dt_at?, db_at, dc_at, partial_at, gpu.of_value(&shares)?];
+    plan.launch("grads", launch, &[&inputs[..], &outputs, &plan.sizes()].concat())?;
+
+    if blocks > 1 {
+        let size = batch * steps * groups * states;
+        let launch = Launch::grid(size.div_ceil(1024).min(16 * gpu.multiprocessors()), 2, 1, 256);
+        let args = [partial_at, db_at, dc_at, KernelArg::I64(size as i64), blocks.into()];
+        gpu.launch(&kernels::SSD, &format!("ssd_sum_{}", suffix(dtype)?), launch, &args)?;
+    }
+    let params = [(); 3].map(|()| plan.empty([heads], DType::F32));
+    let [d_a_log, d_d, d_dt_bias] = params;
+    let (d_a_log, d_d, d_dt_bias) = (d_a_log?, d_d?, d_dt_bias?);
+    let mut args = vec![gpu.of_value(&shares)?];
+    for value in [&d_a_log, &d_d, &d_dt_bias] {
+        args.push(gpu.of_value(value)?);
+    }
+    args.extend([KernelArg::from(batch * plan.chunks), heads.into()]);
+    gpu.launch(&kernels::SSD, "ssd_params", Launch::grid(heads, 3, 1, 256), &args)?;
+    let grads = [dx, d_dt, d_a_log, db, dc, d_d, d_dt_bias, d_initial];
+    Ok(grads.into_iter().map(Value::into_tensor).collect())
+}
