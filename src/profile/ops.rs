@@ -172,7 +172,7 @@ fn fill(measured: &mut Measured, case: &Case, device: &Device, ceilings: &Ceilin
     let forward = || bound.iter().try_for_each(|bound| Ok(drop(case.forward(bound)?)));
     let times = (clock.time(bound.len(), forward)?, clock.time_graph(bound.len(), forward)?);
     measured.forward = Some(Pass::new(times, (forward_bytes, case.operations, case.tokens), limits));
-    if !case.differentiable() {
+    if case.backward == 0.0 {
         return Ok(());
     }
 
@@ -213,20 +213,20 @@ impl<'a> Passes<'a> {
 
 /// The size with as many sequences as the CPU can be expected to do in about a second; `None` if one is too much.
 fn for_cpu(op: &Op, size: &Size) -> Option<Size> {
-    const OPERATIONS: f64 = 1e10;
+    const OPERATIONS: f64 = 3e9;
     const VALUES: f64 = 5e7;
     if !op.activations {
         return Some(*size);
     }
     // Long attention would take minutes to even build.
     let t = size.steps as f64;
-    if op.name == "attention" && t * t * (size.heads * (size.key + size.value)) as f64 > 5.0 * OPERATIONS {
+    if op.name == "attention" && t * t * (size.heads * (size.key + size.value)) as f64 > 20.0 * OPERATIONS {
         return None;
     }
     let one = (op.build)(&Size { batch: 1, ..*size });
     let values: usize = one.inputs.iter().map(|input| input.value.elem_count()).sum();
     let fit = (OPERATIONS / one.operations.max(1.0)).min(VALUES / values as f64);
-    (fit >= 0.2).then(|| Size { batch: (fit as usize).clamp(1, size.batch), ..*size })
+    (fit >= 0.05).then(|| Size { batch: (fit as usize).clamp(1, size.batch), ..*size })
 }
 
 /// Seconds of both passes on the CPU in f32, as if for `tokens`.
@@ -234,7 +234,7 @@ fn on_cpu(case: &Case, tokens: usize) -> Result<(f64, Option<f64>)> {
     let bound = case.bind(&Place::On(Device::Cpu, Route::F32))?;
     let scale = tokens as f64 / case.tokens as f64;
     let forward = Clock::Host.time(1, || Ok(drop(case.forward(&bound)?)))?.median * scale;
-    if !case.differentiable() {
+    if case.backward == 0.0 {
         return Ok((forward, None));
     }
     let passes = Passes::new(case, &bound)?;
