@@ -18,6 +18,7 @@ pub mod plot;
 pub mod profile;
 pub mod report;
 pub mod task;
+pub mod trace;
 pub mod train;
 
 /// The README's example builds and runs.

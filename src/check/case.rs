@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use serde::Serialize;
 
+use crate::config::Precision;
 use crate::model::param::{Builder, Init, Param, ParamStore};
 use crate::ops::philox::{philox4x32, unit_f32};
 use crate::ops::tape::{Leaf, pull_back};
@@ -33,6 +34,15 @@ impl Route {
     /// The type of activations.
     pub fn dtype(self) -> DType {
         if self == Route::Bf16 { DType::BF16 } else { DType::F32 }
+    }
+
+    /// As a configuration names it.
+    pub fn precision(self) -> Precision {
+        match self {
+            Route::F32 => Precision::F32,
+            Route::Tf32 => Precision::Tf32,
+            Route::Bf16 => Precision::Bf16,
+        }
     }
 
     /// Makes matrix products of f32 tensors round, or not, as this route says; for the whole process.

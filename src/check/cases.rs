@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::case::{Case, Input, Kind};
+use super::loss::Loss;
 use crate::ops::Arg;
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
@@ -13,7 +14,7 @@ use crate::ops::dropout::{Dropout, dropout};
 use crate::ops::embedding::embedding;
 use crate::ops::gates::{decay_gate, log_sigmoid, sigmoid};
 use crate::ops::gla::gla;
-use crate::ops::head::{PAD, Targets, head_cross_entropy};
+use crate::ops::head::{PAD, Targets};
 use crate::ops::l2norm::l2norm;
 use crate::ops::linear::linear;
 use crate::ops::norms::{GateOrder, RmsEps, gated_rms_norm, layer_norm, rms_norm};
@@ -687,12 +688,17 @@ fn global_norm_case(size: &Size) -> Case {
     Case {
         tokens: n,
         inputs: vec![exact("grad", Draw::of(size).normal(&[n], 1.0))],
-        outputs: &["norm"],
+        outputs: &["sum of squares"],
         operations: 2.0 * n as f64,
         backward: 0.0,
         run: Box::new(|x| {
             let [Arg::Tensor(grad)] = x else { candle_core::bail!("global_norm takes one tensor") };
-            Ok(vec![Tensor::new(global_norm(grad)?, &Device::Cpu)?])
+            // On a GPU the sum stays there.
+            #[cfg(feature = "cuda")]
+            if grad.device().is_cuda() {
+                return Ok(vec![crate::ops::optim::cuda::sum_of_squares(grad)?]);
+            }
+            Ok(vec![Tensor::new(&[global_norm(grad)?.powi(2)], &Device::Cpu)?])
         }),
         ..base("global_norm", size, format!("{n}"))
     }
@@ -762,7 +768,7 @@ fn conv_case(size: &Size) -> Case {
     }
     let bias = inputs.len() > 2;
     if stateful {
-        inputs.push(exact("state", draw.normal(&[batch, TAPS - 1, width], 1.0)));
+        inputs.push(activation("state", draw.normal(&[batch, TAPS - 1, width], 1.0)));
     }
     Case {
         inputs,
@@ -1024,7 +1030,7 @@ fn head_case(size: &Size) -> Case {
         steps,
         elements: steps.div_ceil(3),
     };
-    let valid = targets.element.iter().filter(|&&element| element != PAD).count();
+    let loss = Loss::new(targets);
     Case {
         inputs: vec![
             activation("x", draw.normal(&[batch, steps, width], 1.0)),
@@ -1033,11 +1039,7 @@ fn head_case(size: &Size) -> Case {
         ],
         outputs: &["loss", "votes"],
         operations: 2.0 * (batch * steps * width * classes) as f64,
-        run: Box::new(move |x| {
-            let out = head_cross_entropy(x[0].clone(), x[1].clone(), x[2].clone(), &targets, valid as f64)?;
-            let votes = out.votes.len();
-            Ok(vec![out.loss, Tensor::from_vec(out.votes, votes, &Device::Cpu)?])
-        }),
+        run: Box::new(move |x| loss.run(x)),
         ..base("head", size, label(size, format_args!("D{width} C{classes}")))
     }
 }

@@ -6,6 +6,7 @@
 
 mod case;
 pub mod cases;
+mod loss;
 pub mod models;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,6 +21,7 @@ pub use cases::{OPS, Op, Scale, Size};
 /// A tolerance that differs from the route's.
 struct Exception {
     op: &'static str,
+    /// A name, or `*` for all.
     tensor: &'static str,
     route: Route,
     tolerance: f64,
@@ -51,11 +53,55 @@ const EXCEPTIONS: &[Exception] = &[
         tolerance: 0.1,
         reason: "the share of other winners: two classes can be as near as the rounding",
     },
+    Exception {
+        op: "head",
+        tensor: "loss",
+        route: Route::Bf16,
+        tolerance: 3e-2,
+        reason: "logits are rounded to bf16: the loss of a few tokens is off by as much as a logit",
+    },
+    Exception {
+        op: "gated_delta_rule",
+        tensor: "*",
+        route: Route::F32,
+        tolerance: 3e-5,
+        reason: "runs of equal keys: the chunk's triangular system has a condition number of a thousand",
+    },
+    Exception {
+        op: "gated_delta_rule",
+        tensor: "gradient of g",
+        route: Route::Bf16,
+        tolerance: 5e-2,
+        reason: "a difference of large sums; the released bf16 layers are off by up to 6.5e-2 in what follows from it",
+    },
+    Exception {
+        op: "gated_delta_product",
+        tensor: "gradient of g",
+        route: Route::Bf16,
+        tolerance: 5e-2,
+        reason: "a difference of large sums; the released bf16 layers are off by up to 6.5e-2 in what follows from it",
+    },
+    Exception {
+        op: "delta_rule",
+        tensor: "*",
+        route: Route::Tf32,
+        tolerance: 5e-3,
+        reason: "one token without a past: the gradients of q and k are small differences of large products",
+    },
+    Exception {
+        op: "gated_delta_rule",
+        tensor: "*",
+        route: Route::Tf32,
+        tolerance: 5e-3,
+        reason: "one token without a past: the gradients of q and k are small differences of large products",
+    },
 ];
 
 /// How far the relative RMS of an op's tensor may be off on a route. `gradient of x` for a gradient.
 pub fn tolerance(op: &str, tensor: &str, route: Route) -> f64 {
-    let exception = EXCEPTIONS.iter().find(|e| e.op == op && e.tensor == tensor && e.route == route);
+    let exception = EXCEPTIONS.iter().find(|e| {
+        e.op == op && (e.tensor == tensor || e.tensor == "*") && e.route == route
+    });
     match (exception, route) {
         (Some(exception), _) => exception.tolerance,
         (None, Route::F32) => 1e-5,

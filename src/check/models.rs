@@ -6,11 +6,13 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::case::{Named, Place, Results, Route};
+use super::loss::Loss;
 use super::{Checked, Compared, compare, differing, first_line, guarded};
 use crate::config::load::parse;
 use crate::config::{Auto, ModelConfig};
 use crate::model::{Context, DropoutKey, Input, MODELS, RecNet};
-use crate::ops::head::{PAD, Targets, head_cross_entropy};
+use crate::ops::Arg;
+use crate::ops::head::{PAD, Targets};
 use crate::ops::philox::{philox4x32, unit_f32};
 use crate::task::{BLANK, Part, Task};
 use crate::train::trainer::Trainer;
@@ -111,8 +113,7 @@ fn run(config: &ModelConfig, weights: &HashMap<String, Tensor>, place: &Place) -
     let mut context = Context { dropout: Some(dropout), ..Context::default() };
     let hidden = net.hidden(Input::Ids(&ids), &mut context)?;
     let (weight, bias) = net.decoder();
-    let valid = (BATCH * STEPS - 9) as f64;
-    let loss = head_cross_entropy(&hidden, weight, bias, &targets, valid)?.loss;
+    let loss = Loss::new(targets).run(&[Arg::from(&hidden), Arg::from(weight), Arg::from(bias)])?.remove(0);
     loss.backward()?;
     let named = |name: &str, value: &Tensor| {
         Ok::<_, candle_core::Error>(Named { name: name.into(), value: value.to_device(&Device::Cpu)? })
@@ -164,41 +165,46 @@ pub fn check_model(name: &str, device: &Device, route: Route) -> Checked {
 }
 
 /// Losses of `updates` updates on a device, and the weights behind them.
-fn train(name: &str, device: &Device, updates: usize) -> anyhow::Result<(Vec<f64>, Tensor)> {
+fn train(name: &str, device: &Device, route: Route, updates: usize) -> anyhow::Result<(Vec<f64>, Tensor)> {
+    const BATCH: usize = 16;
     let text = "
 seed: 5
 task: {preset: task2, ambiguities: 8, depth: 4, length: 20, samples: {train: 8000}}
 model: {layers: 2, width: 64, state: 32, dropout: 0.1}
 train: {batch: 16, warmup: 10}";
-    let config = parse(text, "the check", &[format!("model.name={name}")])?;
+    let set = [format!("model.name={name}"), format!("train.precision={}", route.name())];
+    let config = parse(text, "the check", &set)?;
     let task = Task::new(&config.task, config.seed)?;
     let mut trainer = Trainer::new(&config, task.features(), task.classes(), device)?;
+    // As a run feeds it: packed samples to a GPU.
+    let feed = trainer.feed();
     let mut losses = vec![];
     for update in 0..updates {
-        let batch = task.batch(Part::Train, (16 * update) as u64, 16, None)?;
-        losses.push(trainer.update(&batch)?.loss);
+        let samples = task.samples(Part::Train, (BATCH * update) as u64, BATCH, None)?;
+        losses.push(trainer.update_with(feed(samples)?)?.loss);
     }
     Ok((losses, trainer.net().params().value().to_device(&Device::Cpu)?))
 }
 
-/// Trains a model twice from one seed: the same bits; and on the CPU, which it must follow.
-pub fn check_training(name: &str, device: &Device, updates: usize) -> Checked {
+/// Trains a model twice from one seed: the same bits; and on the CPU in f32, which it must follow.
+pub fn check_training(name: &str, device: &Device, route: Route, updates: usize) -> Checked {
     /// Updates over which the losses of two devices stay together.
     const TOGETHER: usize = 10;
     let begin = Instant::now();
-    let mut checked = row(format!("training {name}"), format!("{updates} updates, twice"), Route::F32);
+    let mut checked = row(format!("training {name}"), format!("{updates} updates, twice"), route);
+    let allowed = if route == Route::F32 { 1e-4 } else { 1e-2 };
     let outcome = guarded(|| {
         Ok((|| {
-            let first = train(name, device, updates)?;
-            let second = train(name, device, updates)?;
-            let together = updates.min(TOGETHER);
-            let (want, _) = train(name, &Device::Cpu, together)?;
+            let first = train(name, device, route, updates)?;
+            let second = train(name, device, route, updates)?;
+            let (want, _) = train(name, &Device::Cpu, Route::F32, updates.min(TOGETHER))?;
             anyhow::Ok((first, second, want))
         })())
     });
+    Route::F32.select();
     match outcome.and_then(|inner| inner).and_then(|(first, second, want)| {
         let losses = |losses: &[f64]| Tensor::new(&losses[..want.len()], &Device::Cpu);
-        let compared = compare("loss beside the CPU".into(), &losses(&first.0)?, &losses(&want)?, 2e-3)?;
+        let compared = compare("loss beside the CPU".into(), &losses(&first.0)?, &losses(&want)?, allowed)?;
         let named = |value: Tensor| [Named { name: "weights".into(), value }];
         let mut unrepeatable = differing(&named(first.1), &named(second.1))?;
         if first.0.iter().zip(&second.0).any(|(a, b)| a.to_bits() != b.to_bits()) {

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use candle_core::Device;
-use candle_core::utils::cuda_is_available;
 use serde_json::json;
 
 use super::{print, table};
 use crate::check::{self, Checked, OPS, Route, models};
-use crate::device::{NO_CUDA, parse_device};
+use crate::device::{NO_CUDA, gpu_count, parse_device};
 use crate::error::nearest;
 use crate::train::device_name;
 use crate::{bad_input, bail_input, files};
@@ -48,15 +47,11 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.json {
         files::check_writable(path)?;
     }
-    let device = match parse_device(&args.device) {
-        Ok(device) => device,
-        Err(error) if args.device == "auto" => {
-            print(format_args!("no GPU: {error:#}"))?;
-            Device::Cpu
-        }
-        Err(error) => return Err(error),
-    };
+    let device = parse_device(&args.device)?;
     let about = describe(&device)?;
+    if device.is_cpu() {
+        print("checking the f32 path of the CPU against its f64 path")?;
+    }
 
     let begin = std::time::Instant::now();
     let mut list: Vec<Checked> = Vec::new();
@@ -74,16 +69,14 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
         }
     }
     for name in models::names() {
-        if chosen.has("models") || chosen.has(name) {
-            for &route in &formats {
-                if device.is_cuda() || route == Route::F32 {
-                    list.push(models::check_model(name, &device, route));
-                }
+        let updates = if args.thorough { 50 } else { 3 };
+        for &route in formats.iter().filter(|route| device.is_cuda() || **route == Route::F32) {
+            if chosen.has("models") || chosen.has(name) {
+                list.push(models::check_model(name, &device, route));
             }
-        }
-        if chosen.has("training") || chosen.has(name) {
-            let updates = if args.thorough { 50 } else { 3 };
-            list.push(models::check_training(name, &device, updates));
+            if chosen.has("training") || chosen.has(name) {
+                list.push(models::check_training(name, &device, route, updates));
+            }
         }
     }
     #[cfg(feature = "cuda")]
@@ -115,15 +108,15 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
 }
 
 /// What `--op` names.
-struct Chosen(Vec<String>);
+pub(super) struct Chosen(Vec<String>);
 
 impl Chosen {
-    fn has(&self, name: &str) -> bool {
+    pub(super) fn has(&self, name: &str) -> bool {
         self.0.is_empty() || self.0.iter().any(|chosen| chosen == name)
     }
 }
 
-fn choose(names: &[String]) -> anyhow::Result<Chosen> {
+pub(super) fn choose(names: &[String]) -> anyhow::Result<Chosen> {
     let ops = OPS.iter().flat_map(|op| [op.name, op.room]);
     let known: Vec<&str> = ops.chain(models::names()).chain(["models", "training"]).collect();
     for name in names {
@@ -147,8 +140,8 @@ fn formats(names: &[String]) -> anyhow::Result<Vec<Route>> {
     Ok(Route::ALL.into_iter().filter(chosen).collect())
 }
 
-/// Prints what is checked, and gives it for the file.
-fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
+/// Prints what the device is, and gives it for the file.
+pub(super) fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
         let about = crate::profile::gpu::describe(device)?;
@@ -172,11 +165,11 @@ fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
         print("number formats: f32, tf32 (matrix products of f32), bf16 (sums and states in f32)")?;
         return Ok(serde_json::to_value(about)?);
     }
-    let why = match cuda_is_available() {
-        false => NO_CUDA,
-        true => "not on a GPU",
-    };
-    print(format_args!("{why}: checking the f32 path of the CPU against its f64 path"))?;
+    if !cfg!(feature = "cuda") {
+        print(NO_CUDA)?;
+    } else if gpu_count() == 0 {
+        print("there is no GPU, or no NVIDIA driver for it")?;
+    }
     Ok(json!({ "name": device_name(device), "threads": rayon::current_num_threads() }))
 }
 

@@ -6,6 +6,7 @@ mod doctor;
 mod eval;
 mod models;
 mod predict;
+mod profile;
 mod report;
 mod tasks;
 mod train;
@@ -49,6 +50,7 @@ enum Command {
     Tasks(tasks::TasksArgs),
     Devices(devices::DevicesArgs),
     Doctor(doctor::DoctorArgs),
+    Profile(profile::ProfileArgs),
 }
 
 /// Runs one subcommand.
@@ -71,6 +73,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Tasks(args) => tasks::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Profile(args) => profile::run(args),
     }
 }
 

@@ -39,6 +39,7 @@ use candle_core::{
 
 use super::real::Real;
 use crate::model::param::Param;
+use crate::trace;
 
 /// A value that a [`Node`] computed: storage and shape, not yet a tensor of the graph.
 pub struct Value {
@@ -364,7 +365,10 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
         args.iter().map(|arg| recording && arg.tensor().is_none_or(Tensor::track_op)).collect();
     let save = needs.contains(&true);
     let device = values[0].device().clone();
-    let Forward { outputs, saved } = node.forward(&values, save)?;
+    let Forward { outputs, saved } = {
+        let _range = trace::range(trace::Kind::Forward, node.name());
+        node.forward(&values, save)?
+    };
     if !save {
         return Ok(outputs.into_iter().map(Value::into_tensor).collect());
     }
@@ -482,7 +486,10 @@ impl Shared {
             .iter_mut()
             .map(|sum| sum.take().map(|sum| sum.grad.contiguous()).transpose())
             .collect::<Result<_>>()?;
-        let grads = self.node.backward(&run, &output_grads)?;
+        let grads = {
+            let _range = trace::range(trace::Kind::Backward, self.node.name());
+            self.node.backward(&run, &output_grads)?
+        };
         // Taken as well: with the links gone, nodes are freed one by one, not in a deep recursion.
         let targets = std::mem::take(&mut *self.targets.lock().unwrap());
         for (i, (target, grad)) in targets.into_iter().zip(grads).enumerate() {

@@ -19,6 +19,7 @@ use crate::ops::no_grad;
 use crate::ops::optim::AdamStep;
 use crate::ops::optim::cuda::{DeviceAdam, Flat, sum_of_squares};
 use crate::task::Task;
+use crate::trace;
 
 /// What a model sees of a batch.
 pub(super) fn input(batch: &DeviceBatch) -> Input<'_> {
@@ -73,8 +74,10 @@ impl Trainer {
     pub fn update_compact(&mut self, compact: Compact) -> Result<StepStats> {
         let (device, dtype) = (self.net.params().value().device(), self.net.dtype());
         let steps = compact.steps();
-        let mut samples = DeviceSamples::upload(compact, dtype, device)?;
-        match samples.next_window(steps)? {
+        let batch = trace::part("upload", || {
+            DeviceSamples::upload(compact, dtype, device).and_then(|mut samples| samples.next_window(steps))
+        });
+        match batch? {
             Some(batch) => self.update_on_gpu(&batch),
             None => anyhow::bail!("a batch without a timestep"),
         }
@@ -83,6 +86,7 @@ impl Trainer {
     /// One update; the gradient that is not finite leaves the weights alone.
     pub(super) fn update_on_gpu(&mut self, batch: &DeviceBatch) -> Result<StepStats> {
         let (totals, loss) = self.accumulate_on_gpu(batch)?;
+        let optimizer = trace::range(trace::Kind::Part, "optimizer");
         let params = self.net.params();
         let squares = sum_of_squares(params.gradient())?;
         let lr = self.learning_rate();
@@ -95,6 +99,7 @@ impl Trainer {
         let (value, grad, shadow) = (params.value(), params.gradient(), params.shadow());
         adam.apply(&Flat { value, grad, m: &self.m, v: &self.v, shadow }, &squares, &loss)?;
 
+        drop(optimizer);
         // Everything is on its way: now wait for what it says.
         let grad_norm = squares.to_vec1::<f64>()?[0].sqrt();
         let mut sums = Sums::default();
@@ -125,9 +130,11 @@ impl Trainer {
             let factor = if authors { valid_scale(&targets)? } else { whole.clone() };
             let dropout = self.dropout().map(|key| DropoutKey { first: first as u32, ..key });
             let mut context = Context { dropout, state: None };
-            let hidden = self.net.hidden(input(&part), &mut context)?;
-            let (loss, totals) = head_cross_entropy(&hidden, weight, bias, &targets, part.elements, &factor)?;
-            loss.backward()?;
+            let (loss, totals) = trace::part("forward", || {
+                let hidden = self.net.hidden(input(&part), &mut context)?;
+                head_cross_entropy(&hidden, weight, bias, &targets, part.elements, &factor)
+            })?;
+            trace::part("backward", || loss.backward())?;
             // The released code reports the last of its micro-batches.
             if authors {
                 shown.clear();

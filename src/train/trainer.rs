@@ -12,6 +12,7 @@ use crate::ops::head::head_cross_entropy;
 use crate::ops::optim::{AdamStep, clip_scale, global_norm};
 use crate::task::rng::SeedSequence;
 use crate::task::{Batch, Samples};
+use crate::trace;
 
 /// Marks the random stream of dropout masks among the streams of a seed.
 const DROPOUT: u32 = 0xd209_0075;
@@ -170,14 +171,16 @@ impl Trainer {
             let denominator = if authors { part.valid_steps() } else { batch.valid_steps() };
             let dropout = self.dropout().map(|key| DropoutKey { first: first as u32, ..key });
             let mut context = Context { dropout, state: None };
-            let hidden = with_input(&part, device, |input| self.net.hidden(input, &mut context))?;
-            let out = head_cross_entropy(&hidden, weight, bias, &targets(&part), denominator as f64)?;
+            let out = trace::part("forward", || {
+                let hidden = with_input(&part, device, |input| self.net.hidden(input, &mut context))?;
+                head_cross_entropy(&hidden, weight, bias, &targets(&part), denominator as f64)
+            })?;
             let mut labels = ElementLabels::default();
             labels.take(&part);
             let (r, e) = labels.count(&out.votes);
             (loss, right, elements) = (loss + out.loss_sum, right + r, elements + e);
             steps += part.valid_steps();
-            out.loss.backward()?;
+            trace::part("backward", || out.loss.backward())?;
         }
         Ok((loss / steps as f64, right as f64 / elements as f64))
     }
@@ -232,7 +235,7 @@ impl Trainer {
             step: self.step as u64 + 1,
             grad_scale: clip_scale(grad_norm, train.clip),
         };
-        adam.apply(params.value(), params.gradient(), &self.m, &self.v)?;
+        trace::part("optimizer", || adam.apply(params.value(), params.gradient(), &self.m, &self.v))?;
         self.step += 1;
         Ok(StepStats { loss, accuracy, grad_norm, lr, tokens: batch.valid_steps() })
     }

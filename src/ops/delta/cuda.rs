@@ -11,6 +11,9 @@ const CHUNK: usize = 64;
 /// Value columns of four warps.
 const SLICE: usize = 64;
 
+/// So many blocks are enough for a GPU.
+const MANY_BLOCKS: usize = 132;
+
 /// How a call is laid out on the GPU.
 struct Plan {
     gpu: Gpu,
@@ -44,7 +47,10 @@ impl Plan {
             )
         }
         let key = if dims.key <= 64 { 64 } else { 128 };
-        let groups = if dtype == DType::BF16 && key == 64 && dims.value > SLICE { 2 } else { 1 };
+        // Two groups read q and k once for both; one makes more blocks.
+        let pairs = dims.batch * dims.heads * dims.value.div_ceil(2 * SLICE);
+        let wide = dtype == DType::BF16 && key == 64 && dims.value > SLICE && pairs >= MANY_BLOCKS;
+        let groups = if wide { 2 } else { 1 };
         let chunks = dims.steps.div_ceil(CHUNK / dims.sub);
         Ok(Self { gpu: Gpu::of(&args[0])?, dims, dtype, key, groups, chunks })
     }
@@ -156,10 +162,11 @@ pub fn backward(node: &GatedDeltaRule, run: &Run, grads: &[Option<Tensor>]) -> R
 
     let outputs = [gpu.of_value(&dq)?, gpu.of_value(&dk)?, dv_at, gpu.of_value(&d_beta)?, or_null(&dg)?];
     let name = format!("delta_gradients_{}_{}", route(dtype)?, plan.key);
-    // Two squares take the place of the states.
-    let shared = plan.shared(20, [2, 0, 3, 2], 1).max(plan.shared(20, [2, 2, 3, 0], 1));
+    // Two stages of a slice of values where one block has a multiprocessor for itself.
+    let stages = if plan.key == 128 && dtype == DType::BF16 { 2 } else { 1 };
+    let shared = plan.shared(12 + plan.key / 8, [2, 0, 4 * stages, 2 * stages], 1);
     let inputs = [q, k, v, rows, s, vh, ds_at, d_o];
-    plan.chunk(&name, 256, shared, &[&inputs[..], &outputs, &sizes].concat())?;
+    plan.chunk(&name, 4 * plan.key as u32, shared, &[&inputs[..], &outputs, &sizes].concat())?;
 
     let all = [dq, dk, dv, d_beta].into_iter().chain(dg).chain(d_state);
     Ok(all.map(|value| Some(value.into_tensor())).collect())

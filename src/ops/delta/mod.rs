@@ -28,7 +28,8 @@ const NAME: &str = "gated_delta_rule";
 /// | `state` | [B, H, K, V] | before the first token; none: zeros |
 ///
 /// Returns the outputs [B, T, H, V] and the final state [B, H, K, V]. All arguments share one dtype, f32
-/// or f64; on a GPU `q`, `k` and `v` may be bf16 and the others are f32. With row vectors, one head and one token:
+/// or f64; on a GPU `q`, `k` and `v` may be bf16 and the others are f32. With row vectors, one head and
+/// one token:
 ///
 /// ```text
 /// S ← exp(g) S                        once per token, before its first step

@@ -11,9 +11,12 @@ use crate::ops::rows::cuda::Grid;
 use crate::ops::tape::Value;
 use crate::ops::upload::{upload, write};
 
-/// The newest key and where it lies, by context: all masks of an update share one key, which is written once
-/// and before the update's kernels, so that a captured update finds each new key at the same place.
-static KEYS: LazyLock<Mutex<HashMap<usize, ([u32; 2], Tensor)>>> = LazyLock::new(Default::default);
+/// The newest key and where it lies, by context.
+type Keys = HashMap<usize, ([u32; 2], Tensor)>;
+
+/// All masks of an update share one key, which is written once and before the update's kernels, so that a
+/// captured update finds each new key at the same place.
+static KEYS: LazyLock<Mutex<Keys>> = LazyLock::new(Default::default);
 
 /// Puts `key` where the kernels launched from here on look for it.
 fn device_key(gpu: &Gpu, key: [u32; 2]) -> Result<KernelArg> {

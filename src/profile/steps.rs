@@ -1,0 +1,212 @@
+//! A training step by part.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use serde::Serialize;
+
+use super::timing::Timing;
+use crate::check::{Route, Scale};
+use crate::config::Config;
+use crate::config::load::defaults;
+use crate::task::{Part, Task};
+use crate::trace::{Kind, Watch, watching};
+use crate::train::trainer::{Feed, Trainer};
+
+/// What takes time in a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepPart {
+    /// `forward`, or `selective_scan, backward`.
+    pub name: String,
+    pub kind: String,
+    /// Times that it runs in a step.
+    pub runs: usize,
+    pub seconds: f64,
+}
+
+/// Updates of one model.
+#[derive(Clone, Debug, Serialize)]
+pub struct Step {
+    pub model: &'static str,
+    pub scale: &'static str,
+    pub route: Route,
+    pub width: usize,
+    pub batch: usize,
+    pub steps: usize,
+    pub parameters: usize,
+    /// By the host's clock, from the samples in memory to the loss on the host.
+    pub update: Timing,
+    pub tokens_per_s: f64,
+    /// Drawing and packing the samples of a step on one thread; a run does it beside the step before.
+    pub data: f64,
+    /// Bytes, on a GPU.
+    pub peak_memory: Option<u64>,
+    pub parts: Vec<StepPart>,
+}
+
+/// Measures updates of a model of eight layers: 64 samples of 400 steps on a GPU, fewer on the CPU.
+pub fn step(model: &'static str, scale: Scale, route: Route, device: &Device) -> Result<Step> {
+    let (rounds, batch) = if device.is_cpu() { (3, 4) } else { (12, 64) };
+    let width = if scale == Scale::Width1024 { 1024 } else { 256 };
+    let mut config: Config = defaults();
+    config.model.name = model.into();
+    config.model.width = width;
+    config.train.batch = batch;
+    config.train.precision = route.precision();
+    // 400 steps: 200 elements, each with a gap of one step.
+    config.task.gap.low = 0.1;
+    config.task.gap.high = 0.1;
+    config.task.gap.probability = 1.0;
+    let task = Task::new(&config.task, config.seed)?;
+    let mut trainer = Trainer::new(&config, task.features(), task.classes(), device)?;
+    let feed = trainer.feed();
+    let samples = |step: usize| -> Result<(Feed, f64)> {
+        let begin = Instant::now();
+        let feed = feed(task.samples(Part::Train, (step * batch) as u64, batch, None)?)?;
+        Ok((feed, begin.elapsed().as_secs_f64()))
+    };
+
+    let mut at = 0;
+    let mut update = |trainer: &mut Trainer| -> Result<(f64, f64, usize)> {
+        let (feed, data) = samples(at)?;
+        at += 1;
+        let begin = Instant::now();
+        let stats = trainer.update_with(feed)?;
+        Ok((begin.elapsed().as_secs_f64(), data, stats.tokens))
+    };
+    for _ in 0..3 {
+        update(&mut trainer)?;
+    }
+    reset_peak(device)?;
+    let (mut times, mut data, mut tokens) = (vec![], vec![], 0);
+    for _ in 0..rounds {
+        let (seconds, drawn, stepped) = update(&mut trainer)?;
+        times.push(seconds);
+        data.push(drawn);
+        tokens += stepped;
+    }
+    let peak_memory = peak(device)?;
+    let total: f64 = times.iter().sum();
+
+    let parts = Rc::new(RefCell::new(Parts::new(device)?));
+    watching(Log(parts.clone()), || update(&mut trainer))?;
+    let parts = Rc::try_unwrap(parts).ok().context("the watch is gone with the step")?.into_inner();
+    data.sort_by(f64::total_cmp);
+    Ok(Step {
+        model,
+        scale: scale.name(),
+        route,
+        width,
+        batch,
+        steps: tokens / rounds / batch,
+        parameters: trainer.net().params().count(),
+        update: Timing::of(times, 1),
+        tokens_per_s: tokens as f64 / total,
+        data: data[data.len() / 2],
+        peak_memory,
+        parts: parts.sum()?,
+    })
+}
+
+fn reset_peak(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return super::gpu::reset_peak(&crate::cuda::Gpu::new(device)?);
+    }
+    let _ = device;
+    Ok(())
+}
+
+fn peak(device: &Device) -> Result<Option<u64>> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return super::gpu::peak(&crate::cuda::Gpu::new(device)?).map(Some);
+    }
+    let _ = device;
+    Ok(None)
+}
+
+/// A moment, by the clock of a device.
+enum Moment {
+    Host(Instant),
+    #[cfg(feature = "cuda")]
+    Gpu(cudarc::driver::CudaEvent),
+}
+
+/// The ranges of a step and when they were.
+struct Parts {
+    #[cfg(feature = "cuda")]
+    gpu: Option<crate::cuda::Gpu>,
+    open: Vec<(Kind, &'static str, Moment)>,
+    closed: Vec<(Kind, &'static str, Moment, Moment)>,
+}
+
+impl Parts {
+    fn new(device: &Device) -> Result<Self> {
+        let _ = device;
+        Ok(Self {
+            #[cfg(feature = "cuda")]
+            gpu: if device.is_cuda() { Some(crate::cuda::Gpu::new(device)?) } else { None },
+            open: vec![],
+            closed: vec![],
+        })
+    }
+
+    fn now(&self) -> Moment {
+        #[cfg(feature = "cuda")]
+        if let Some(event) = self.gpu.as_ref().and_then(|gpu| super::gpu::mark(gpu).ok()) {
+            return Moment::Gpu(event);
+        }
+        Moment::Host(Instant::now())
+    }
+
+    /// Seconds of every part, the longest of a kind first.
+    fn sum(self) -> Result<Vec<StepPart>> {
+        let mut sums: BTreeMap<(Kind, &'static str), (usize, f64)> = BTreeMap::new();
+        for (kind, name, begin, end) in self.closed {
+            let seconds = match (begin, end) {
+                (Moment::Host(begin), Moment::Host(end)) => (end - begin).as_secs_f64(),
+                #[cfg(feature = "cuda")]
+                (Moment::Gpu(begin), Moment::Gpu(end)) => super::gpu::between(begin, end).seconds()?,
+                #[cfg(feature = "cuda")]
+                _ => continue,
+            };
+            let sum = sums.entry((kind, name)).or_default();
+            *sum = (sum.0 + 1, sum.1 + seconds);
+        }
+        let mut parts: Vec<((Kind, &str), (usize, f64))> = sums.into_iter().collect();
+        // Parts in their order, nodes by their time.
+        parts.sort_by(|((a, _), (_, x)), ((b, _), (_, y))| {
+            (*a != Kind::Part).cmp(&(*b != Kind::Part)).then(y.total_cmp(x))
+        });
+        let part = |((kind, name), (runs, seconds)): ((Kind, &str), (usize, f64))| StepPart {
+            name: name.into(),
+            kind: format!("{kind:?}").to_lowercase(),
+            runs,
+            seconds,
+        };
+        Ok(parts.into_iter().map(part).collect())
+    }
+}
+
+struct Log(Rc<RefCell<Parts>>);
+
+impl Watch for Log {
+    fn begin(&mut self, kind: Kind, name: &'static str) {
+        let mut parts = self.0.borrow_mut();
+        let now = parts.now();
+        parts.open.push((kind, name, now));
+    }
+
+    fn end(&mut self) {
+        let mut parts = self.0.borrow_mut();
+        let now = parts.now();
+        if let Some((kind, name, begin)) = parts.open.pop() {
+            parts.closed.push((kind, name, begin, now));
+        }
+    }
+}
