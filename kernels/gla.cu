@@ -1,6 +1,7 @@
 // Gated linear attention (Yang et al. 2024, arXiv:2312.06635, eq. 3): a matrix state whose rows decay on their own.
 //
-//   q, k [B,T,H,K]  v, o [B,T,H,V]  in the activations' type;  g [B,T,H,K] log decays, at most 0, and states [B,H,K,V] f32
+//   q, k [B,T,H,K]  v, o [B,T,H,V]  in the activations' type
+//   g [B,T,H,K]  log decays, at most 0, and states [B,H,K,V]  f32
 //
 // The sequence is cut into blocks of 16 tokens. With l = the inclusive sum of g from the block's start, its last row
 // L, the state S0 before the block, S1 after it, and row vectors:
@@ -105,7 +106,8 @@ __device__ __forceinline__ bool decay_tile(float* g, int ldg, typename R::elem* 
 template <class R, int NT>
 __device__ __forceinline__ void values(const typename R::elem* q, const typename R::elem* k, const float* g,
                                        const typename R::elem* z, const float* state0, typename R::elem* out,
-                                       float* state1, int T, int H, int K, int V, int slices, float scale, int reverse) {
+                                       float* state1, int T, int H, int K, int V, int slices, float scale,
+                                       int reverse) {
     using E = typename R::elem;
     constexpr int COLS = 8 * NT, LD = COLS + PAD, LDA = 16 + PAD, N = BUFFERS<R, NT>;
     DYNAMIC_SHARED(memory);
@@ -278,8 +280,8 @@ __device__ __forceinline__ void recall(const float* p, float (&a)[4], float (&b)
 template <class R, int NT>
 __device__ __forceinline__ void keys(const typename R::elem* x, const typename R::elem* y, const float* g,
                                      const typename R::elem* z, const typename R::elem* u, const float* state0,
-                                     typename R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T,
-                                     int H, int K, int V, float scale, int reverse, int keep_end) {
+                                     typename R::elem* dx, float* dg, float* d_state0, float* kept, float* products,
+                                     int T, int H, int K, int V, float scale, int reverse, int keep_end) {
     using E = typename R::elem;
     constexpr int LDV = 8 * NT + PAD, LDD = 16 + PAD, N = BUFFERS<R, NT>;
     DYNAMIC_SHARED(memory);
@@ -294,7 +296,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     float* diagonal = last + BLOCKS * columns;
     float* flow = diagonal + STAGE + 16 * warp;
 
-    const int slices = ceil_div(K, 128), tiles = ceil_div(K, 16), spans = ceil_div(T, SPAN), stages = ceil_div(T, STAGE);
+    const int slices = ceil_div(K, 128), tiles = ceil_div(K, 16);
+    const int spans = ceil_div(T, SPAN), stages = ceil_div(T, STAGE);
     const long long bh = blockIdx.x / slices, batch = bh / H, h = bh % H;
     const int k0 = blockIdx.x % slices * 128, width = min(K - k0, columns), mine = width - 16 * warp;
     const int tile = k0 / 16 + warp, v_pad = ceil_div(V, 16) * 16, c0 = 16 * warp;
@@ -492,7 +495,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float low = qdq[nt][e] - inner_product[nt][e], high = qdq[nt][2 + e] - inner_product[nt][2 + e];
-                        float low_out = outer_product[nt][e], high_out = outer_product[nt][2 + e], passing = through[nt][e];
+                        float low_out = outer_product[nt][e], high_out = outer_product[nt][2 + e];
+                        float passing = through[nt][e];
                         if (sparse) {
 #pragma unroll
                             for (int o = 4; o < WARP; o *= 2) {
@@ -524,7 +528,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 store_block(dg + (t0 + r0) * row_k + c0, row_k, T - t0 - r0, mine, qdq[0], qdq[1], pair_g);
             }
 
-            const float low = last[block * columns + c0 + acc_row(0, 0)], high = last[block * columns + c0 + acc_row(0, 2)];
+            const float low = last[block * columns + c0 + acc_row(0, 0)];
+            const float high = last[block * columns + c0 + acc_row(0, 2)];
             const FragA<R> fu = load_a<R, AlongMN>(tx + r0 * ldx + c0, ldx);
 #pragma unroll
             for (int j = 0; j < NT; j += 2) {

@@ -157,7 +157,8 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
         chunk_decays<C>(decays, raw, T - first * C, bias, rate);
     }
     float s[NT][4];
-    load_rows(s, state0 ? state0 + ((long long)blockIdx.y * gridDim.x / slices + bh) * size + warp_at : nullptr, rows, N);
+    const long long segment = (long long)blockIdx.y * (gridDim.x / slices) + bh;
+    load_rows(s, state0 ? state0 + segment * size + warp_at : nullptr, rows, N);
     const bool pair = can_pair(y, row_x, width);
 
     for (int chunk = first; chunk < last; chunk++) {
@@ -254,7 +255,8 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
                     out[i][nt][2 * half] += skip * v.x;
                     out[i][nt][2 * half + 1] += skip * v.y;
                 }
-            store_block(y + (t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1], pair);
+            store_block(y + (t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1],
+                        pair);
         }
         update<R>(s, w[DECAY * C + C - 1], w + WEIGHT * C, tx, ldx, tb, LDN);
     }
@@ -266,8 +268,8 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
 // Grid and block as ssd_forward. Shared memory: u [2][C][ldx], v [2][C][ldn], then f32 [2][KINDS][C].
 // start [segments][B,H,P,N]: the state before every segment (its gradient after it), or none.
 // states [B,H,chunks,P,N]: the state before every chunk (its gradient after it), or none.
-// end: with `log_decay` [segments][B,H], the segment's sum of rate step to base 2, [segments][B,H,P,N] after every segment,
-// without it [B,H,P,N] after the last segment.
+// end: with `log_decay` [segments][B,H], the segment's sum of rate step to base 2, [segments][B,H,P,N] after every
+// segment, without it [B,H,P,N] after the last segment.
 template <class R, int NT>
 __device__ __forceinline__ void states(const typename R::elem* u, const typename R::elem* v, const typename R::elem* dt,
                                        const float* a_log, const float* dt_bias, const float* start,
@@ -364,8 +366,8 @@ template <class R> constexpr int GRAD_SLICE = CHUNK<R>;
 // Shared memory, ldn = 8 NT + PAD, PS = GRAD_SLICE:
 //   b, c [C][ldn], S0, E [PS][ldn], x, dy [C][PS + PAD], M, C B^T [C][C + PAD], then f32 KINDS [C] and 20 [C].
 // states, d_states [B,H,chunks,P,N]: S0 and E.
-// dbc: with one block per group db and dc [B,T,G,N] in the activations' type, else partial sums
-// [2][blocks_per_group][B,T,G,N] f32. params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
+// With one block per group db and dc [B,T,G,N] are written, else partial sums [2][blocks_per_group][B,T,G,N] f32.
+// params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
 template <class R, int NT>
 __device__ __forceinline__ void grads(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
                                       const typename R::elem* b, const typename R::elem* c, const float* d,
@@ -420,7 +422,8 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
         const float rate = -__expf(a_log[h]), bias = dt_bias[h], skip = d[h];
         for (int p0 = 0; p0 < P; p0 += PS) {
             const int width = min(PS, P - p0), width_pad = ceil_div(width, 16) * 16;
-            const long long at = x_at + (long long)h * P + p0, state_at = (bh * chunks + chunk) * size + (long long)p0 * N;
+            const long long at = x_at + (long long)h * P + p0;
+            const long long state_at = (bh * chunks + chunk) * size + (long long)p0 * N;
             fetch_tile(sx, LDP, x + at, row_x, tokens, width, C, width_pad);
             fetch_tile(sdy, LDP, dy + at, row_x, tokens, width, C, width_pad);
             fetch_tile(s0, LDN, states + state_at, N, width, N, width_pad, 8 * NT);
@@ -496,7 +499,8 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                     }
 #pragma unroll
                     for (int half = 0; half < 2; half++)
-                        store2(sm + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0), m[2 * half], m[2 * half + 1]);
+                        store2(sm + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0), m[2 * half],
+                               m[2 * half + 1]);
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const float sum = col_sum(by_col[e]);
@@ -624,7 +628,8 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                         for (int nt = 0; nt < 2; nt++)
 #pragma unroll
                             for (int half = 0; half < 2; half++) {
-                                const float2 v = load2(sdy + (r0 + acc_row(0, 2 * half)) * LDP + v0 + acc_col(j + nt, 0));
+                                const int r = r0 + acc_row(0, 2 * half);
+                                const float2 v = load2(sdy + r * LDP + v0 + acc_col(j + nt, 0));
                                 out[j + nt][2 * half] += skip * v.x;
                                 out[j + nt][2 * half + 1] += skip * v.y;
                             }
@@ -762,7 +767,8 @@ __device__ __forceinline__ void sum_parts(const float* partial, E* db, E* dc, lo
 }
 
 // Gradients of a_log, d and dt_bias [H] from their shares [3][rows][H]. Grid: (H, 3). Block: 256.
-extern "C" __global__ void ssd_params(const float* shares, float* d_a_log, float* d_d, float* d_dt_bias, int rows, int H) {
+extern "C" __global__ void __launch_bounds__(256)
+    ssd_params(const float* shares, float* d_a_log, float* d_d, float* d_dt_bias, int rows, int H) {
     __shared__ float scratch[WARP];
     shares += (long long)blockIdx.y * rows * H + blockIdx.x;
     float sum = 0.f;
