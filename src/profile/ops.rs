@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde::Serialize;
 
@@ -169,7 +169,7 @@ fn fill(measured: &mut Measured, case: &Case, device: &Device, ceilings: &Ceilin
     let limits = (ceilings.copy, ceilings.operations(route, measured.matrices));
 
     let clock = Clock::of(device)?;
-    let forward = || bound.iter().try_for_each(|bound| Ok(drop(case.forward(bound)?)));
+    let forward = || bound.iter().try_for_each(|bound| case.forward(bound).map(drop)).map_err(Error::from);
     let times = (clock.time(bound.len(), forward)?, clock.time_graph(bound.len(), forward)?);
     measured.forward = Some(Pass::new(times, (forward_bytes, case.operations, case.tokens), limits));
     if case.backward == 0.0 {
@@ -206,8 +206,7 @@ impl<'a> Passes<'a> {
     }
 
     fn run(&self, bound: &Bound) -> Result<()> {
-        drop(self.case.both(bound, 1, |i, _| Ok(self.gradients[i].clone()))?);
-        Ok(())
+        self.case.both(bound, 1, |i, _| Ok(self.gradients[i].clone())).map(drop).map_err(Error::from)
     }
 }
 
@@ -233,7 +232,7 @@ fn for_cpu(op: &Op, size: &Size) -> Option<Size> {
 fn on_cpu(case: &Case, tokens: usize) -> Result<(f64, Option<f64>)> {
     let bound = case.bind(&Place::On(Device::Cpu, Route::F32))?;
     let scale = tokens as f64 / case.tokens as f64;
-    let forward = Clock::Host.time(1, || Ok(drop(case.forward(&bound)?)))?.median * scale;
+    let forward = Clock::Host.time(1, || case.forward(&bound).map(drop).map_err(Error::from))?.median * scale;
     if case.backward == 0.0 {
         return Ok((forward, None));
     }

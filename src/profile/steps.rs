@@ -178,18 +178,19 @@ impl Parts {
             let sum = sums.entry((kind, name)).or_default();
             *sum = (sum.0 + 1, sum.1 + seconds);
         }
-        let mut parts: Vec<((Kind, &str), (usize, f64))> = sums.into_iter().collect();
-        // Parts in their order, nodes by their time.
-        parts.sort_by(|((a, _), (_, x)), ((b, _), (_, y))| {
-            (*a != Kind::Part).cmp(&(*b != Kind::Part)).then(y.total_cmp(x))
+        let mut parts = vec![];
+        for ((kind, name), (runs, seconds)) in sums {
+            parts.push((
+                kind,
+                StepPart { name: name.into(), kind: format!("{kind:?}").to_lowercase(), runs, seconds },
+            ));
+        }
+        // Parts of the update first, then the nodes in them.
+        parts.sort_by(|(a, x), (b, y)| {
+            let node = |kind: &Kind| *kind != Kind::Part;
+            node(a).cmp(&node(b)).then(y.seconds.total_cmp(&x.seconds))
         });
-        let part = |((kind, name), (runs, seconds)): ((Kind, &str), (usize, f64))| StepPart {
-            name: name.into(),
-            kind: format!("{kind:?}").to_lowercase(),
-            runs,
-            seconds,
-        };
-        Ok(parts.into_iter().map(part).collect())
+        Ok(parts.into_iter().map(|(_, part)| part).collect())
     }
 }
 
