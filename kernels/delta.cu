@@ -63,22 +63,44 @@ __device__ __forceinline__ Chunk chunk_at(int c, int batch, int steps, int n) {
     return {tokens, tokens * n, (long long)batch * steps + first, ((long long)batch * steps + first) * n};
 }
 
-// Starts filling a tile, `rows_pad` x COLS with row stride `lds`, with `rows` x `cols` elements; zeros outside.
-template <int COLS, class T>
-__device__ __forceinline__ void fetch(T* s, int lds, const T* g, long long ldg, int rows, int cols, int rows_pad) {
-    constexpr int N = 16 / sizeof(T), PER = COLS / N;
+// Starts filling a tile, `rows_pad` x `cols_pad` with row stride `lds`, with `rows` x `cols` elements; zeros outside.
+template <class T>
+__device__ __forceinline__ void fetch(T* s, int lds, const T* g, long long ldg, int rows, int cols, int rows_pad,
+                                      int cols_pad) {
+    constexpr int N = 16 / sizeof(T);
     if (cols % N == 0 && ldg % N == 0 && (reinterpret_cast<size_t>(g) & 15) == 0) {
-        for (int i = threadIdx.x; i < rows_pad * PER; i += blockDim.x) {
-            const int r = i / PER, c = i % PER * N;
+        const int per = cols_pad / N;
+        for (int i = threadIdx.x; i < rows_pad * per; i += blockDim.x) {
+            const int r = i / per, c = i % per * N;
             const bool in = r < rows && c < cols;
             cp_async16(s + r * lds + c, in ? g + r * ldg + c : g, in ? 16 : 0);
         }
     } else {
-        for (int i = threadIdx.x; i < rows_pad * COLS; i += blockDim.x) {
-            const int r = i / COLS, c = i % COLS;
-            s[r * lds + c] = r < rows && c < cols ? g[r * ldg + c] : from_f<T>(0.f);
+        // Four loads under way at a time.
+        for (int i0 = threadIdx.x; i0 < rows_pad * cols_pad; i0 += 4 * blockDim.x) {
+            T x[4];
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                const int i = i0 + u * blockDim.x, r = i / cols_pad, c = i % cols_pad;
+                x[u] = r < rows && c < cols ? g[r * ldg + c] : from_f<T>(0.f);
+            }
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                const int i = i0 + u * blockDim.x;
+                if (i < rows_pad * cols_pad) s[i / cols_pad * lds + i % cols_pad] = x[u];
+            }
         }
     }
+}
+template <int COLS, class T>
+__device__ __forceinline__ void fetch(T* s, int lds, const T* g, long long ldg, int rows, int cols, int rows_pad) {
+    fetch(s, lds, g, ldg, rows, cols, rows_pad, COLS);
+}
+
+// The same for b and β of a chunk.
+__device__ __forceinline__ void fetch_rows(float* s, const float* rows, long long chunk) {
+    const int i = 4 * threadIdx.x;
+    if (i < 2 * C) cp_async16(s + i, rows + chunk * 2 * C + i);
 }
 
 // Writes `rows` x `cols` elements of a tile to global memory.
@@ -119,10 +141,11 @@ __device__ __forceinline__ void get_pair(const T* row, int c, int cols, int ld, 
 // Writes row `e / 2` of two neighbouring 16 x 8 accumulator tiles, whose columns begin at `col`, times `scale`:
 // neighbouring lanes swap pairs, so that each stores four elements side by side. The whole warp takes part.
 template <class T>
-__device__ __forceinline__ void put_tiles(T* row, bool in, int col, int cols, int ld, const float (&a)[4], const float (&b)[4], int e,
-                                          float scale) {
+__device__ __forceinline__ void put_tiles(T* row, bool in, int col, int cols, int ld, const float (&a)[4],
+                                          const float (&b)[4], int e, float scale) {
     const bool odd = lane_id() % 2;
-    const float x = __shfl_xor_sync(FULL, odd ? a[e] : b[e], 1), y = __shfl_xor_sync(FULL, odd ? a[e + 1] : b[e + 1], 1);
+    const float x = __shfl_xor_sync(FULL, odd ? a[e] : b[e], 1);
+    const float y = __shfl_xor_sync(FULL, odd ? a[e + 1] : b[e + 1], 1);
     const int c = col + lane_id() % 4 / 2 * 4 + (odd ? 8 : 0);
     const float v[4] = {scale * (odd ? x : a[e]), scale * (odd ? y : a[e + 1]), scale * (odd ? b[e] : x),
                         scale * (odd ? b[e + 1] : y)};
@@ -142,8 +165,8 @@ __device__ __forceinline__ uint32_t scale_pair(uint32_t bits, float x, float y) 
 
 // acc += Aᵀ diag(w) B, with A [k x 16·MT] and B [k x 8·NT] row by row in shared memory.
 template <class R, int MT, int NT>
-__device__ __forceinline__ void gemm_weighted(float (&acc)[MT][NT][4], const typename R::elem* a, int lda, const float* w,
-                                              const typename R::elem* b, int ldb, int k) {
+__device__ __forceinline__ void gemm_weighted(float (&acc)[MT][NT][4], const typename R::elem* a, int lda,
+                                              const float* w, const typename R::elem* b, int ldb, int k) {
     const int lane = lane_id();
     if constexpr (__is_same(R, Bf16)) {
         const int l8 = lane % 8, up = lane / 8 % 2 * 8, half = lane / 16 * 8;
@@ -216,7 +239,8 @@ __device__ __forceinline__ void keep(Kept<R, KT>& to, const float (&acc)[1][KT][
 }
 // acc += kept B, with B [8·KT x 8·NT] row by row in shared memory.
 template <class R, int KT, int NT>
-__device__ __forceinline__ void gemm_kept(float (&acc)[1][NT][4], const Kept<R, KT>& a, const typename R::elem* b, int ldb) {
+__device__ __forceinline__ void gemm_kept(float (&acc)[1][NT][4], const Kept<R, KT>& a, const typename R::elem* b,
+                                          int ldb) {
     if constexpr (__is_same(R, Bf16)) {
         const int lane = lane_id();
 #pragma unroll
@@ -274,25 +298,8 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
     const Chunk at = chunk_at(c, batch, steps, n);
     const int warp = warp_id(), lane = lane_id();
 
-    {
-        const T* from = k + (at.row * heads + head) * keys;
-        constexpr int N = 16 / sizeof(T);
-        const long long ldg = (long long)heads * keys;
-        if (keys % N == 0 && (reinterpret_cast<size_t>(k) & 15) == 0) {
-            const int per = kp / N;
-            for (int i = threadIdx.x; i < C * per; i += blockDim.x) {
-                const int r = i / per, col = i % per * N;
-                const bool in = r < at.rows && col < keys;
-                cp_async16(sk + r * lk + col, in ? from + r * ldg + col : from, in ? 16 : 0);
-            }
-        } else {
-            for (int i = threadIdx.x; i < C * kp; i += blockDim.x) {
-                const int r = i / kp, col = i % kp;
-                sk[r * lk + col] = r < at.rows && col < keys ? from[r * ldg + col] : from_f<T>(0.f);
-            }
-        }
-        cp_async_commit();
-    }
+    fetch(sk, lk, k + (at.row * heads + head) * keys, (long long)heads * keys, at.rows, keys, C, kp);
+    cp_async_commit();
     if (warp == 0) {
         // Each lane sums two sub-steps, then the lanes before it.
         float x[2];
@@ -389,9 +396,9 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
 // the group's 64 value columns.
 template <class R, int KM, int WV>
 __device__ void forward(const typename R::elem* q, const typename R::elem* k, const typename R::elem* v,
-                        const typename R::elem* m, const float* rows, const float* state, typename R::elem* o, float* last,
-                        typename R::elem* s_kept, typename R::elem* vh_kept, float scale, int steps, int heads, int keys,
-                        int values, int n) {
+                        const typename R::elem* m, const float* rows, const float* state, typename R::elem* o,
+                        float* last, typename R::elem* s_kept, typename R::elem* vh_kept, float scale, int steps,
+                        int heads, int keys, int values, int n) {
     using T = typename R::elem;
     constexpr int lk = LK<R, KM>, lm = LM<R>, lv = LV<R, WV>, MT = KM / 64;
     DYNAMIC_SHARED(raw);
@@ -410,13 +417,14 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
     const int cols = min(VS * WV, values - v0);
     const int warp = warp_id() % 4, col0 = warp_id() / 4 * VS, low = 16 * warp + lane_id() / 4;
     const int token_pad = ceil_div(per, 16) * 16;
+    const bool few = per <= 16;
     const long long first = (long long)group * chunks;
     const long long ldk = (long long)heads * keys, ldv = (long long)heads * values;
 
     auto fetch_k = [&](int c) {
         const Chunk at = chunk_at(c, batch, steps, n);
         fetch<KM>(sk + c % 2 * C * lk, lk, k + at.row * ldk + head * keys, ldk, at.rows, keys, C);
-        if (threadIdx.x < 2 * C / 4) cp_async16(sb + c % 2 * 2 * C + 4 * threadIdx.x, rows + (first + c) * 2 * C + 4 * threadIdx.x);
+        fetch_rows(sb + c % 2 * 2 * C, rows, first + c);
     };
     auto fetch_q = [&](int c) {
         const Chunk at = chunk_at(c, batch, steps, n);
@@ -479,18 +487,20 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
                 }
             }
         }
-        // P and what the outputs read from S0.
-        const bool reads = 16 * warp < at.tokens;
+        // P and what the outputs read from S0. At most 16 tokens: every warp has all of them and 16 columns.
+        const bool reads = few || 16 * warp < at.tokens;
+        const int row_q = few ? 0 : 16 * warp, end_q = (row_q + lane_id() / 4 + 1) * n;
         Kept<R, 8> kept;
         float out[1][8][4];
+        float(&narrow)[1][2][4] = reinterpret_cast<float(&)[1][2][4]>(out[0][0]);
         zero(out);
         if (reads) {
             float p[1][8][4];
             zero(p);
-            warp_gemm<R, AlongK, AlongK, 1, 8>(p, sq + 16 * warp * lk, lk, kc, lk, KM);
+            warp_gemm<R, AlongK, AlongK, 1, 8>(p, sq + row_q * lk, lk, kc, lk, KM);
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
-                const int end = (low + 4 * e + 1) * n;
+                const int end = end_q + 4 * e * n;
                 const float bt = b[min(end, C) - 1];
 #pragma unroll
                 for (int j = 0; j < 8; j++)
@@ -501,8 +511,9 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
                     }
             }
             keep(kept, p);
-            warp_gemm<R, AlongK, AlongMN, 1, 8>(out, sq + 16 * warp * lk, lk, ss + col0, lv, KM);
-            scale_rows<8>(out, decay(b[min((low + 1) * n, C) - 1]), decay(b[min((low + 9) * n, C) - 1]));
+            if (few) warp_gemm<R, AlongK, AlongMN, 1, 2>(narrow, sq, lk, ss + col0 + 16 * warp, lv, KM);
+            else warp_gemm<R, AlongK, AlongMN, 1, 8>(out, sq + row_q * lk, lk, ss + col0, lv, KM);
+            scale_rows<8>(out, decay(b[min(end_q, C) - 1]), decay(b[min(end_q + 8 * n, C) - 1]));
         }
         __syncthreads();
         if (c + 1 < chunks) fetch_q(c + 1);
@@ -511,7 +522,9 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
         {
             float acc[1][8][4];
             zero(acc);
-            warp_gemm<R, AlongK, AlongMN, 1, 8>(acc, sm + 16 * warp * lm, lm, sv + col0, lv, 16 * warp + 16);
+            // bf16 goes over the zeros of M as well: an unrolled loop hides its loads.
+            const int end = __is_same(R, Bf16) ? C : 16 * warp + 16;
+            warp_gemm<R, AlongK, AlongMN, 1, 8>(acc, sm + 16 * warp * lm, lm, sv + col0, lv, end);
             to_tile<T, 1, 8>(sh, lv, acc, 16 * warp, col0);
         }
         __syncthreads();
@@ -520,14 +533,17 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
         if (vh_kept) put<VS * WV>(vh_kept + (first + c) * C * values + v0, values, sh, lv, C, cols);
 
         if (reads) {
-            gemm_kept<R, 8, 8>(out, kept, sh + col0, lv);
+            if (few) gemm_kept<R, 8, 2>(narrow, kept, sh + col0 + 16 * warp, lv);
+            else gemm_kept<R, 8, 8>(out, kept, sh + col0, lv);
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
-                const int r = low + 4 * e;
+                const int r = row_q + lane_id() / 4 + 4 * e;
                 T* to = o + (at.token + r) * ldv + (long long)head * values + v0;
 #pragma unroll
                 for (int j = 0; j < 8; j += 2)
-                    put_tiles(to, r < at.tokens, col0 + 8 * j, cols, values, out[0][j], out[0][j + 1], e, scale);
+                    if (j == 0 || !few)
+                        put_tiles(to, r < at.tokens, col0 + (few ? 16 * warp : 8 * j), cols, values, out[0][j],
+                                  out[0][j + 1], e, scale);
             }
         }
         const float all = decay(b[C - 1]);
@@ -548,7 +564,8 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
             for (int e = 0; e < 4; e += 2) {
                 const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                 if (r < keys)
-                    put_pair(last + ((long long)group * keys + r) * values + v0, c, cols, values, s[i][j][e], s[i][j][e + 1]);
+                    put_pair(last + ((long long)group * keys + r) * values + v0, c, cols, values, s[i][j][e],
+                             s[i][j][e + 1]);
             }
 }
 
@@ -556,9 +573,10 @@ __device__ void forward(const typename R::elem* q, const typename R::elem* k, co
 
 // Threads as in `forward`. `ds` gets dS1 of every chunk, `dv` Z, `d_state` (may be null) the initial state's gradient.
 template <class R, int KM, int WV>
-__device__ void reverse(const typename R::elem* q, const typename R::elem* k, const typename R::elem* m, const float* rows,
-                        const typename R::elem* d_o, const float* d_last, typename R::elem* dv, typename R::elem* ds,
-                        float* d_state, float scale, int steps, int heads, int keys, int values, int n) {
+__device__ void reverse(const typename R::elem* q, const typename R::elem* k, const typename R::elem* m,
+                        const float* rows, const typename R::elem* d_o, const float* d_last, typename R::elem* dv,
+                        typename R::elem* ds, float* d_state, float scale, int steps, int heads, int keys, int values,
+                        int n) {
     using T = typename R::elem;
     constexpr int lk = LK<R, KM>, lm = LM<R>, lv = LV<R, WV>, MT = KM / 64;
     DYNAMIC_SHARED(raw);
@@ -584,7 +602,7 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
     auto fetch_k = [&](int c) {
         const Chunk at = chunk_at(c, batch, steps, n);
         fetch<KM>(sk + c % 2 * C * lk, lk, k + at.row * ldk + head * keys, ldk, at.rows, keys, C);
-        if (threadIdx.x < 2 * C / 4) cp_async16(sb + c % 2 * 2 * C + 4 * threadIdx.x, rows + (first + c) * 2 * C + 4 * threadIdx.x);
+        fetch_rows(sb + c % 2 * 2 * C, rows, first + c);
     };
     auto fetch_q = [&](int c) {
         const Chunk at = chunk_at(c, batch, steps, n);
@@ -668,7 +686,9 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
         {
             float acc[1][8][4];
             zero(acc);
-            warp_gemm<R, AlongMN, AlongMN, 1, 8>(acc, sm + 16 * warp * (lm + 1), lm, sh + 16 * warp * lv + col0, lv, C - 16 * warp);
+            const int from = __is_same(R, Bf16) ? 0 : 16 * warp; // as in `forward`
+            warp_gemm<R, AlongMN, AlongMN, 1, 8>(acc, sm + from * lm + 16 * warp, lm, sh + from * lv + col0, lv,
+                                                 C - from);
             to_tile<T, 1, 8>(sz, lv, acc, 16 * warp, col0);
         }
         __syncthreads();
@@ -690,7 +710,8 @@ __device__ void reverse(const typename R::elem* q, const typename R::elem* k, co
                 for (int e = 0; e < 4; e += 2) {
                     const int r = 16 * MT * warp + acc_row(i, e), c = col0 + acc_col(j, e);
                     if (r < keys)
-                        put_pair(d_state + ((long long)group * keys + r) * values + v0, c, cols, values, s[i][j][e], s[i][j][e + 1]);
+                        put_pair(d_state + ((long long)group * keys + r) * values + v0, c, cols, values, s[i][j][e],
+                                 s[i][j][e + 1]);
                 }
     }
 }
@@ -711,7 +732,8 @@ __device__ __forceinline__ float col_sum(float x) {
 
 // The dot products of a warp's 16 rows with the same columns of a tile.
 template <int NT, class T>
-__device__ __forceinline__ void dot_rows(const float (&acc)[1][NT][4], const T* tile, int lds, float& low, float& high) {
+__device__ __forceinline__ void dot_rows(const float (&acc)[1][NT][4], const T* tile, int lds, float& low,
+                                         float& high) {
     float sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < NT; j++)
@@ -731,13 +753,14 @@ template <class R, int KM> constexpr int gradient_stages = KM == 128 && __is_sam
 // KM / 8 warps: warp r + 4 p has rows of the r-th quarter, and of the columns (sub-steps, or keys) the p-th part.
 // With two stages the next slice of value columns is fetched while this one is worked on.
 template <class R, int KM>
-__device__ void gradients(const typename R::elem* q, const typename R::elem* k, const typename R::elem* v, const float* rows,
-                          const typename R::elem* s_kept, const typename R::elem* vh_kept, const typename R::elem* ds_kept,
-                          const typename R::elem* d_o, typename R::elem* dq, typename R::elem* dk, typename R::elem* dv,
-                          float* d_beta, float* dg, float scale, int steps, int heads, int keys, int values, int n) {
+__device__ void gradients(const typename R::elem* q, const typename R::elem* k, const typename R::elem* v,
+                          const float* rows, const typename R::elem* s_kept, const typename R::elem* vh_kept,
+                          const typename R::elem* ds_kept, const typename R::elem* d_o, typename R::elem* dq,
+                          typename R::elem* dk, typename R::elem* dv, float* d_beta, float* dg, float scale,
+                          int steps, int heads, int keys, int values, int n) {
     using T = typename R::elem;
     constexpr int lk = LK<R, KM>, lm = LM<R>, lv = LV<R, 1>, PARTS = KM / 32, NS = 8 / PARTS, NK = 4;
-    constexpr int STAGES = gradient_stages<R, KM>, SLOTS = 4 * PARTS + 8, STAGE = (3 * C + 2 * KM) * lv;
+    constexpr int STAGES = gradient_stages<R, KM>, STAGE = (4 * C + 2 * KM) * lv, SLOTS = 4 * PARTS + 8;
     DYNAMIC_SHARED(raw);
     float* sb = reinterpret_cast<float*>(raw); // b, β
     float* zv = sb + 2 * C;                    // rows of Z ∘ V
@@ -745,7 +768,7 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
     float* scratch = slots + SLOTS * C;        // 64
     T* sk = reinterpret_cast<T*>(scratch + C);
     T* sq = sk + C * lk;
-    T* stage = sq + C * lk; // Vh, Z, dO, S0, dS1
+    T* stage = sq + C * lk; // Vh, Z, dO, V, S0, dS1
     // After the loop over slices, in the first stage's place: dP ∘ G and β dL ∘ G.
     T* sp = stage;
     T* sl = sp + C * lm;
@@ -755,22 +778,26 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
     const int per = C / n, chunks = ceil_div(steps, per), c = blockIdx.x % chunks;
     const int batch = blockIdx.x / chunks / heads, head = blockIdx.x / chunks % heads;
     const Chunk at = chunk_at(c, batch, steps, n);
-    const int quarter = warp_id() % 4, part = warp_id() / 4, row0 = 16 * quarter, step0 = C / PARTS * part, key0 = 32 * part;
+    const int quarter = warp_id() % 4, part = warp_id() / 4;
+    const int row0 = 16 * quarter, step0 = C / PARTS * part, key0 = 32 * part;
     const int low = row0 + lane_id() / 4, token_pad = ceil_div(per, 16) * 16;
     const long long index = blockIdx.x;
     const long long ldk = (long long)heads * keys, ldv = (long long)heads * values;
 
     fetch<KM>(sk, lk, k + at.row * ldk + head * keys, ldk, at.rows, keys, C);
     fetch<KM>(sq, lk, q + at.token * ldk + head * keys, ldk, at.tokens, keys, token_pad);
-    if (threadIdx.x < 2 * C / 4) cp_async16(sb + 4 * threadIdx.x, rows + index * 2 * C + 4 * threadIdx.x);
+    fetch_rows(sb, rows, index);
     auto fetch_slice = [&](int v0) {
         const int cols = min(VS, values - v0);
         T* to = stage + v0 / VS % STAGES * STAGE;
         fetch<VS>(to, lv, vh_kept + index * C * values + v0, values, C, cols, C);
-        fetch<VS>(to + C * lv, lv, dv + at.row * ldv + (long long)head * values + v0, ldv, at.rows, cols, C);
-        fetch<VS>(to + 2 * C * lv, lv, d_o + at.token * ldv + (long long)head * values + v0, ldv, at.tokens, cols, token_pad);
-        fetch<VS>(to + 3 * C * lv, lv, s_kept + index * keys * values + v0, values, keys, cols, KM);
-        fetch<VS>(to + (3 * C + KM) * lv, lv, ds_kept + index * keys * values + v0, values, keys, cols, KM);
+        const long long from = at.row * ldv + (long long)head * values + v0;
+        fetch<VS>(to + C * lv, lv, dv + from, ldv, at.rows, cols, C);
+        fetch<VS>(to + 2 * C * lv, lv, d_o + at.token * ldv + (long long)head * values + v0, ldv, at.tokens, cols,
+                  token_pad);
+        fetch<VS>(to + 3 * C * lv, lv, v + from, ldv, at.rows, cols, C);
+        fetch<VS>(to + 4 * C * lv, lv, s_kept + index * keys * values + v0, values, keys, cols, KM);
+        fetch<VS>(to + (4 * C + KM) * lv, lv, ds_kept + index * keys * values + v0, values, keys, cols, KM);
         cp_async_commit();
     };
     fetch_slice(0); // with q and k
@@ -787,7 +814,8 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
     float overlap = 0.f; // ⟨S0, dS1⟩
     for (int v0 = 0; v0 < values; v0 += VS) {
         const int cols = min(VS, values - v0);
-        const T *sh = stage + v0 / VS % STAGES * STAGE, *sz = sh + C * lv, *so = sz + C * lv, *ss = so + C * lv, *sd = ss + KM * lv;
+        const T *sh = stage + v0 / VS % STAGES * STAGE, *sz = sh + C * lv, *so = sz + C * lv, *sv = so + C * lv;
+        const T *ss = sv + C * lv, *sd = ss + KM * lv;
         cp_async_wait<0>();
         __syncthreads();
         if (STAGES > 1 && v0 + VS < values) fetch_slice(v0 + VS);
@@ -797,7 +825,7 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
             const int col = 2 * lane_id();
             float z[2], x[2];
             load_vec<2>(sz + r * lv + col, z);
-            get_pair(v + row, col, cols, values, x);
+            load_vec<2>(sv + r * lv + col, x);
             put_pair(dv + row, col, cols, values, sb[C + r] * z[0], sb[C + r] * z[1]);
             const float sum = warp_sum(z[0] * x[0] + z[1] * x[1]);
             if (lane_id() == 0) zv[r] += sum;
@@ -849,7 +877,8 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
         if (row0 < token_pad) to_tile<T, 1, NS>(sp, lm, dp, row0, step0);
 
         float at_q[2] = {0.f, 0.f};
-        const float x = scale * decay(b[min((low + 1) * n, C) - 1]), y = scale * decay(b[min((low + 9) * n, C) - 1]);
+        const float x = scale * decay(b[min((low + 1) * n, C) - 1]);
+        const float y = scale * decay(b[min((low + 9) * n, C) - 1]);
         if (reads) {
             scale_rows<NK>(gq, x, y);
             dot_rows<NK>(gq, sq + row0 * lk + key0, lk, at_q[0], at_q[1]);
@@ -917,8 +946,8 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
         for (int e = 0; e < 4; e += 2)
 #pragma unroll
             for (int j = 0; j < NK; j += 2)
-                put_tiles(dq + (at.token + low + 4 * e) * ldk + head * keys, low + 4 * e < at.tokens, key0 + 8 * j, keys, keys,
-                          gq[0][j], gq[0][j + 1], e, 1.f);
+                put_tiles(dq + (at.token + low + 4 * e) * ldk + head * keys, low + 4 * e < at.tokens, key0 + 8 * j,
+                          keys, keys, gq[0][j], gq[0][j + 1], e, 1.f);
     }
     warp_gemm<R, AlongK, AlongMN, 1, NK>(gk, sl + row0 * lm, lm, sk + key0, lk, row0 + 16);
     warp_gemm<R, AlongMN, AlongMN, 1, NK>(gk, sl + row0 * lm + row0, lm, sk + row0 * lk + key0, lk, C - row0);
@@ -927,8 +956,8 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
     for (int e = 0; e < 4; e += 2)
 #pragma unroll
         for (int j = 0; j < NK; j += 2)
-            put_tiles(dk + (at.row + low + 4 * e) * ldk + head * keys, low + 4 * e < at.rows, key0 + 8 * j, keys, keys, gk[0][j],
-                      gk[0][j + 1], e, 1.f);
+            put_tiles(dk + (at.row + low + 4 * e) * ldk + head * keys, low + 4 * e < at.rows, key0 + 8 * j, keys, keys,
+                      gk[0][j], gk[0][j + 1], e, 1.f);
 
     if (threadIdx.x < C) {
         const int j = threadIdx.x;
@@ -981,20 +1010,21 @@ PREPARE(Tf32, tf32)
 PREPARE(F32, f32)
 
 #define WALK(R, route, KM, WV)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(128 * WV, 2) delta_forward_##route##_##KM##_##WV(                         \
+    extern "C" __global__ void __launch_bounds__(128 * WV, 2) delta_forward_##route##_##KM##_##WV(                      \
         const R::elem* q, const R::elem* k, const R::elem* v, const R::elem* m, const float* rows, const float* state,  \
         R::elem* o, float* last, R::elem* s_kept, R::elem* vh_kept, float scale, int steps, int heads, int keys,        \
         int values, int n) {                                                                                            \
         forward<R, KM, WV>(q, k, v, m, rows, state, o, last, s_kept, vh_kept, scale, steps, heads, keys, values, n);    \
     }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(128 * WV, 2) delta_reverse_##route##_##KM##_##WV(                         \
+    extern "C" __global__ void __launch_bounds__(128 * WV, 2) delta_reverse_##route##_##KM##_##WV(                      \
         const R::elem* q, const R::elem* k, const R::elem* m, const float* rows, const R::elem* d_o,                    \
         const float* d_last, R::elem* dv, R::elem* ds, float* d_state, float scale, int steps, int heads, int keys,     \
         int values, int n) {                                                                                            \
         reverse<R, KM, WV>(q, k, m, rows, d_o, d_last, dv, ds, d_state, scale, steps, heads, keys, values, n);          \
     }
 #define GRADIENTS(R, route, KM)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(4 * KM, KM == 64 && sizeof(R::elem) == 2 ? 2 : 1) delta_gradients_##route##_##KM(                                   \
+    extern "C" __global__ void __launch_bounds__(4 * KM, KM == 64 && sizeof(R::elem) == 2 ? 2 : 1)                      \
+        delta_gradients_##route##_##KM(                                                                                 \
         const R::elem* q, const R::elem* k, const R::elem* v, const float* rows, const R::elem* s_kept,                 \
         const R::elem* vh_kept, const R::elem* ds_kept, const R::elem* d_o, R::elem* dq, R::elem* dk, R::elem* dv,      \
         float* d_beta, float* dg, float scale, int steps, int heads, int keys, int values, int n) {                     \

@@ -104,7 +104,7 @@ __device__ __forceinline__ float exp_up(float x) { return __expf(x); }
 
 // z: v (in reverse do). out: o (in reverse dv). state0 and state1 [B,H,K,V]: the state before the first and after the
 // last token, in reverse its gradient after the last token and none.
-// Grid: B H slices. Block: a warp for 16 columns of V; a slice has as many as the block's warps.
+// Grid: B H slices. Block: a warp for 16 columns of V, at most 8; a slice has as many as the block's warps.
 // Shared memory, BUFFERS times: q, k [STAGE][8 NT + PAD], z [STAGE][16 warps + PAD], g f32 [STAGE][8 NT + PAD]; then
 // A [STAGE][16 + PAD], f32 exp(L) [BLOCKS][8 NT].
 template <class R, int NT>
@@ -537,8 +537,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     if (reverse && d_state0 && useful) store_rows(s, d_state0 + bh * K * V + (long long)(k0 + c0) * V, mine, V);
 }
 
-#define KERNELS(N_MAX, VALUE_THREADS, KEY_BLOCKS, SUFFIX, R)                                                            \
-    extern "C" __global__ void __launch_bounds__(VALUE_THREADS) gla_values_n##N_MAX##_##SUFFIX(                        \
+#define KERNELS(N_MAX, VALUE_BLOCKS, KEY_BLOCKS, SUFFIX, R)                                                             \
+    extern "C" __global__ void __launch_bounds__(256, VALUE_BLOCKS) gla_values_n##N_MAX##_##SUFFIX(                        \
         const R::elem* q, const R::elem* k, const float* g, const R::elem* z, const float* state0, R::elem* out,       \
         float* state1, int T, int H, int K, int V, int slices, float scale, int reverse) {                             \
         values<R, N_MAX / 8>(q, k, g, z, state0, out, state1, T, H, K, V, slices, scale, reverse);                     \
@@ -550,10 +550,10 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
         keys<R, N_MAX / 8>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V, scale, reverse,        \
                            keep_end);                                                                                  \
     }
-#define ROUTE(SUFFIX, R)            \
-    KERNELS(64, 512, 2, SUFFIX, R)  \
-    KERNELS(128, 512, 2, SUFFIX, R) \
-    KERNELS(256, 256, 1, SUFFIX, R)
+#define ROUTE(SUFFIX, R)          \
+    KERNELS(64, 2, 2, SUFFIX, R)  \
+    KERNELS(128, 2, 1, SUFFIX, R) \
+    KERNELS(256, 1, 1, SUFFIX, R)
 ROUTE(bf16, Bf16)
 ROUTE(tf32, Tf32)
 ROUTE(f32, F32)

@@ -339,17 +339,17 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
 }
 
 // From every segment's own end, as if it had started from zeros, the state before it (in reverse: after it), in place.
-// ends [segments][count][size], log_decay [segments][count], start [count][size] or none. Grid: count. Block: any.
-extern "C" __global__ void ssd_scan(float* ends, const float* log_decay, const float* start, int segments,
-                                    int size, int reverse) {
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-        float s = start ? start[(long long)blockIdx.x * size + i] : 0.f;
-        for (int k = 0; k < segments; k++) {
-            const long long at = (long long)(reverse ? segments - 1 - k : k) * gridDim.x + blockIdx.x;
-            const float end = ends[at * size + i];
-            ends[at * size + i] = s;
-            s = exp_neg(log_decay[at]) * s + end;
-        }
+// ends [segments][count][size], log_decay [segments][count], start [count][size] or none. Grid: (count, size / 256).
+extern "C" __global__ void __launch_bounds__(256)
+    ssd_scan(float* ends, const float* log_decay, const float* start, int segments, int size, int reverse) {
+    const int i = blockIdx.y * 256 + threadIdx.x;
+    if (i >= size) return;
+    float s = start ? start[(long long)blockIdx.x * size + i] : 0.f;
+    for (int k = 0; k < segments; k++) {
+        const long long at = (long long)(reverse ? segments - 1 - k : k) * gridDim.x + blockIdx.x;
+        const float end = ends[at * size + i];
+        ends[at * size + i] = s;
+        s = exp_neg(log_decay[at]) * s + end;
     }
 }
 

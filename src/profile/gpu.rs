@@ -98,8 +98,15 @@ pub fn capture(gpu: &Gpu, f: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     stream.synchronize()?;
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
     let outcome = f();
+    if outcome.is_err() {
+        // Buffers freed inside of a spoilt capture leave errors behind, which the next call would give.
+        let _ = stream.context().check_err();
+    }
     // Also after an error: the stream must leave the capture.
     let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+    if outcome.is_err() || graph.is_err() {
+        let _ = stream.context().check_err();
+    }
     outcome?;
     graph?.context("nothing was captured")
 }

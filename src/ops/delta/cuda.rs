@@ -164,7 +164,7 @@ pub fn backward(node: &GatedDeltaRule, run: &Run, grads: &[Option<Tensor>]) -> R
     let name = format!("delta_gradients_{}_{}", route(dtype)?, plan.key);
     // Two stages of a slice of values where one block has a multiprocessor for itself.
     let stages = if plan.key == 128 && dtype == DType::BF16 { 2 } else { 1 };
-    let shared = plan.shared(12 + plan.key / 8, [2, 0, 3 * stages, 2 * stages], 1);
+    let shared = plan.shared(12 + plan.key / 8, [2, 0, 4 * stages, 2 * stages], 1);
     let inputs = [q, k, v, rows, s, vh, ds_at, d_o];
     plan.chunk(&name, 4 * plan.key as u32, shared, &[&inputs[..], &outputs, &sizes].concat())?;
 

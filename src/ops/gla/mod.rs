@@ -1,5 +1,7 @@
 //! Gated linear attention: a matrix state whose rows decay on their own.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
@@ -22,8 +24,9 @@ const NAME: &str = "gla";
 /// | `scale` | | of the outputs, K^-½ in the layer |
 /// | `state` | [B, H, K, V] | before the first token; none: zeros |
 ///
-/// Returns the outputs [B, T, H, V] and the final state [B, H, K, V]. All arguments share one dtype, f32
-/// or f64. With row vectors, one head and one token:
+/// Returns the outputs [B, T, H, V] and the final state [B, H, K, V]. On the CPU all arguments share one
+/// dtype, f32 or f64; on a GPU `q`, `k`, `v` and the outputs are f32 or bf16, the others f32. With row
+/// vectors, one head and one token:
 ///
 /// ```text
 /// S ← diag(exp(gk)) S + kᵀ v
@@ -31,7 +34,7 @@ const NAME: &str = "gla";
 /// ```
 ///
 /// Yang et al. 2024, arXiv:2312.06635, eq. 3. With one decay per head, repeated over K, it is RetNet's
-/// and simple GLA's recurrence. Every argument is differentiable. The forward pass is strictly
+/// and simple GLA's recurrence. Every argument is differentiable. On the CPU the forward pass is strictly
 /// sequential: a sequence fed in pieces gives the same bits as in one.
 ///
 /// # Errors
@@ -60,6 +63,7 @@ struct GlaNode {
 }
 
 /// Sizes, checked against every argument.
+#[derive(Clone, Copy)]
 struct Dims {
     batch: usize,
     steps: usize,
@@ -101,7 +105,12 @@ impl Node for GlaNode {
     }
 
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
-        let Dims { batch, steps, heads, key, value } = self.dims(args)?;
+        let dims = self.dims(args)?;
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            return cuda::forward(dims, args, self.scale);
+        }
+        let Dims { batch, steps, heads, key, value } = dims;
         dispatch!(args[0].dtype(), F => {
             let GlaForward::<F> { o, state, checkpoints } = self.with_slices(args, |gla| gla.forward(save))?;
             let outputs = vec![
@@ -119,8 +128,14 @@ impl Node for GlaNode {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let args = &run.args;
-        let Dims { batch, steps, heads, key, value } = self.dims(args)?;
+        let dims = self.dims(args)?;
+        let Dims { batch, steps, heads, key, value } = dims;
         let d_o = grad_or_zeros(&grads[0], &[batch, steps, heads, value], &args[0])?;
+        #[cfg(feature = "cuda")]
+        if args[0].device().is_cuda() {
+            let grads = cuda::backward(dims, args, self.scale, &d_o, grads[1].as_ref())?;
+            return Ok(grads.into_iter().take(args.len()).map(Some).collect());
+        }
         let d_state = grad_or_zeros(&grads[1], &[batch, heads, key, value], &args[0])?;
         dispatch!(args[0].dtype(), F => {
             slices!(F; checkpoints = &run.saved[0], d_o = &d_o, d_state = &d_state);

@@ -41,7 +41,7 @@ impl Plan {
         let chunks = dims.steps.div_ceil(chunk);
         let blocks = dims.batch * dims.heads * dims.dim.div_ceil(STATE_ROWS);
         let processors = gpu.multiprocessors();
-        let wanted = if 2 * blocks <= processors { (2 * processors).div_ceil(blocks) } else { 1 };
+        let wanted = if 2 * blocks <= processors { 2 * processors / blocks } else { 1 };
         // A segment is worth its two extra passes from a few chunks on.
         let per_segment = chunks.div_ceil(wanted).max(chunks.min(8));
         let segments = chunks.div_ceil(per_segment);
@@ -100,7 +100,8 @@ impl Plan {
         self.states(args, NULL, NULL, [at, decay_at])?;
         let sizes = [self.segments.into(), (dim * states).into(), i32::from(args.reverse).into()];
         let args = [&[at, decay_at, start], &sizes[..]].concat();
-        gpu.launch(&kernels::SSD, "ssd_scan", Launch::new(count, 256), &args)?;
+        let launch = Launch::grid(count, (dim * states).div_ceil(256), 1, 256);
+        gpu.launch(&kernels::SSD, "ssd_scan", launch, &args)?;
         Ok(ends)
     }
 }
@@ -168,10 +169,10 @@ pub fn backward(
 
     // Blocks that share the heads of a group: enough of them to fill the GPU a few times over.
     let blocks = (6 * gpu.multiprocessors()).div_ceil(batch * plan.chunks * groups).min(heads / groups);
-    let (dx, d_dt) =
-        (plan.empty([batch, steps, heads, dim], dtype)?, plan.empty([batch, steps, heads], dtype)?);
-    let [db, dc] = [(); 2].map(|()| plan.empty([batch, steps, groups, states], dtype));
-    let (db, dc) = (db?, dc?);
+    let dx = plan.empty([batch, steps, heads, dim], dtype)?;
+    let d_dt = plan.empty([batch, steps, heads], dtype)?;
+    let maps = || plan.empty([batch, steps, groups, states], dtype);
+    let (db, dc) = (maps()?, maps()?);
     let partial = match blocks {
         1 => None,
         _ => Some(plan.empty([2, blocks, batch, steps, groups, states], DType::F32)?),
@@ -185,10 +186,9 @@ pub fn backward(
         + GRAD_NUMBERS * chunk * 4;
     let launch = Launch::grid(plan.chunks, groups * blocks, batch, 4 * chunk as u32).shared(shared);
     let inputs = [x, dt, a_log, b, c, d, dt_bias, dy, gpu.ptr(saved)?, gpu.of_value(&d_states)?];
-    let outputs = [&dx, &d_dt, &db, &dc].map(|value| gpu.of_value(value));
-    let [dx_at, d_dt_at, db_at, dc_at] = outputs;
-    let (db_at, dc_at) = (db_at?, dc_at?);
-    let outputs = [dx_at?, d_dt_at?, db_at, dc_at, partial_at, gpu.of_value(&shares)?];
+    let (db_at, dc_at) = (gpu.of_value(&db)?, gpu.of_value(&dc)?);
+    let outputs =
+        [gpu.of_value(&dx)?, gpu.of_value(&d_dt)?, db_at, dc_at, partial_at, gpu.of_value(&shares)?];
     plan.launch("grads", launch, &[&inputs[..], &outputs, &plan.sizes()].concat())?;
 
     if blocks > 1 {
@@ -197,14 +197,11 @@ pub fn backward(
         let args = [partial_at, db_at, dc_at, KernelArg::I64(size as i64), blocks.into()];
         gpu.launch(&kernels::SSD, &format!("ssd_sum_{}", suffix(dtype)?), launch, &args)?;
     }
-    let params = [(); 3].map(|()| plan.empty([heads], DType::F32));
-    let [d_a_log, d_d, d_dt_bias] = params;
-    let (d_a_log, d_d, d_dt_bias) = (d_a_log?, d_d?, d_dt_bias?);
-    let mut args = vec![gpu.of_value(&shares)?];
-    for value in [&d_a_log, &d_d, &d_dt_bias] {
-        args.push(gpu.of_value(value)?);
-    }
-    args.extend([KernelArg::from(batch * plan.chunks), heads.into()]);
+    let params = || plan.empty([heads], DType::F32);
+    let (d_a_log, d_d, d_dt_bias) = (params()?, params()?, params()?);
+    let outputs = [gpu.of_value(&d_a_log)?, gpu.of_value(&d_d)?, gpu.of_value(&d_dt_bias)?];
+    let sizes = [batch * plan.chunks, heads].map(KernelArg::from);
+    let args = [&[gpu.of_value(&shares)?], &outputs[..], &sizes].concat();
     gpu.launch(&kernels::SSD, "ssd_params", Launch::grid(heads, 3, 1, 256), &args)?;
     let grads = [dx, d_dt, d_a_log, db, dc, d_d, d_dt_bias, d_initial];
     Ok(grads.into_iter().map(Value::into_tensor).collect())

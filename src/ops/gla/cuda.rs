@@ -1,0 +1,145 @@
+//! Launching `kernels/gla.cu`.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{Dims, NAME};
+use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, route};
+use crate::ops::tape::{Forward, Value};
+
+/// Padding of rows in shared memory, in elements.
+const PAD: usize = 8;
+/// Tokens in shared memory at a time, and in a block of them.
+const STAGE: usize = 32;
+const BLOCK: usize = 16;
+/// Tokens between two states that one backward kernel keeps for the next.
+const SPAN: usize = 256;
+/// Rows of K of a block of gla_keys.
+const KEY_ROWS: usize = 128;
+
+/// One call: its sizes, and how its kernels are instantiated.
+struct Plan {
+    gpu: Gpu,
+    dtype: DType,
+    route: &'static str,
+    dims: Dims,
+    scale: f32,
+}
+
+/// What a number of columns is padded to: the variant of a kernel that has them in registers.
+fn padded(columns: usize) -> Result<usize> {
+    match [64, 128, 256].into_iter().find(|&n| columns <= n) {
+        Some(n) => Ok(n),
+        None => candle_core::bail!("{NAME} on a GPU: head dims up to 256, got {columns}"),
+    }
+}
+
+impl Plan {
+    fn new(dims: Dims, args: &[Tensor], scale: f64) -> Result<Self> {
+        let dtype = args[0].dtype();
+        if args[3].dtype() != DType::F32 {
+            candle_core::bail!("{NAME} on a GPU: log decays in f32, got {:?}", args[3].dtype())
+        }
+        Ok(Self { gpu: Gpu::of(&args[0])?, dtype, route: route(dtype)?, dims, scale: scale as f32 })
+    }
+
+    fn empty<const N: usize>(&self, shape: [usize; N], dtype: DType) -> Result<Value> {
+        self.gpu.empty(shape.to_vec(), dtype)
+    }
+
+    /// Bytes of `tiles` tiles of a stage in shared memory, with rows of `columns` elements of `size` bytes.
+    fn tiles(&self, tiles: usize, columns: usize, size: usize) -> usize {
+        tiles * STAGE * (columns + PAD) * size
+    }
+
+    /// Stages in shared memory: two, unless they do not fit.
+    fn buffers(&self, columns: usize) -> usize {
+        if self.dtype == DType::F32 && columns == 256 { 1 } else { 2 }
+    }
+
+    /// Launches gla_values: o and the final state from z = v, in reverse dv from z = do.
+    fn values(&self, inputs: [KernelArg; 5], outputs: [KernelArg; 2], reverse: bool) -> Result<()> {
+        let Dims { batch, steps, heads, key, value } = self.dims;
+        let (columns, size) = (padded(key)?, self.dtype.size_in_bytes());
+        // Few large blocks share the work on q, k and g; many small ones fill the GPU.
+        let tiles = value.div_ceil(16);
+        let wanted = (2 * self.gpu.multiprocessors()).div_ceil(batch * heads);
+        let slices = tiles.div_ceil(8).max(wanted.min(tiles.div_ceil(4)));
+        let warps = tiles.div_ceil(slices);
+        let slices = tiles.div_ceil(warps);
+        let stage =
+            self.tiles(2, columns, size) + self.tiles(1, 16 * warps, size) + self.tiles(1, columns, 4);
+        let shared = self.buffers(columns) * stage + self.tiles(1, BLOCK, size) + STAGE / BLOCK * columns * 4;
+        let launch = Launch::new(batch * heads * slices, 32 * warps as u32).shared(shared);
+        let sizes = [steps, heads, key, value, slices].map(KernelArg::from);
+        let args = [&inputs[..], &outputs, &sizes, &[self.scale.into(), i32::from(reverse).into()]].concat();
+        let name = format!("gla_values_n{columns}_{}", self.route);
+        self.gpu.launch(&kernels::GLA, &name, launch, &args)
+    }
+
+    /// Launches gla_keys: dq, in reverse dk, dg and the gradient of the initial state.
+    fn keys(
+        &self,
+        inputs: [KernelArg; 6],
+        outputs: [KernelArg; 5],
+        reverse: bool,
+        keep_end: bool,
+    ) -> Result<()> {
+        let Dims { batch, steps, heads, key, value } = self.dims;
+        let (columns, size) = (padded(value)?, self.dtype.size_in_bytes());
+        let rows = (key.div_ceil(16) * 16).min(KEY_ROWS);
+        let stage = self.tiles(2, columns, size) + self.tiles(2, rows, size) + self.tiles(1, rows, 4);
+        let more = (STAGE / BLOCK * rows + STAGE + rows) * 4;
+        let shared = self.buffers(columns) * stage + self.tiles(1, BLOCK, size) + more;
+        let blocks = batch * heads * key.div_ceil(KEY_ROWS);
+        let launch = Launch::new(blocks, 2 * rows as u32).shared(shared);
+        let sizes = [steps, heads, key, value].map(KernelArg::from);
+        let flags = [self.scale.into(), i32::from(reverse).into(), i32::from(keep_end).into()];
+        let name = format!("gla_keys_n{columns}_{}", self.route);
+        self.gpu.launch(&kernels::GLA, &name, launch, &[&inputs[..], &outputs, &sizes, &flags].concat())
+    }
+}
+
+/// o and the final state; nothing is kept for the backward pass.
+pub fn forward(dims: Dims, args: &[Tensor], scale: f64) -> Result<Forward> {
+    let plan = Plan::new(dims, args, scale)?;
+    let (gpu, Dims { batch, steps, heads, key, value }) = (&plan.gpu, plan.dims);
+    let [q, k, v, g] = [0, 1, 2, 3].map(|i| gpu.ptr(&args[i]));
+    let start = gpu.ptr_or_null(args.get(4))?;
+    let o = plan.empty([batch, steps, heads, value], plan.dtype)?;
+    let state = plan.empty([batch, heads, key, value], DType::F32)?;
+    plan.values([q?, k?, g?, v?, start], [gpu.of_value(&o)?, gpu.of_value(&state)?], false)?;
+    Ok(Forward { outputs: vec![o, state], saved: vec![] })
+}
+
+/// The gradients of q, k, v, the log decays and the initial state, from those of o and of the final state.
+pub fn backward(
+    dims: Dims,
+    args: &[Tensor],
+    scale: f64,
+    d_o: &Tensor,
+    d_state: Option<&Tensor>,
+) -> Result<Vec<Tensor>> {
+    let plan = Plan::new(dims, args, scale)?;
+    let (gpu, dtype, Dims { batch, steps, heads, key, value }) = (&plan.gpu, plan.dtype, plan.dims);
+    let [q, k, v, g] = [0, 1, 2, 3].map(|i| gpu.ptr(&args[i]));
+    let (q, k, v, g, d_o) = (q?, k?, v?, g?, gpu.ptr(d_o)?);
+    let (start, end) = (gpu.ptr_or_null(args.get(4))?, gpu.ptr_or_null(d_state)?);
+
+    let dv = plan.empty([batch, steps, heads, value], dtype)?;
+    plan.values([q, k, g, d_o, end], [gpu.of_value(&dv)?, NULL], true)?;
+
+    let (dq, dk) =
+        (plan.empty([batch, steps, heads, key], dtype)?, plan.empty([batch, steps, heads, key], dtype)?);
+    let dg = plan.empty([batch, steps, heads, key], DType::F32)?;
+    let d_initial = plan.empty([batch, heads, key, value], DType::F32)?;
+    // States and products as the lanes of a warp hold them, by tiles of 16 rows of K.
+    let tiles = batch * heads * key.div_ceil(16);
+    let kept = plan.empty([tiles, steps.div_ceil(SPAN), 16, padded(value)?], DType::F32)?;
+    let products = plan.empty([tiles, steps.div_ceil(BLOCK), 16, BLOCK], DType::F32)?;
+    let shared = [gpu.of_value(&kept)?, gpu.of_value(&products)?];
+    let outputs = [gpu.of_value(&dq)?, NULL, NULL, shared[0], shared[1]];
+    plan.keys([k, q, g, d_o, v, start], outputs, false, d_state.is_some())?;
+    let outputs = [gpu.of_value(&dk)?, gpu.of_value(&dg)?, gpu.of_value(&d_initial)?, shared[0], shared[1]];
+    plan.keys([q, k, g, v, d_o, end], outputs, true, false)?;
+    Ok([dq, dk, dv, dg, d_initial].into_iter().map(Value::into_tensor).collect())
+}
