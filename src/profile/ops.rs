@@ -109,7 +109,11 @@ fn measure(
     let size = if device.is_cpu() { &for_cpu(op, size).unwrap_or(*size) } else { size };
     let small =
         Size { width: if op.activations { size.width } else { size.width.min(100_003) }, ..size.small() };
+    #[cfg(feature = "cuda")]
+    crate::cuda::poison(true);
     let checked = check(&(op.build)(&small), device, &[route], size.stateful).remove(0);
+    #[cfg(feature = "cuda")]
+    crate::cuda::poison(false);
     let error = |gradient| Checked::worst(&checked, gradient).map(|compared| compared.error);
     let mut measured = Measured {
         op: op.name,

@@ -102,7 +102,7 @@ impl Picture for Roofline<'_> {
             root.draw_text(&(i + 1).to_string(), &style, (place.0 + 6, place.1 - 13))?;
             let only = if point.op.both.is_none() { ", forward" } else { "" };
             let states = point.op.size.split(' ').find(|part| part.starts_with('N')).unwrap_or("");
-            let text = format!("{} {} {states}{only}", i + 1, point.op.op);
+            let text = format!("{} {}{only} {states}", i + 1, point.op.op);
             right.draw_text(&text, &style, (0, 62 + 17 * i as i32))?;
         }
         root.present()
