@@ -48,13 +48,21 @@ pub struct Step {
     pub parts: Vec<StepPart>,
 }
 
-/// Measures updates of a model of eight layers: 64 samples of 400 steps on a GPU, fewer on the CPU.
-pub fn step(model: &'static str, scale: Scale, route: Route, device: &Device) -> Result<Step> {
+/// Measures updates of a model of eight layers: 64 samples of 400 steps on a GPU, fewer on the CPU. `state` is the
+/// state size of mamba and mamba2, if not the one of configurations.
+pub fn step(
+    model: &'static str,
+    scale: Scale,
+    route: Route,
+    state: Option<usize>,
+    device: &Device,
+) -> Result<Step> {
     let (rounds, batch) = if device.is_cpu() { (3, 4) } else { (12, 64) };
     let width = if scale == Scale::Width1024 { 1024 } else { 256 };
     let mut config: Config = defaults();
     config.model.name = model.into();
     config.model.width = width;
+    config.model.state = state.unwrap_or(config.model.state);
     config.train.batch = batch;
     config.train.precision = route.precision();
     // 400 steps: 200 elements, each with a gap of one step.
