@@ -3,18 +3,20 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
+use anyhow::Context as _;
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::case::{Named, Place, Results, Route};
 use super::loss::Loss;
 use super::{Checked, Compared, compare, differing, first_line, guarded};
 use crate::config::load::parse;
-use crate::config::{Auto, ModelConfig};
+use crate::config::{Auto, Config, ModelConfig};
 use crate::model::{Context, DropoutKey, Input, MODELS, RecNet};
 use crate::ops::Arg;
 use crate::ops::head::{PAD, Targets};
 use crate::ops::philox::{philox4x32, unit_f32};
 use crate::task::{BLANK, Part, Task};
+use crate::train::evaluate::{EvalPlan, evaluate};
 use crate::train::trainer::Trainer;
 
 /// Gradients of whole models that may be off by more than [`gradient_tolerance`] in bf16: those of few values that
@@ -167,14 +169,8 @@ pub fn check_model(name: &str, device: &Device, route: Route) -> Checked {
 /// Losses of `updates` updates on a device, and the weights behind them.
 fn train(name: &str, device: &Device, route: Route, updates: usize) -> anyhow::Result<(Vec<f64>, Tensor)> {
     const BATCH: usize = 16;
-    let text = "
-seed: 5
-task: {preset: task2, ambiguities: 8, depth: 4, length: 20, samples: {train: 8000}}
-model: {layers: 2, width: 64, state: 32, dropout: 0.1}
-train: {batch: 16, warmup: 10}";
     let set = [format!("model.name={name}"), format!("train.precision={}", route.name())];
-    let config = parse(text, "the check", &set)?;
-    let task = Task::new(&config.task, config.seed)?;
+    let (config, task) = small_task(&set)?;
     let mut trainer = Trainer::new(&config, task.features(), task.classes(), device)?;
     // As a run feeds it: packed samples to a GPU.
     let feed = trainer.feed();
@@ -217,6 +213,124 @@ pub fn check_training(name: &str, device: &Device, route: Route, updates: usize)
     }
     checked.seconds = begin.elapsed().as_secs_f64();
     checked
+}
+
+/// A task of few states; `set` adds to it.
+fn small_task(set: &[String]) -> anyhow::Result<(Config, Task)> {
+    let text = "
+seed: 5
+task: {preset: task2, ambiguities: 8, depth: 4, length: 20, samples: {train: 8000, test: 500}}
+model: {layers: 2, width: 64, state: 32, dropout: 0.1}
+train: {batch: 16, warmup: 10}";
+    let config = parse(text, "the check", set)?;
+    let task = Task::new(&config.task, config.seed)?;
+    Ok((config, task))
+}
+
+/// Evaluates a fresh model in pieces with carried state, on a device and on the CPU.
+pub fn check_evaluation(name: &str, device: &Device, route: Route) -> Checked {
+    let begin = Instant::now();
+    let plan = EvalPlan { part: Part::Test, samples: 12, gap: Some(0.7), batch: 5, chunk: 37 };
+    let mut checked = row(format!("evaluation {name}"), "12 samples in pieces of 37 steps".into(), route);
+    let outcome = guarded(|| {
+        Ok((|| {
+            let (config, task) = small_task(&[format!("model.name={name}")])?;
+            let run = |dtype, device: &Device| {
+                let net = RecNet::new(&config.model, task.features(), task.classes(), 1, dtype, device)?;
+                evaluate(&net, &task, &plan, |_| true)?.context("the evaluation ended early")
+            };
+            let want = run(DType::F32, &Device::Cpu)?;
+            route.select();
+            let got = run(route.dtype(), device);
+            Route::F32.select();
+            anyhow::Ok((got?, want))
+        })())
+    });
+    Route::F32.select();
+    match outcome.and_then(|inner| inner).and_then(|(got, want)| {
+        let pair = |x: f64| Tensor::new(&[x], &Device::Cpu);
+        let allowed = super::tolerance("evaluation", "loss", route);
+        let loss = compare("loss".into(), &pair(got.loss)?, &pair(want.loss)?, allowed)?;
+        // A vote between two classes that are as near as the rounding may go either way.
+        let near = if route == Route::F32 { 0.02 } else { 0.1 };
+        let apart = (got.accuracy - want.accuracy).abs();
+        let accuracy = Compared { error: apart, tolerance: near, ..loss.clone() };
+        let accuracy =
+            Compared { got: got.accuracy, want: want.accuracy, tensor: "accuracy".into(), ..accuracy };
+        if (got.tokens, got.timesteps) != (want.tokens, want.timesteps) {
+            anyhow::bail!("{} tokens were counted, not {}", got.tokens, want.tokens)
+        }
+        Ok(vec![loss, accuracy])
+    }) {
+        Ok(tensors) => checked.tensors = tensors,
+        Err(error) => checked.failure = Some(first_line(&format!("{error:#}"))),
+    }
+    checked.seconds = begin.elapsed().as_secs_f64();
+    checked
+}
+
+/// Samples spread over timesteps on a GPU, window by window, against the CPU: symbols, labels, elements, noise.
+#[cfg(feature = "cuda")]
+pub fn check_expansion(device: &Device) -> Vec<Checked> {
+    use crate::ops::expand::DeviceSamples;
+    let settings: [(&str, &[&str]); 4] = [
+        ("gaps", &[]),
+        ("gaps and noise", &["task.noise=0.7"]),
+        ("distractors", &["task.gap.kind=distractor", "task.gap.high=2"]),
+        (
+            "distractors and noise, as released",
+            &["task.gap.kind=distractor", "task.gap.high=2", "task.noise=0.7", "task.split=as-released"],
+        ),
+    ];
+    let check = |(size, set): (&str, &[&str])| {
+        let begin = Instant::now();
+        let mut checked = row("expand".into(), size.into(), Route::F32);
+        let outcome = guarded(|| {
+            Ok((|| {
+                let set: Vec<String> = set.iter().map(|set| set.to_string()).collect();
+                let (_, task) = small_task(&set)?;
+                let samples = || task.samples(Part::Train, 3, 5, None);
+                let mut want = samples()?;
+                let mut got = DeviceSamples::upload(samples()?.compact()?, DType::F32, device)?;
+                let mut tensors = vec![];
+                let mut window = 0;
+                while let Some(want) = want.next_window(23) {
+                    let got = got.next_window(23)?.context("the GPU has fewer windows")?;
+                    let shape = (want.batch, want.steps);
+                    let mut same = |name: &str, got: &Tensor, want: &Tensor| {
+                        let got = got.to_device(&Device::Cpu)?;
+                        tensors.push(compare(format!("{name} of window {window}"), &got, want, 0.0)?);
+                        anyhow::Ok(())
+                    };
+                    let host = |values: &[u32]| Tensor::from_slice(values, shape, &Device::Cpu);
+                    same("symbols", &got.ids, &want.ids(&Device::Cpu)?)?;
+                    same("elements", &got.element, &host(&want.element)?)?;
+                    // What stands on padding is of no consequence.
+                    let element = &want.element;
+                    let kept = |labels: &[u32]| {
+                        let kept = |(label, element): (&u32, &u32)| if *element == PAD { 0 } else { *label };
+                        labels.iter().zip(element).map(kept).collect::<Vec<u32>>()
+                    };
+                    let labels = got.labels.flatten_all()?.to_vec1::<u32>()?;
+                    same("labels", &host(&kept(&labels))?, &host(&kept(&want.labels))?)?;
+                    if want.noise.is_some() {
+                        let shape = (want.batch, want.steps, want.features);
+                        let dense = got.dense.context("the GPU has no noise")?;
+                        same("input", &dense, &Tensor::from_vec(want.dense(), shape, &Device::Cpu)?)?;
+                    }
+                    window += 1;
+                }
+                anyhow::Ok(tensors)
+            })())
+        });
+        match outcome.and_then(|inner| inner) {
+            Ok(tensors) => checked.tensors = tensors,
+            Err(error) => checked.failure = Some(first_line(&format!("{error:#}"))),
+        }
+        checked.seconds = begin.elapsed().as_secs_f64();
+        checked
+    };
+    settings.into_iter().map(check).collect()
 }
 
 /// The models, in the order of the registry.

@@ -6,7 +6,7 @@ use candle_core::Device;
 use serde_json::json;
 
 use super::{print, table};
-use crate::check::{self, Checked, OPS, Route, models};
+use crate::check::{self, Checked, OPS, Plan, Route, models};
 use crate::device::{NO_CUDA, gpu_count, parse_device};
 use crate::error::nearest;
 use crate::train::device_name;
@@ -30,7 +30,7 @@ pub struct DoctorArgs {
     /// All sizes, and training runs of 50 updates
     #[arg(long)]
     thorough: bool,
-    /// Only these ops or models, as the table names them, or `models` or `training`
+    /// Only these ops or models, or `expand`, `models` or `training`
     #[arg(long, value_delimiter = ',', value_name = "NAME,NAME,...")]
     op: Vec<String>,
     /// Only these number formats: f32, tf32, bf16
@@ -54,33 +54,9 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
     }
 
     let begin = std::time::Instant::now();
-    let mut list: Vec<Checked> = Vec::new();
-    #[cfg(feature = "cuda")]
-    crate::cuda::poison(true);
-    for op in OPS.iter().filter(|op| chosen.has(op.name) || chosen.has(op.room)) {
-        let routes: Vec<Route> =
-            check::routes(op, &device).into_iter().filter(|route| formats.contains(route)).collect();
-        let mut sizes = (op.quick)();
-        if args.thorough {
-            sizes.extend((op.thorough)());
-        }
-        for size in sizes {
-            list.extend(check::check(&(op.build)(&size), &device, &routes, size.stateful));
-        }
-    }
-    for name in models::names() {
-        let updates = if args.thorough { 50 } else { 3 };
-        for &route in formats.iter().filter(|route| device.is_cuda() || **route == Route::F32) {
-            if chosen.has("models") || chosen.has(name) {
-                list.push(models::check_model(name, &device, route));
-            }
-            if chosen.has("training") || chosen.has(name) {
-                list.push(models::check_training(name, &device, route, updates));
-            }
-        }
-    }
-    #[cfg(feature = "cuda")]
-    crate::cuda::poison(false);
+    let wanted = |name: &str| chosen.has(name);
+    let plan = Plan { device: &device, routes: &formats, thorough: args.thorough, wanted: &wanted };
+    let list = check::run(&plan);
 
     print(results(&list))?;
     if let Some(path) = &args.json {
@@ -118,7 +94,7 @@ impl Chosen {
 
 pub(super) fn choose(names: &[String]) -> anyhow::Result<Chosen> {
     let ops = OPS.iter().flat_map(|op| [op.name, op.room]);
-    let known: Vec<&str> = ops.chain(models::names()).chain(["models", "training"]).collect();
+    let known: Vec<&str> = ops.chain(models::names()).chain(["expand", "models", "training"]).collect();
     for name in names {
         if !known.contains(&name.as_str()) {
             return Err(match nearest(name, known.iter().copied()) {

@@ -13,7 +13,7 @@ use crate::error::nearest;
 use crate::plot::Format;
 use crate::profile::{Ceilings, Measured, Options, Pass, Roofline, Step, ops, step};
 use crate::train::{count, device_name};
-use crate::{bad_input, bail_input, files, plot};
+use crate::{bad_input, bail_input, config, files, plot};
 
 /// Measure every op forward and backward, or whole training steps of a model by part.
 ///
@@ -42,6 +42,9 @@ pub struct ProfileArgs {
     /// Number format: f32, tf32 or bf16 [default: bf16 on a GPU, f32 on the CPU]
     #[arg(long, value_name = "FORMAT")]
     dtype: Option<String>,
+    /// State size of mamba and mamba2 in training steps [default: that of configurations]
+    #[arg(long, value_name = "N")]
+    state: Option<usize>,
     /// Do not measure the CPU beside a GPU
     #[arg(long)]
     no_cpu: bool,
@@ -62,6 +65,9 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     let picture: Option<(&Path, Format)> = picture.transpose()?;
     for path in args.json.iter().chain(&args.picture) {
         files::check_writable(path)?;
+    }
+    if let Some(state) = args.state {
+        config::count("--state", state, 1..=config::MOST_SIZE)?;
     }
     let device = parse_device(&args.device)?;
     let route = match args.dtype.as_deref() {
@@ -94,7 +100,7 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     let mut failures: Vec<String> = measured.iter().flat_map(|op| op.failure.clone()).collect();
     for &model in &models {
         for &scale in scales.iter().filter(|scale| matches!(scale, Scale::Width256 | Scale::Width1024)) {
-            match step(model, scale, route, &device) {
+            match step(model, scale, route, args.state, &device) {
                 Ok(step) => steps.push(step),
                 Err(error) => failures.push(format!("{model} {}: {error:#}", scale.name())),
             }

@@ -6,9 +6,9 @@
 //! gradients pass from node to node beside Candle's tape, and nothing is packed or copied.
 //!
 //! A node whose inputs all lead back to parameters and to nodes of ours is *pure*: it waits in
-//! [`PENDING`] until every younger node has put its gradient into the outputs it used, and runs then;
+//! `PENDING` until every younger node has put its gradient into the outputs it used, and runs then;
 //! Candle sees only one-element anchors, and on a GPU the tape costs no kernel. The output that
-//! `Tensor::backward` starts from hangs on the [anchor], which is the last that Candle reaches.
+//! `Tensor::backward` starts from hangs on the `anchor`, which is the last that Candle reaches.
 //!
 //! A node that uses a tensor from elsewhere (a variable, the result of one of Candle's operations), or the
 //! output of such a node, is *mixed*: Candle's order of nodes must then hold across both worlds, so it is

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde::Serialize;
 
@@ -109,7 +109,11 @@ fn measure(
     let size = if device.is_cpu() { &for_cpu(op, size).unwrap_or(*size) } else { size };
     let small =
         Size { width: if op.activations { size.width } else { size.width.min(100_003) }, ..size.small() };
+    #[cfg(feature = "cuda")]
+    crate::cuda::poison(true);
     let checked = check(&(op.build)(&small), device, &[route], size.stateful).remove(0);
+    #[cfg(feature = "cuda")]
+    crate::cuda::poison(false);
     let error = |gradient| Checked::worst(&checked, gradient).map(|compared| compared.error);
     let mut measured = Measured {
         op: op.name,
@@ -169,7 +173,7 @@ fn fill(measured: &mut Measured, case: &Case, device: &Device, ceilings: &Ceilin
     let limits = (ceilings.copy, ceilings.operations(route, measured.matrices));
 
     let clock = Clock::of(device)?;
-    let forward = || bound.iter().try_for_each(|bound| Ok(drop(case.forward(bound)?)));
+    let forward = || bound.iter().try_for_each(|bound| case.forward(bound).map(drop)).map_err(Error::from);
     let times = (clock.time(bound.len(), forward)?, clock.time_graph(bound.len(), forward)?);
     measured.forward = Some(Pass::new(times, (forward_bytes, case.operations, case.tokens), limits));
     if case.backward == 0.0 {
@@ -206,8 +210,7 @@ impl<'a> Passes<'a> {
     }
 
     fn run(&self, bound: &Bound) -> Result<()> {
-        drop(self.case.both(bound, 1, |i, _| Ok(self.gradients[i].clone()))?);
-        Ok(())
+        self.case.both(bound, 1, |i, _| Ok(self.gradients[i].clone())).map(drop).map_err(Error::from)
     }
 }
 
@@ -233,7 +236,7 @@ fn for_cpu(op: &Op, size: &Size) -> Option<Size> {
 fn on_cpu(case: &Case, tokens: usize) -> Result<(f64, Option<f64>)> {
     let bound = case.bind(&Place::On(Device::Cpu, Route::F32))?;
     let scale = tokens as f64 / case.tokens as f64;
-    let forward = Clock::Host.time(1, || Ok(drop(case.forward(&bound)?)))?.median * scale;
+    let forward = Clock::Host.time(1, || case.forward(&bound).map(drop).map_err(Error::from))?.median * scale;
     if case.backward == 0.0 {
         return Ok((forward, None));
     }

@@ -3,6 +3,7 @@
 use plotters::coord::Shift;
 use plotters::coord::combinators::IntoLogRange;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::ops::Measured;
 use super::timing::Ceilings;
@@ -15,24 +16,21 @@ pub struct Roofline<'a> {
     pub ceilings: &'a Ceilings,
 }
 
-/// An op's pass: its label, operations per byte, operations per second, and whether both passes.
+/// One op: both passes, or the forward pass of what has no other.
 struct Point<'a> {
     op: &'a Measured,
     intensity: f64,
     speed: f64,
-    both: bool,
 }
 
 impl Roofline<'_> {
     fn points(&self) -> Vec<Point<'_>> {
         let mut points = vec![];
         for op in self.ops {
-            for (pass, both) in [(&op.forward, false), (&op.both, true)] {
-                let Some(pass) = pass else { continue };
-                let (intensity, speed) = (pass.operations / pass.bytes, pass.operations_per_s);
-                if intensity > 0.0 && speed > 0.0 {
-                    points.push(Point { op, intensity, speed, both });
-                }
+            let Some(pass) = op.both.as_ref().or(op.forward.as_ref()) else { continue };
+            let (intensity, speed) = (pass.operations / pass.bytes, pass.operations_per_s);
+            if intensity > 0.0 && speed > 0.0 {
+                points.push(Point { op, intensity, speed });
             }
         }
         points
@@ -41,7 +39,7 @@ impl Roofline<'_> {
 
 impl Picture for Roofline<'_> {
     fn size(&self) -> (u32, u32) {
-        (1100, 720)
+        (1120, (100 + 17 * self.ops.len() as u32).max(640))
     }
 
     fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Drawn<B> {
@@ -52,17 +50,17 @@ impl Picture for Roofline<'_> {
             let least = points.iter().map(values).fold(low, f64::min);
             least / 2.0..points.iter().map(values).fold(high, f64::max) * 2.0
         };
-        let top = self.ceilings.matmul.iter().map(|(_, rate)| *rate).fold(1e9, f64::max);
-        let ridge = top / self.ceilings.copy;
-        let x = span(&|point| point.intensity, 0.1, 2.0 * ridge);
-        let y = span(&|point| point.speed, top / 1e4, top);
-        let mut chart = ChartBuilder::on(root)
+        let Ceilings { copy, matmul } = self.ceilings;
+        let top = matmul.iter().map(|(_, rate)| *rate).fold(1e9, f64::max);
+        let x = span(&|point| point.intensity, 0.2, 2.0 * top / copy);
+        let y = span(&|point| point.speed, top / 1e2, top);
+        let (left, right) = root.split_horizontally(LEGEND);
+        let mut chart = ChartBuilder::on(&left)
             .margin(24)
             .margin_top(40)
             .x_label_area_size(52)
             .y_label_area_size(76)
             .build_cartesian_2d(x.clone().log_scale(), y.clone().log_scale())?;
-        let label = (FONT, 14).into_font().color(&INK);
         chart
             .configure_mesh()
             .light_line_style(WHITE)
@@ -72,45 +70,47 @@ impl Picture for Roofline<'_> {
             .y_desc("operations per second")
             .x_label_formatter(&|x| number(*x))
             .y_label_formatter(&|y| crate::train::count(*y))
-            .label_style(label.clone())
+            .label_style((FONT, 14).into_font().color(&INK))
             .axis_desc_style((FONT, 15).into_font().color(&INK))
             .draw()?;
 
-        let copy = self.ceilings.copy;
-        let roof = |rate: f64| {
-            let ridge = rate / copy;
-            [(y.start / copy).max(x.start), ridge, x.end].map(|at| (at, rate.min(at * copy)))
-        };
-        for (i, (route, rate)) in self.ceilings.matmul.iter().enumerate() {
+        // The copy's slope up to each matrix product's roof.
+        for (i, (route, rate)) in matmul.iter().enumerate() {
             let style = INK.mix(0.75 - 0.2 * i as f64).stroke_width(2);
-            chart.draw_series(LineSeries::new(roof(*rate), style))?;
-            let text = format!("matmul {}: {}op/s", route.name(), crate::train::count(*rate));
-            let at = (x.end / 40.0, rate * 1.06);
-            chart.draw_series([Text::new(text, at, (FONT, 13).into_font().color(&INK))])?;
+            let roof =
+                [(y.start / copy).max(x.start), rate / copy, x.end].map(|at| (at, rate.min(at * copy)));
+            chart.draw_series(LineSeries::new(roof, style))?;
+            let text = format!("{}op/s, {} matrix product", crate::train::count(*rate), route.name());
+            let place = chart.backend_coord(&(x.end, *rate));
+            let style = font(12).pos(Pos::new(HPos::Right, VPos::Bottom));
+            root.draw_text(&text, &style, (place.0, place.1 - 2))?;
         }
-        let at = (x.start * 1.3, (x.start * 1.3 * copy * 1.6).max(y.start * 1.5));
-        let text = format!("copy: {}B/s", crate::train::count(copy));
-        chart.draw_series([Text::new(text, at, (FONT, 13).into_font().color(&INK))])?;
+        let corner = chart.backend_coord(&((y.start / copy).max(x.start), y.start));
+        root.draw_text(
+            &format!("{}B/s, copy", crate::train::count(*copy)),
+            &font(12).pos(Pos::new(HPos::Left, VPos::Bottom)),
+            (corner.0 + 30, corner.1 - 8),
+        )?;
 
-        let mut names: Vec<&str> = self.ops.iter().map(|op| op.op).collect();
-        names.dedup();
-        for point in &points {
-            let place = names.iter().position(|name| *name == point.op.op).unwrap_or(0);
-            let colour = COLOURS[place % COLOURS.len()];
+        right.draw_text("forward and backward", &font(13), (0, 40))?;
+        for (i, point) in points.iter().enumerate() {
+            let colour = COLOURS[i % COLOURS.len()];
             let at = (point.intensity, point.speed);
-            let style = if point.both { colour.filled() } else { colour.stroke_width(2) };
-            chart.draw_series([Circle::new(at, 5, style)])?;
-            if point.both || point.op.both.is_none() {
-                let text = EmptyElement::at(at)
-                    + Text::new(point.op.op, (8, -6), (FONT, 12).into_font().color(&colour));
-                chart.draw_series([text])?;
-            }
+            chart.draw_series([Circle::new(at, 4, colour.filled())])?;
+            let place = chart.backend_coord(&at);
+            let style = font(12).color(&colour);
+            root.draw_text(&(i + 1).to_string(), &style, (place.0 + 6, place.1 - 13))?;
+            let only = if point.op.both.is_none() { ", forward" } else { "" };
+            let states = point.op.size.split(' ').find(|part| part.starts_with('N')).unwrap_or("");
+            let text = format!("{} {}{only} {states}", i + 1, point.op.op);
+            right.draw_text(&text, &style, (0, 62 + 17 * i as i32))?;
         }
-        let key = "ring: forward    disc: forward and backward";
-        root.draw_text(key, &font(13), (760, 14))?;
         root.present()
     }
 }
+
+/// Where the list of ops begins.
+const LEGEND: i32 = 900;
 
 /// 0.25, 4, 100.
 fn number(x: f64) -> String {

@@ -48,13 +48,21 @@ pub struct Step {
     pub parts: Vec<StepPart>,
 }
 
-/// Measures updates of a model of eight layers: 64 samples of 400 steps on a GPU, fewer on the CPU.
-pub fn step(model: &'static str, scale: Scale, route: Route, device: &Device) -> Result<Step> {
+/// Measures updates of a model of eight layers: 64 samples of 400 steps on a GPU, fewer on the CPU. `state` is the
+/// state size of mamba and mamba2, if not the one of configurations.
+pub fn step(
+    model: &'static str,
+    scale: Scale,
+    route: Route,
+    state: Option<usize>,
+    device: &Device,
+) -> Result<Step> {
     let (rounds, batch) = if device.is_cpu() { (3, 4) } else { (12, 64) };
     let width = if scale == Scale::Width1024 { 1024 } else { 256 };
     let mut config: Config = defaults();
     config.model.name = model.into();
     config.model.width = width;
+    config.model.state = state.unwrap_or(config.model.state);
     config.train.batch = batch;
     config.train.precision = route.precision();
     // 400 steps: 200 elements, each with a gap of one step.
@@ -178,18 +186,19 @@ impl Parts {
             let sum = sums.entry((kind, name)).or_default();
             *sum = (sum.0 + 1, sum.1 + seconds);
         }
-        let mut parts: Vec<((Kind, &str), (usize, f64))> = sums.into_iter().collect();
-        // Parts in their order, nodes by their time.
-        parts.sort_by(|((a, _), (_, x)), ((b, _), (_, y))| {
-            (*a != Kind::Part).cmp(&(*b != Kind::Part)).then(y.total_cmp(x))
+        let mut parts = vec![];
+        for ((kind, name), (runs, seconds)) in sums {
+            parts.push((
+                kind,
+                StepPart { name: name.into(), kind: format!("{kind:?}").to_lowercase(), runs, seconds },
+            ));
+        }
+        // Parts of the update first, then the nodes in them.
+        parts.sort_by(|(a, x), (b, y)| {
+            let node = |kind: &Kind| *kind != Kind::Part;
+            node(a).cmp(&node(b)).then(y.seconds.total_cmp(&x.seconds))
         });
-        let part = |((kind, name), (runs, seconds)): ((Kind, &str), (usize, f64))| StepPart {
-            name: name.into(),
-            kind: format!("{kind:?}").to_lowercase(),
-            runs,
-            seconds,
-        };
-        Ok(parts.into_iter().map(part).collect())
+        Ok(parts.into_iter().map(|(_, part)| part).collect())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 #[cfg(feature = "cuda")]
 use candle_core::DType;
 use candle_core::{Device, Tensor};
@@ -97,7 +97,7 @@ impl Clock {
             let _cache = gpu.cuda().enable_cuda_graph_htod_cache();
             all()?;
             return match super::gpu::capture(gpu, &mut all) {
-                Ok(graph) => self.time(sets, || Ok(graph.launch()?)).map(Some),
+                Ok(graph) => self.time(sets, || graph.launch().map_err(Error::from)).map(Some),
                 Err(_) => {
                     // An error inside of a capture is of no consequence for the stream.
                     gpu.stream().synchronize()?;
@@ -130,7 +130,7 @@ impl Ceilings {
             let random = || Tensor::randn(0f32, 1.0, (side, side), device)?.to_dtype(route.dtype());
             let (a, b) = (random()?, random()?);
             route.select();
-            let time = clock.time(1, || Ok(drop(a.matmul(&b)?)));
+            let time = clock.time(1, || a.matmul(&b).map(drop).map_err(Error::from));
             Route::F32.select();
             matmul.push((route, 2.0 * (side as f64).powi(3) / time?.median));
         }
@@ -149,7 +149,7 @@ fn copy(clock: &Clock, device: &Device, bytes: usize) -> Result<f64> {
     #[cfg(feature = "cuda")]
     if let Clock::Gpu(gpu) = clock {
         let from = Tensor::ones(bytes / 4, DType::F32, device)?;
-        return Ok(clock.time(1, || Ok(drop(gpu.copy(&from, from.shape())?)))?.median);
+        return Ok(clock.time(1, || gpu.copy(&from, from.shape()).map(drop).map_err(Error::from))?.median);
     }
     let _ = device;
     const BLOCK: usize = 1 << 16;
