@@ -4,6 +4,7 @@
 //! only by what is launched later. Nothing here waits for the GPU.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
@@ -419,19 +420,17 @@ impl Gpu {
         let context = self.stream.context();
         let mut functions = FUNCTIONS.lock().unwrap();
         let key = (Arc::as_ptr(context) as usize, module.name);
-        if !functions.contains_key(&key) {
-            let loaded = match context.load_module(Ptx::from_binary(module.image.to_vec())) {
-                Ok(loaded) => loaded,
+        let (module, functions) = match functions.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => match context.load_module(Ptx::from_binary(module.image.to_vec())) {
+                Ok(loaded) => entry.insert((loaded, HashMap::new())),
                 Err(error) => candle_core::bail!(
-                    "the kernels of {}.cu, compiled for compute capability {} by CUDA {}, cannot be loaded: {error}",
-                    module.name,
-                    COMPILED_FOR,
-                    TOOLKIT
+                    "the kernels of {}.cu, compiled for compute capability {COMPILED_FOR} by CUDA {TOOLKIT}, \
+                     cannot be loaded: {error}",
+                    module.name
                 ),
-            };
-            functions.insert(key, (loaded, HashMap::new()));
-        }
-        let (module, functions) = functions.get_mut(&key).expect("just put in");
+            },
+        };
         if !functions.contains_key(name) {
             let function = match module.load_function(name) {
                 Ok(function) => function,

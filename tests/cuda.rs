@@ -10,7 +10,8 @@ fn a_gpu_computes_what_the_cpu_computes() {
         return;
     }
     let device = parse_device("cuda:0").expect("a GPU that can be used");
-    let plan = Plan { device: &device, routes: &Route::ALL, thorough: false, wanted: &|_| true };
+    let plan =
+        Plan { device: &device, routes: &Route::ALL, thorough: false, poison: true, wanted: &|_| true };
     let complaints: Vec<String> = run(&plan).iter().flat_map(|checked| checked.complaints()).collect();
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
 }

@@ -30,6 +30,11 @@ const BF16_EXCEPTIONS: &[(&str, f64)] = &[
     (".k_norm.weight", 0.15),
     // The softmax does not see a constant added to its keys: what is left of this gradient is small.
     (".k_proj.bias", 0.15),
+    // A norm follows what a query reads: the part of the gradient that would only scale it cancels.
+    (".q_proj.weight", 0.15),
+    (".q_conv1d.weight", 0.15),
+    (".k_proj.weight", 0.15),
+    (".k_conv1d.weight", 0.15),
     // One number a head or channel, summed over all steps.
     (".A_log", 0.1),
     (".dt_bias", 0.1),

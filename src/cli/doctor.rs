@@ -36,6 +36,9 @@ pub struct DoctorArgs {
     /// Only these number formats: f32, tf32, bf16
     #[arg(long, value_delimiter = ',', value_name = "ROUTE,ROUTE,...")]
     route: Vec<String>,
+    /// Leave new buffers as they come, for a tool that looks for memory that nobody wrote
+    #[arg(long)]
+    no_poison: bool,
     /// Write every tensor's error to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -55,7 +58,13 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
 
     let begin = std::time::Instant::now();
     let wanted = |name: &str| chosen.has(name);
-    let plan = Plan { device: &device, routes: &formats, thorough: args.thorough, wanted: &wanted };
+    let plan = Plan {
+        device: &device,
+        routes: &formats,
+        thorough: args.thorough,
+        poison: !args.no_poison,
+        wanted: &wanted,
+    };
     let list = check::run(&plan);
 
     print(results(&list))?;
