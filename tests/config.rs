@@ -500,7 +500,7 @@ fn devices() {
         assert!(parse_device("auto").unwrap().is_cpu());
         assert_eq!(
             refusal(parse_device("cuda:0")),
-            "--device is `cuda:0`, but this build computes on the CPU only"
+            "--device is `cuda:0`, but this build computes on the CPU only (build it with `--features cuda` for GPUs)"
         );
     }
 }

@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use super::timing::Timing;
 use crate::check::{Route, Scale};
-use crate::config::Config;
 use crate::config::load::defaults;
+use crate::config::{Auto, Config};
 use crate::task::{Part, Task};
 use crate::trace::{Kind, Watch, watching};
 use crate::train::trainer::{Feed, Trainer};
@@ -62,6 +62,7 @@ pub fn step(
     let mut config: Config = defaults();
     config.model.name = model.into();
     config.model.width = width;
+    config.model.heads = Auto::AUTO;
     config.model.state = state.unwrap_or(config.model.state);
     config.train.batch = batch;
     config.train.precision = route.precision();

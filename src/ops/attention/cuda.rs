@@ -69,9 +69,13 @@ impl Variant {
     }
 }
 
-/// lse and delta are [B, H, T] with T rounded up, so that every tile of them begins at 16 bytes.
-fn padded(shape: Shape) -> (usize, usize, usize) {
-    (shape.batch, shape.heads, shape.steps.next_multiple_of(4))
+/// A number for every query, [B, H, T] f32 with T rounded up, so that every tile begins at 16 bytes. Tiles are
+/// read whole: what stands behind T is zero from the start.
+fn per_query(gpu: &Gpu, shape: Shape) -> Result<Tensor> {
+    let padded = (shape.batch, shape.heads, shape.steps.next_multiple_of(4));
+    let value =
+        if padded.2 == shape.steps { gpu.empty(padded, DType::F32) } else { gpu.zeros(padded, DType::F32) };
+    Ok(value?.into_tensor())
 }
 
 fn sizes(shape: Shape, scale: f64) -> [KernelArg; 6] {
@@ -94,7 +98,7 @@ pub fn forward(shape: Shape, args: &[Tensor], scale: f64, save: bool) -> Result<
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
     let variant = Variant::new(shape, dtype)?;
     let o = gpu.empty((batch, steps, heads, values), dtype)?;
-    let lse = if save { Some(gpu.empty(padded(shape), DType::F32)?.into_tensor()) } else { None };
+    let lse = if save { Some(per_query(&gpu, shape)?) } else { None };
     let Tile { own, other } = variant.forward;
     let launch = Launch::new(steps.div_ceil(own) * batch * heads, THREADS)
         .shared(variant.rows(own + 2 * other, false) + variant.rows(2 * other, true));
@@ -116,7 +120,7 @@ pub fn backward(
     let Shape { batch, steps, keys, heads, .. } = shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
     let variant = Variant::new(shape, dtype)?;
-    let (dout, delta) = (dout.contiguous()?, gpu.empty(padded(shape), DType::F32)?.into_tensor());
+    let (dout, delta) = (dout.contiguous()?, per_query(&gpu, shape)?);
     let [dq, dk, dv] = [0, 1, 2].map(|i| gpu.empty(args[i].shape(), dtype).map(|value| value.into_tensor()));
     let (dq, dk, dv) = (dq?, dk?, dv?);
     let (q, k, v) = (gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?);
