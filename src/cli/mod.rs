@@ -19,7 +19,7 @@ use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
 use crate::bad_input;
 
-/// Train and evaluate linear recurrent sequence models on SelectivBench tasks.
+/// Train, evaluate and profile linear recurrent sequence models on SelectivBench tasks.
 #[derive(Parser, Debug)]
 #[command(
     version,
