@@ -126,10 +126,16 @@ impl Pass<'_> {
         let sequences = (ROWS_AT_ONCE / steps).clamp(1, batch);
         let x = Mat::of(gpu, self.x, width)?;
         let weight = Mat::of(gpu, self.weight, width)?;
+        // One buffer for all blocks. Rows are read in whole vectors: what stands behind the last class is zero
+        // from the start and stays so.
+        let shape = (sequences * steps, ld);
+        let dtype = self.x.dtype();
+        let buffer =
+            if ld == classes { gpu.empty(shape, dtype) } else { gpu.zeros(shape, dtype) }?.into_tensor();
         for b in (0..batch).step_by(sequences) {
             let count = sequences.min(batch - b);
             let (first, rows) = (b * steps, count * steps);
-            let logits = gpu.empty((rows, ld), self.x.dtype())?.into_tensor();
+            let logits = buffer.narrow(0, 0, rows)?;
             let into = Mat::new(gpu.ptr(&logits)?, self.x.dtype(), rows, classes).stride(ld);
             gemm(gpu, x.rows(first, rows), weight.t(), into, false)?;
             ballot.rows(&logits, Some(self.bias), b, self.targets, self.factor, &losses)?;
