@@ -83,7 +83,7 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     let ceilings = Ceilings::measure(&device, &[route])?;
     print(format_args!("copy: {}B/s, read and written", count(ceilings.copy)))?;
     for (route, rate) in &ceilings.matmul {
-        print(format_args!("matrix product in {}: {}op/s", route.name(), count(*rate)))?;
+        print(format_args!("matrix product in {}: {}FLOP/s", route.name(), count(*rate)))?;
     }
 
     let options = Options { device: device.clone(), route, cpu: !args.no_cpu };

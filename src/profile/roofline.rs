@@ -80,7 +80,7 @@ impl Picture for Roofline<'_> {
             let roof =
                 [(y.start / copy).max(x.start), rate / copy, x.end].map(|at| (at, rate.min(at * copy)));
             chart.draw_series(LineSeries::new(roof, style))?;
-            let text = format!("{}op/s, {} matrix product", crate::train::count(*rate), route.name());
+            let text = format!("{}FLOP/s, {} matrix product", crate::train::count(*rate), route.name());
             let place = chart.backend_coord(&(x.end, *rate));
             let style = font(12).pos(Pos::new(HPos::Right, VPos::Bottom));
             root.draw_text(&text, &style, (place.0, place.1 - 2))?;

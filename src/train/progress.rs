@@ -93,6 +93,7 @@ impl Progress {
 /// A large number in three digits: 12.3k, 4.56M.
 pub fn count(x: f64) -> String {
     let (x, unit) = match x {
+        x if x >= 1e12 => (x / 1e12, "T"),
         x if x >= 1e9 => (x / 1e9, "G"),
         x if x >= 1e6 => (x / 1e6, "M"),
         x if x >= 1e3 => (x / 1e3, "k"),
