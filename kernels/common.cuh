@@ -5,6 +5,7 @@
 // bf16; see mma.cuh). Sums are accumulated in f32. No atomics: every sum has one order.
 #pragma once
 
+// tests/emulator runs the kernels on a CPU.
 #ifdef SB_EMULATE
 #include "emulate.h"
 #define DYNAMIC_SHARED(name) unsigned char* name = emu::dynamic_shared()
