@@ -144,11 +144,6 @@ impl Compact {
         self.elements
     }
 
-    /// Elements of all samples.
-    pub fn total_elements(&self) -> usize {
-        self.total
-    }
-
     /// Width of the input.
     pub fn features(&self) -> usize {
         self.features

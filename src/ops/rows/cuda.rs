@@ -227,27 +227,3 @@ pub fn column_sums(gpu: &Gpu, matrix: &Tensor, into: Option<&Tensor>) -> Result<
     Sums::finish(gpu, &partial, (slabs, columns), (&sums, columns), &Sums::UNWANTED)?;
     Ok(sums.new.take())
 }
-
-/// Copies `src` to `dst`, as many elements, from f32 to bf16 or back.
-pub fn cast_into(gpu: &Gpu, src: &Tensor, dst: &Tensor) -> Result<()> {
-    let n = src.elem_count();
-    if dst.elem_count() != n || src.dtype() == dst.dtype() {
-        candle_core::bail!(
-            "cast: from {:?} {:?} to {:?} {:?}",
-            src.dtype(),
-            src.shape(),
-            dst.dtype(),
-            dst.shape()
-        )
-    }
-    let name = format!("cast_{}_{}", suffix(src.dtype())?, suffix(dst.dtype())?);
-    let args = [gpu.ptr(src)?, gpu.ptr(dst)?, count(n)];
-    gpu.launch(&kernels::CAST, &name, elements(gpu, n, vector(DType::BF16)), &args)
-}
-
-/// `src` in the other number format.
-pub fn cast(gpu: &Gpu, src: &Tensor, dtype: DType) -> Result<Tensor> {
-    let dst = gpu.empty(src.shape(), dtype)?.into_tensor();
-    cast_into(gpu, src, &dst)?;
-    Ok(dst)
-}
