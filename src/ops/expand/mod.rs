@@ -168,7 +168,7 @@ mod tests {
 
     /// Symbol, label and element of step `at` of sample `b`, found as the kernel finds them.
     fn step(compact: &Compact, b: usize, at: usize) -> [u32; 3] {
-        let (words, total, at) = (compact.words(), compact.total_elements(), at as u32);
+        let (words, total, at) = (compact.words(), compact.total, at as u32);
         let [first, count, length, distractors] = words[META * b..][..4] else { unreachable!() };
         if at >= length {
             return [BLANK, 0, PAD];
