@@ -139,6 +139,11 @@ impl Compact {
         self.lengths.iter().sum()
     }
 
+    /// Elements of all samples.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
     /// Elements of the longest sample.
     pub fn elements(&self) -> usize {
         self.elements
