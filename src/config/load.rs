@@ -24,6 +24,22 @@ const MOST_OPEN: usize = 64;
 
 /// Reads a configuration file and lays `sets`, each `key.path=value`, over it.
 pub fn load(path: &Path, sets: &[String]) -> anyhow::Result<Config> {
+    over(Layer::read(path)?, sets)
+}
+
+/// Reads a configuration from text that messages call `origin`, and lays `sets` over it.
+pub fn parse(text: &str, origin: &str, sets: &[String]) -> anyhow::Result<Config> {
+    over(Layer::parse(text, origin)?, sets)
+}
+
+fn over(base: Layer, sets: &[String]) -> anyhow::Result<Config> {
+    let sets = sets.iter().map(|set| Layer::of_set(set)).collect::<anyhow::Result<Vec<_>>>()?;
+    let layers: Vec<&Layer> = std::iter::once(&base).chain(&sets).collect();
+    settle(&merged(&layers)?, &layers)
+}
+
+/// The text of a file that should hold a configuration, and what messages call it.
+pub(crate) fn read_text(path: &Path) -> anyhow::Result<(String, String)> {
     let origin = escaped(&path.display().to_string());
     let mut bytes = Vec::new();
     let read = File::open(path)
@@ -35,39 +51,38 @@ pub fn load(path: &Path, sets: &[String]) -> anyhow::Result<Config> {
         Err(ErrorKind::IsADirectory) => bail_input!("{origin} is a directory; give a configuration file"),
         Err(kind) => bail_input!("{origin} cannot be read: {kind}"),
     }
-    // Longer texts are refused below; they may be cut inside a character here.
-    let bytes = &bytes[..];
-    match std::str::from_utf8(bytes) {
-        Ok(text) => parse(text, &origin, sets),
-        Err(error) if bytes.len() <= MOST_BYTES => bail_input!(
+    if bytes.len() > MOST_BYTES {
+        return Err(too_long(&origin));
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok((text, origin)),
+        Err(error) => bail_input!(
             "{origin} is not UTF-8 text (byte {}); give a configuration file",
-            error.valid_up_to() + 1
+            error.utf8_error().valid_up_to() + 1
         ),
-        Err(_) => Err(too_long(&origin)),
     }
 }
 
-/// Reads a configuration from text that messages call `origin`, and lays `sets` over it.
-pub fn parse(text: &str, origin: &str, sets: &[String]) -> anyhow::Result<Config> {
-    let origin = escaped(origin);
-    let mut layers = vec![Layer { tree: document(text, &origin)?, origin }];
-    for set in sets {
-        layers.push(Layer::of_set(set)?);
-    }
-    let preset = |layer: &Layer| TaskPreset::deserialize(layer.tree.get("task")?.get("preset")?).ok();
+/// The layers over the defaults of the preset that they name: a complete tree whose values may still be wrong.
+pub fn merged(layers: &[&Layer]) -> anyhow::Result<Value> {
+    let preset = |layer: &&Layer| TaskPreset::deserialize(layer.tree.get("task")?.get("preset")?).ok();
     let preset = layers.iter().rev().find_map(preset).unwrap_or(TaskPreset::Task1ModelSize);
-
     let mut tree = tree_of(&Config::preset(preset))?;
-    for layer in &layers {
+    for layer in layers {
         merge(&mut tree, &layer.tree, "")
             .map_err(|sentence| BadInput(format!("{}: {sentence}", layer.origin)))?;
     }
-    let config: Config = serde_path_to_error::deserialize(&tree).map_err(|error| {
+    Ok(tree)
+}
+
+/// The configuration that [`merged`] made of `layers`, checked and resolved.
+pub fn settle(tree: &Value, layers: &[&Layer]) -> anyhow::Result<Config> {
+    let config: Config = serde_path_to_error::deserialize(tree).map_err(|error| {
         let path: Vec<Segment> = error.path().iter().cloned().collect();
-        let given = |layer: &&Layer| at(&layer.tree, &path).is_some();
+        let given = |layer: &&&Layer| at(&layer.tree, &path).is_some();
         let origin = layers.iter().rev().find(given).map_or("", |layer| &layer.origin);
-        let value = at(&tree, &path).map_or(String::new(), shown);
-        let want = expected(&tree, &path);
+        let value = at(tree, &path).map_or(String::new(), shown);
+        let want = expected(tree, &path);
         BadInput(format!("{origin}: {} is {value}; it must be {want}", error.path()))
     })?;
     config.check()?;
@@ -87,14 +102,41 @@ impl Config {
 }
 
 /// Something the user gave, and what to call it in messages.
-struct Layer {
+#[derive(Clone, Debug)]
+pub struct Layer {
     origin: String,
     tree: Value,
 }
 
 impl Layer {
+    /// A configuration file.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let (text, origin) = read_text(path)?;
+        Ok(Self { tree: document(&text, &origin)?, origin })
+    }
+
+    /// The text of a configuration that messages call `origin`.
+    pub fn parse(text: &str, origin: &str) -> anyhow::Result<Self> {
+        let origin = escaped(origin);
+        Ok(Self { tree: document(text, &origin)?, origin })
+    }
+
+    /// A part of a file that messages call `origin`.
+    pub fn tree(tree: Value, origin: &str) -> Self {
+        Self { tree, origin: origin.to_string() }
+    }
+
+    /// A value of the field at `path`, as in `model.width`.
+    pub fn field(path: &str, value: Value, origin: &str) -> Self {
+        let around =
+            |inner: Value, key: &str| Value::Mapping(Mapping::from_iter([(key.trim().into(), inner)]));
+        // A path deeper than any key need not become a tree of its depth.
+        let keys: Vec<&str> = path.splitn(8, '.').collect();
+        Self { origin: origin.to_string(), tree: keys.into_iter().rev().fold(value, around) }
+    }
+
     /// From `key.path=value`.
-    fn of_set(set: &str) -> anyhow::Result<Self> {
+    pub fn of_set(set: &str) -> anyhow::Result<Self> {
         let origin = format!("--set {}", shortened(&escaped(set)));
         let Some((path, value)) = set.split_once('=') else {
             bail_input!("{origin}: write key.path=value, for example --set train.lr=0.002")
@@ -103,16 +145,12 @@ impl Layer {
         if value.is_null() {
             bail_input!("{origin}: there is no value after `=`")
         }
-        let around =
-            |inner: Value, key: &str| Value::Mapping(Mapping::from_iter([(key.trim().into(), inner)]));
-        // A path deeper than any key need not become a tree of its depth.
-        let keys: Vec<&str> = path.splitn(8, '.').collect();
-        Ok(Self { origin, tree: keys.into_iter().rev().fold(value, around) })
+        Ok(Self::field(path, value, &origin))
     }
 }
 
 /// The only document of a YAML text; null if it is empty.
-fn document(text: &str, origin: &str) -> anyhow::Result<Value> {
+pub(crate) fn document(text: &str, origin: &str) -> anyhow::Result<Value> {
     if text.len() > MOST_BYTES {
         return Err(too_long(origin));
     }
@@ -330,7 +368,7 @@ fn expected(tree: &Value, path: &[Segment]) -> String {
 }
 
 /// A value in a message.
-fn shown(value: &Value) -> String {
+pub(crate) fn shown(value: &Value) -> String {
     match value {
         Value::Null => "null".to_string(),
         Value::Bool(value) => value.to_string(),
