@@ -51,21 +51,24 @@ fn cuda(index: usize) -> anyhow::Result<Device> {
     bail_input!("--device is `cuda:{index}`, but {NO_CUDA}")
 }
 
-/// What `train.precision` means on a device; never `auto`. On a GPU tf32 is switched on or off for the process.
+/// What `train.precision` means on a GPU or on the CPU; never `auto`.
 ///
 /// `auto` is f32 on the CPU and where the released code is emulated, else bf16: activations in bf16, weights,
 /// moments, states and sums in f32.
+pub fn resolve_precision(config: &Config, gpu: bool) -> Precision {
+    match config.train.precision {
+        Precision::Auto if gpu && config.train.emulate != Emulate::Authors => Precision::Bf16,
+        Precision::Auto => Precision::F32,
+        other => other,
+    }
+}
+
+/// [`resolve_precision`] on a device, which must have it. On a GPU tf32 is switched on or off for the process.
 pub fn number_format(config: &Config, device: &Device) -> anyhow::Result<Precision> {
-    let emulates = config.train.emulate == Emulate::Authors;
-    let precision = match (config.train.precision, device) {
-        (Precision::Auto | Precision::F32, Device::Cpu) => Precision::F32,
-        (other, Device::Cpu) => {
-            bail_input!("train.precision is {}, but cpu computes in f32; set it to auto or f32", other.name())
-        }
-        (Precision::Auto, _) if emulates => Precision::F32,
-        (Precision::Auto, _) => Precision::Bf16,
-        (other, _) => other,
-    };
+    let precision = resolve_precision(config, !device.is_cpu());
+    if device.is_cpu() && precision != Precision::F32 {
+        bail_input!("train.precision is {}, but cpu computes in f32; set it to auto or f32", precision.name())
+    }
     #[cfg(feature = "cuda")]
     crate::cuda::allow_tf32(precision == Precision::Tf32);
     Ok(precision)

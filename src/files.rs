@@ -9,7 +9,7 @@ use anyhow::Context;
 use crate::bad_input;
 
 /// Names of unfinished files begin with this; what a killed process left can be deleted.
-const UNFINISHED: &str = ".unfinished-";
+pub(crate) const UNFINISHED: &str = ".unfinished-";
 
 /// The folder that a path stands in.
 fn folder(path: &Path) -> &Path {

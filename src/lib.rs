@@ -1,6 +1,6 @@
 //! selectivbench: train and evaluate linear recurrent sequence models on SelectivBench tasks.
 //!
-//! Dependencies point one way: [`cli`] → [`train`] → [`model`] → [`ops`]; [`task`] is the benchmark and
+//! Dependencies point one way: [`cli`] → [`sweep`] → [`train`] → [`model`] → [`ops`]; [`task`] is the benchmark and
 //! knows no model.
 
 pub mod check;
@@ -17,6 +17,7 @@ pub mod ops;
 pub mod plot;
 pub mod profile;
 pub mod report;
+pub mod sweep;
 pub mod task;
 pub mod trace;
 pub mod train;

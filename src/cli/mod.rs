@@ -8,6 +8,7 @@ mod models;
 mod predict;
 mod profile;
 mod report;
+mod sweep;
 mod tasks;
 mod train;
 mod transfer;
@@ -44,6 +45,7 @@ enum Command {
     Predict(predict::PredictArgs),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
+    Sweep(sweep::SweepArgs),
     Report(report::ReportArgs),
     Data(data::DataArgs),
     Models(models::ModelsArgs),
@@ -67,6 +69,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Predict(args) => predict::run(args),
         Command::Import(args) => transfer::import(args),
         Command::Export(args) => transfer::export(args),
+        Command::Sweep(args) => sweep::run(args, cli.threads),
         Command::Report(args) => report::run(args),
         Command::Data(args) => data::run(args),
         Command::Models(args) => models::run(args),

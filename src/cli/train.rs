@@ -35,6 +35,12 @@ pub struct TrainArgs {
     /// Go on from the newest state in the run directory; begin where there is none
     #[arg(long)]
     resume: bool,
+    /// Stop and save when standard input ends; how a sweep ends its runs
+    #[arg(long, hide = true)]
+    stop_at_end_of_input: bool,
+    /// Samples per forward pass at most, whatever train.micro_batch says
+    #[arg(long, hide = true, value_name = "N")]
+    max_micro_batch: Option<usize>,
 }
 
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
@@ -44,7 +50,12 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         let base = default_out(&args.config);
         if args.resume { base } else { files::unused(&base) }
     });
-    let summary = train::run(&config, &Options { out: out.clone(), resume: args.resume, device })?;
+    if args.stop_at_end_of_input {
+        train::interrupt::stop_at_end_of_input();
+    }
+    let options =
+        Options { out: out.clone(), resume: args.resume, device, max_micro_batch: args.max_micro_batch };
+    let summary = train::run(&config, &options)?;
     let out = out.display();
     let next_gap = match config.task.test_gap {
         gap if gap > 0.0 => format!(" --gap {gap},{}", 2.0 * gap),

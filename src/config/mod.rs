@@ -9,4 +9,5 @@ mod presets;
 pub mod schema;
 
 pub(crate) use check::{MOST_LAYERS, MOST_SIZE, count};
+pub use load::Layer;
 pub use schema::*;

@@ -6,6 +6,7 @@
 
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod memory;
 mod ops;
 mod roofline;
 mod steps;

@@ -43,7 +43,7 @@ pub struct Step {
     pub tokens_per_s: f64,
     /// Drawing and packing the samples of a step on one thread; a run does it beside the step before.
     pub data: f64,
-    /// Bytes, on a GPU.
+    /// Bytes: of the GPU's pool, or of the process.
     pub peak_memory: Option<u64>,
     pub parts: Vec<StepPart>,
 }
@@ -90,7 +90,7 @@ pub fn step(
     for _ in 0..3 {
         update(&mut trainer)?;
     }
-    reset_peak(device)?;
+    super::memory::reset_peak(device)?;
     let (mut times, mut data, mut tokens) = (vec![], vec![], 0);
     for _ in 0..rounds {
         let (seconds, drawn, stepped) = update(&mut trainer)?;
@@ -98,7 +98,7 @@ pub fn step(
         data.push(drawn);
         tokens += stepped;
     }
-    let peak_memory = peak(device)?;
+    let peak_memory = super::memory::peak(device)?;
     let total: f64 = times.iter().sum();
 
     let parts = Rc::new(RefCell::new(Parts::new(device)?));
@@ -119,24 +119,6 @@ pub fn step(
         peak_memory,
         parts: parts.sum()?,
     })
-}
-
-fn reset_peak(device: &Device) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    if device.is_cuda() {
-        return super::gpu::reset_peak(&crate::cuda::Gpu::new(device)?);
-    }
-    let _ = device;
-    Ok(())
-}
-
-fn peak(device: &Device) -> Result<Option<u64>> {
-    #[cfg(feature = "cuda")]
-    if device.is_cuda() {
-        return super::gpu::peak(&crate::cuda::Gpu::new(device)?).map(Some);
-    }
-    let _ = device;
-    Ok(None)
 }
 
 /// A moment, by the clock of a device.

@@ -85,7 +85,13 @@ impl Trainer {
 
     /// One update; the gradient that is not finite leaves the weights alone.
     pub(super) fn update_on_gpu(&mut self, batch: &DeviceBatch) -> Result<StepStats> {
-        let (totals, loss) = self.accumulate_on_gpu(batch)?;
+        let (totals, loss) = loop {
+            let micro_batch = self.micro_batch(batch.steps).min(batch.batch);
+            match self.accumulate_on_gpu(batch) {
+                Err(error) if self.retreat(&error, micro_batch) => {}
+                result => break result?,
+            }
+        };
         let optimizer = trace::range(trace::Kind::Part, "optimizer");
         let params = self.net.params();
         let squares = sum_of_squares(params.gradient())?;

@@ -19,6 +19,16 @@ pub fn listen() -> anyhow::Result<()> {
     Ok(result?)
 }
 
+/// Takes the end of standard input for a request to stop too: it comes when the process that started this one
+/// wants it to stop, and when that process has died, however it died.
+pub fn stop_at_end_of_input() {
+    std::thread::spawn(|| {
+        // An error is an end as well.
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        ASKED.store(true, Ordering::SeqCst);
+    });
+}
+
 /// Whether the run was asked to stop.
 pub fn asked() -> bool {
     ASKED.load(Ordering::SeqCst)

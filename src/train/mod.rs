@@ -54,6 +54,8 @@ pub struct Options {
     /// Go on from the state in `out`, if there is one.
     pub resume: bool,
     pub device: Device,
+    /// Samples per forward pass at most, whatever the configuration says: what memory has room for.
+    pub max_micro_batch: Option<usize>,
 }
 
 /// The end of a run, as in `summary.json`.
@@ -86,6 +88,9 @@ pub struct Summary {
     /// SHA-256 of grammar and task.
     pub data: String,
     pub threads: usize,
+    /// Samples per forward pass that memory had room for, where that was less than configured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_micro_batch: Option<usize>,
 }
 
 impl Summary {
@@ -160,12 +165,18 @@ pub fn run(config: &Config, options: &Options) -> Result<Summary> {
     }
     let task = Arc::new(Task::new(&config.task, config.seed)?);
     let mut trainer = Trainer::new(config, task.features(), task.classes(), &options.device)?;
+    if let Some(limit) = options.max_micro_batch {
+        trainer.limit_micro_batch(limit);
+    }
     let mut pending_evaluation = false;
     let (mut metrics_bytes, mut before, mut tokens_before) = (0, (0.0, 0.0), 0);
     if let Some(mut state) = saved {
         trainer
             .restore(state.step, |name| state.tensors.remove(name))
             .map_err(|e| bad_input!("cannot go on from {}: {e}", State::path(&options.out).display()))?;
+        if let Some(limit) = state.max_micro_batch {
+            trainer.limit_micro_batch(limit);
+        }
         pending_evaluation = state.pending_evaluation;
         metrics_bytes = state.metrics_bytes;
         before = (state.seconds, state.training_seconds);
@@ -247,6 +258,12 @@ fn lock(dir: &Path) -> Result<File> {
         // A file system without locks: better to train than to refuse.
         Err(std::fs::TryLockError::Error(_)) => Ok(file),
     }
+}
+
+/// Whether a process trains in a run directory just now.
+pub fn is_locked(dir: &Path) -> bool {
+    let file = File::open(dir.join(LOCK));
+    file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock)))
 }
 
 impl Run<'_> {
@@ -353,6 +370,7 @@ impl Run<'_> {
             tokens: self.tokens_before + self.tokens,
             metrics_bytes: self.metrics.sync()?,
             pending_evaluation,
+            max_micro_batch: self.trainer.limit(),
         };
         state::save(&self.options.out, self.config, &self.trainer, &state)
     }
@@ -378,12 +396,22 @@ impl Run<'_> {
             Part::Test => (samples.test, "test"),
             _ => (samples.validation, "validation"),
         };
-        let plan = EvalPlan { part, samples, gap, batch: train.eval_batch, chunk: train.eval_chunk };
+        let mut plan = EvalPlan { part, samples, gap, batch: train.eval_batch, chunk: train.eval_chunk };
         let begin = Instant::now();
-        let result = evaluate(self.trainer.net(), &self.task, &plan, |done| {
-            progress.evaluating(what, done, samples);
-            !interrupt::asked()
-        })?;
+        let result = loop {
+            let result = evaluate(self.trainer.net(), &self.task, &plan, |done| {
+                progress.evaluating(what, done, samples);
+                !interrupt::asked()
+            });
+            match result {
+                Err(error) if trainer::is_out_of_memory(&error) && plan.batch > 1 => {
+                    plan.batch = plan.batch.div_ceil(2);
+                    let batch = plan.batch;
+                    progress.line(&format!("out of memory: evaluating {batch} samples at a time"));
+                }
+                result => break result?,
+            }
+        };
         self.evaluating += begin.elapsed().as_secs_f64();
         let Some(evaluation) = result else { return Ok(None) };
         self.metrics.write(&Record {
@@ -456,6 +484,7 @@ impl Run<'_> {
             version: env!("CARGO_PKG_VERSION").into(),
             data: self.task.data_hash()?,
             threads: rayon::current_num_threads(),
+            max_micro_batch: self.trainer.limit(),
         };
         self.metrics.sync()?;
         let json = serde_json::to_string_pretty(&summary)? + "\n";

@@ -26,6 +26,9 @@ pub struct Position {
     pub metrics_bytes: u64,
     /// Whether the evaluation at this step is still to be done.
     pub pending_evaluation: bool,
+    /// Samples per forward pass that memory had room for, where that was less than configured.
+    #[serde(default)]
+    pub max_micro_batch: Option<usize>,
 }
 
 /// A saved run.

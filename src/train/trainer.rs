@@ -25,6 +25,8 @@ pub struct Trainer {
     pub(super) v: Tensor,
     pub(super) step: usize,
     total: usize,
+    /// Samples per forward pass that memory has room for.
+    limit: usize,
     /// Made at the first update.
     #[cfg(feature = "cuda")]
     pub(super) adam: Option<crate::ops::optim::cuda::DeviceAdam>,
@@ -36,6 +38,33 @@ pub enum Feed {
     /// Packed for a GPU.
     #[cfg(feature = "cuda")]
     Compact(crate::ops::expand::Compact),
+}
+
+/// Samples per forward pass, of samples of so many timesteps.
+///
+/// The released code takes 4 where the longest gap is at least 1 and the width above 648, else all
+/// that memory holds: when it is emulated the number bears on the gradient.
+pub fn micro_batch(config: &Config, steps: usize, cpu: bool) -> usize {
+    /// Numbers in one activation tensor: about what keeps the working set of a layer in the caches
+    /// of a CPU. A constant, so that a run does not depend on the machine.
+    const ON_CPU: usize = 1 << 20;
+    /// What leaves room for the activations of all layers in the 80 GB of a large GPU.
+    const ON_GPU: usize = 1 << 27;
+    let activation = if cpu { ON_CPU } else { ON_GPU };
+    match config.train.micro_batch {
+        Auto::Value(micro) => micro,
+        Auto::Auto(_) if config.train.emulate == Emulate::Authors => {
+            let small = config.task.gap.high >= 1.0 && config.model.width > 648;
+            if small { 4 } else { config.train.batch }
+        }
+        Auto::Auto(_) => (activation / (steps * config.model.width).max(1)).clamp(1, config.train.batch),
+    }
+}
+
+/// Whether a GPU had too little memory.
+pub(super) fn is_out_of_memory(error: &anyhow::Error) -> bool {
+    let text = format!("{error:#}");
+    text.contains("OUT_OF_MEMORY") || text.contains("out of memory")
 }
 
 /// What one update showed.
@@ -78,6 +107,7 @@ impl Trainer {
             v,
             step: 0,
             total: config.updates(),
+            limit: usize::MAX,
             #[cfg(feature = "cuda")]
             adam: None,
         })
@@ -120,27 +150,32 @@ impl Trainer {
         Ok(())
     }
 
-    /// Samples per forward pass.
-    ///
-    /// The released code takes 4 where the longest gap is at least 1 and the width above 648, else all
-    /// that memory holds: when it is emulated the number bears on the gradient.
-    pub(super) fn micro_batch(&self, steps: usize) -> usize {
-        /// Numbers in one activation tensor: about what keeps the working set of a layer in the caches
-        /// of a CPU. A constant, so that a run does not depend on the machine.
-        const ON_CPU: usize = 1 << 20;
-        /// What leaves room for the activations of all layers in the 80 GB of a large GPU.
-        const ON_GPU: usize = 1 << 27;
-        let activation = if self.net.params().value().device().is_cpu() { ON_CPU } else { ON_GPU };
-        match self.config.train.micro_batch {
-            Auto::Value(micro) => micro,
-            Auto::Auto(_) if self.config.train.emulate == Emulate::Authors => {
-                let small = self.config.task.gap.high >= 1.0 && self.config.model.width > 648;
-                if small { 4 } else { self.config.train.batch }
-            }
-            Auto::Auto(_) => {
-                (activation / (steps * self.config.model.width).max(1)).clamp(1, self.config.train.batch)
-            }
+    /// Lets no forward pass have more than `limit` samples. The gradient stays that of the whole batch.
+    pub fn limit_micro_batch(&mut self, limit: usize) {
+        self.limit = self.limit.min(limit.max(1));
+    }
+
+    /// The limit that was set, if any.
+    pub fn limit(&self) -> Option<usize> {
+        (self.limit < usize::MAX).then_some(self.limit)
+    }
+
+    /// After a failed forward or backward pass over `samples` at most: halves micro-batches where memory was
+    /// short, and tells whether another try is worth it.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "a CPU's memory ends the process"))]
+    pub(super) fn retreat(&mut self, error: &anyhow::Error, micro_batch: usize) -> bool {
+        if !is_out_of_memory(error) || micro_batch < 2 {
+            return false;
         }
+        self.limit = micro_batch.div_ceil(2);
+        eprintln!("out of memory: going on with micro-batches of at most {}", self.limit);
+        true
+    }
+
+    /// Samples per forward pass, as memory allows.
+    pub(super) fn micro_batch(&self, steps: usize) -> usize {
+        let cpu = self.net.params().value().device().is_cpu();
+        micro_batch(&self.config, steps, cpu).min(self.limit)
     }
 
     /// The dropout of the next update. The released code drops nothing after its first evaluation.
