@@ -451,3 +451,83 @@ fn is_folder_name(name: &str) -> bool {
         && !name.starts_with('.')
         && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_text(text: &str) -> Result<Expansion> {
+        let Value::Mapping(file) = document(text, "s.yaml").unwrap() else { panic!("{text}") };
+        expand(&file, "s.yaml", "s".into(), Path::new(""), &[])
+    }
+
+    /// The runs, each as `value value …`.
+    fn points(text: &str) -> Vec<String> {
+        let expansion = read_text(text).unwrap();
+        let text = |fields: &Fields| {
+            fields.iter().map(|(_, v)| shown(v).replace('`', "")).collect::<Vec<_>>().join(" ")
+        };
+        expansion.points.iter().map(text).collect()
+    }
+
+    #[test]
+    fn grids_ranges_and_zips_are_multiplied() {
+        let text = "grid: {model.name: [gla, mamba2], seed: {from: 1, to: 2}}
+zip: [{model.width: [32, 64], train.lr: [0.1, 0.2]}]";
+        assert_eq!(
+            points(text),
+            ["gla 1 32 0.1", "gla 1 64 0.2", "gla 2 32 0.1", "gla 2 64 0.2"]
+                .into_iter()
+                .chain(["mamba2 1 32 0.1", "mamba2 1 64 0.2", "mamba2 2 32 0.1", "mamba2 2 64 0.2"])
+                .collect::<Vec<_>>()
+        );
+        assert_eq!(points("grid: {model.width: {from: 16, to: 100, factor: 2}}"), ["16", "32", "64"]);
+        assert_eq!(points("grid: {train.lr: {from: 0.1, to: 0.3, step: 0.1}}"), ["0.1", "0.2", "0.3"]);
+        assert_eq!(points("grid: {seed: 7}"), ["7"]);
+        assert_eq!(points("name: one"), [""]);
+    }
+
+    #[test]
+    fn conditions_set_and_vary_and_exclude() {
+        let text = "grid: {model.name: [gla, mamba, mamba2], model.width: [32, 64]}
+when:
+  - {if: {model.name: [mamba, mamba2]}, set: {model.state: 16}}
+  - {if: {model.state: 16, model.width: 64}, grid: {model.conv: [2, 4]}}
+exclude: [{model.name: gla, model.width: 64}, {model.conv: 2, model.name: mamba}]";
+        assert_eq!(
+            points(text),
+            ["gla 32", "mamba 32 16", "mamba 64 16 4", "mamba2 32 16", "mamba2 64 16 2", "mamba2 64 16 4"]
+        );
+        let expansion = read_text(text).unwrap();
+        assert_eq!(expansion.left_out, [("excluded".to_string(), 2)]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, part) in [
+            ("gird: {seed: 1}", "unknown key `gird` in the sweep; did you mean `grid`?"),
+            ("grid: [1]", "grid is a list; it must be a mapping of fields"),
+            ("grid: {seed: []}", "grid.seed has no value"),
+            ("grid: {seed: [1, 1.0]}", "grid.seed holds 1.0 twice"),
+            ("grid: {seed: {from: 1}}", "grid.seed is a range without `from` or `to`"),
+            ("grid: {seed: {from: 1, to: 3, step: 0}}", "grid.seed.step is 0; it must be above 0"),
+            ("grid: {seed: {from: 0, to: 3, factor: 2}}", "the factor must be above 1 and `from` above 0"),
+            ("zip: [{seed: [1, 2], model.width: [32]}]", "zipped lists are equally long"),
+            ("grid: {seed: [1, 2]}\nzip: [{seed: [1, 2]}]", "seed varies in grid.seed and in zip[0]"),
+            ("when: [{set: {seed: 1}}]", "when[0] has no `if`"),
+            ("when: [{if: {seed: 1}}]", "when[0] has neither `set` nor `grid`"),
+            ("exclude: [{model.nam: gla}]", "exclude[0] asks for model.nam, which no configuration has"),
+            ("exclude: [{model: gla}]", "exclude[0] asks for model, which no configuration has"),
+            ("exclude: {seed: 1}", "exclude is a mapping; it must be a list"),
+            ("name: a/b", "name is `a/b`; it must be the name of a folder"),
+            ("slurm: gpu", "slurm is `gpu`; it must be a mapping"),
+            (
+                "grid: {seed: {from: 1, to: 2000}, model.width: {from: 1, to: 2000}}",
+                "more than 1000000 combinations",
+            ),
+        ] {
+            let error = format!("{:#}", read_text(text).err().unwrap());
+            assert!(error.starts_with("s.yaml") && error.contains(part), "{text}: {error}");
+        }
+    }
+}

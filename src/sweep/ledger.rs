@@ -360,3 +360,165 @@ fn remove(path: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(1000);
+
+    /// A ledger of a process that is not this one.
+    fn other(dir: &Path, pid: u32, machine: &str, lease: Duration) -> Ledger {
+        let owner = Owner { host: "other".into(), pid, machine: machine.into(), began: 1 };
+        Ledger { owner, ..Ledger::open(dir, lease) }
+    }
+
+    fn place() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("ledger")).unwrap();
+        dir
+    }
+
+    fn take(ledger: &mut Ledger, id: &str) -> Option<Claim> {
+        let snapshot = ledger.look().unwrap();
+        (snapshot.state(id) == State::Pending).then(|| ledger.claim(id, &snapshot, "cpu").unwrap()).flatten()
+    }
+
+    #[test]
+    fn a_run_goes_from_hand_to_hand_and_to_its_end() {
+        let dir = place();
+        let mut mine = Ledger::open(dir.path(), LONG);
+        let mut theirs = other(dir.path(), 1, "elsewhere", LONG);
+        let claim = take(&mut mine, "a").unwrap();
+        assert!(take(&mut theirs, "a").is_none());
+        assert!(matches!(theirs.look().unwrap().state("a"), State::Running { mine: false, .. }));
+        assert!(matches!(mine.look().unwrap().state("a"), State::Running { mine: true, .. }));
+        mine.release(&claim).unwrap();
+        let claim = take(&mut theirs, "a").unwrap();
+        theirs.failed(claim, "run", "lightning").unwrap();
+        let snapshot = mine.look().unwrap();
+        assert_eq!((snapshot.state("a"), mine.reason("a")), (State::Failed, "lightning".to_string()));
+        // A process that still believes it pending does not get it.
+        assert!(mine.claim("a", &Snapshot::default(), "cpu").unwrap().is_none());
+        mine.forget("a").unwrap();
+        let claim = take(&mut mine, "a").unwrap();
+        mine.done(claim, "run", 0.5, 7.0).unwrap();
+        assert_eq!(
+            (theirs.look().unwrap().state("a"), theirs.result("a").unwrap().accuracy),
+            (State::Done, 0.5)
+        );
+        let left: Vec<_> = std::fs::read_dir(dir.path().join("ledger")).unwrap().flatten().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[test]
+    fn the_dead_are_followed_at_once_on_their_machine_and_after_the_lease_elsewhere() {
+        let dir = place();
+        // No process has the highest number that Linux allows, and none began at tick 1.
+        let mut dead = other(dir.path(), 4_194_304, &machine(), LONG);
+        let old = take(&mut dead, "a").unwrap();
+        let mut mine = Ledger::open(dir.path(), LONG);
+        if !machine().is_empty() {
+            assert!(take(&mut mine, "a").is_some());
+            // It was only asleep: its claim is no longer the highest.
+            assert!(!dead.look().unwrap().holds(&old));
+        }
+
+        let short = Duration::from_millis(300);
+        let mut far = other(dir.path(), 1, "elsewhere", LONG);
+        let held = take(&mut far, "b").unwrap();
+        let mut mine = Ledger::open(dir.path(), short);
+        for _ in 0..5 {
+            assert!(take(&mut mine, "b").is_none(), "it is renewed");
+            std::thread::sleep(Duration::from_millis(100));
+            far.renew(&held).unwrap();
+        }
+        // Its clock is years off: only the change counts.
+        let file = File::options().write(true).open(mine.claim_path("b", 1)).unwrap();
+        file.set_modified(SystemTime::now() + Duration::from_secs(100_000_000)).unwrap();
+        assert!(take(&mut mine, "b").is_none());
+        std::thread::sleep(short + short);
+        assert!(take(&mut mine, "b").is_some());
+        assert!(!far.look().unwrap().holds(&held));
+    }
+
+    #[test]
+    fn damage_costs_time_and_no_result() {
+        let dir = place();
+        let mut mine = Ledger::open(dir.path(), Duration::from_millis(100));
+        // Cut in half: somebody may hold it, so it is void after the lease only.
+        std::fs::write(mine.claim_path("a", 1), "{\"host\": \"x").unwrap();
+        assert!(take(&mut mine, "a").is_none());
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(take(&mut mine, "a").is_some());
+        std::fs::write(mine.path("b", "failed.json"), "{").unwrap();
+        assert_eq!(mine.look().unwrap().state("b"), State::Failed);
+        assert!(mine.reason("b").contains("b.failed.json is damaged"));
+        std::fs::write(mine.path("c", "done.json"), "").unwrap();
+        assert_eq!(mine.look().unwrap().state("c"), State::Done);
+        std::fs::remove_dir_all(dir.path().join("ledger")).unwrap();
+        let error = format!("{:#}", mine.look().err().unwrap());
+        assert!(error.contains("was the folder of the sweep removed?"), "{error}");
+    }
+
+    /// Many processes, some of which die with a claim in their hands: nobody ever holds what somebody else holds,
+    /// and everything is done once.
+    #[test]
+    fn a_crowd_does_everything_once() {
+        const RUNS: usize = 40;
+        let dir = place();
+        let held: Vec<AtomicUsize> = (0..RUNS).map(|_| AtomicUsize::new(0)).collect();
+        let done: Vec<AtomicUsize> = (0..RUNS).map(|_| AtomicUsize::new(0)).collect();
+        let worker = |number: u128| {
+            let mut random = crate::task::rng::Pcg64::new(number);
+            let mut below = |n: usize| random.integers(n.max(1) as u32) as usize;
+            // A new ledger after every death.
+            'lives: loop {
+                let mut ledger = Ledger::open(dir.path(), LONG);
+                loop {
+                    let snapshot = ledger.look().unwrap();
+                    let pending: Vec<usize> =
+                        (0..RUNS).filter(|run| snapshot.state(&run.to_string()) == State::Pending).collect();
+                    let all = (0..RUNS).all(|run| snapshot.state(&run.to_string()) == State::Done);
+                    if all {
+                        return;
+                    }
+                    let Some(&run) = pending.get(below(pending.len())) else { continue };
+                    let Some(claim) = ledger.claim(&run.to_string(), &snapshot, "cpu").unwrap() else {
+                        continue;
+                    };
+                    assert_eq!(held[run].fetch_add(1, Ordering::SeqCst), 0, "run {run} is held twice");
+                    std::thread::yield_now();
+                    held[run].fetch_sub(1, Ordering::SeqCst);
+                    match below(4) {
+                        0 => ledger.release(&claim).unwrap(),
+                        // Death: the claim is that of a process that cannot be.
+                        1 => {
+                            let text = serde_json::to_vec(&ClaimFile {
+                                owner: Owner { pid: 4_194_304, ..ledger.owner.clone() },
+                                device: "cpu".into(),
+                                released: machine().is_empty(),
+                            });
+                            let path = ledger.claim_path(&claim.id, claim.number);
+                            files::write_atomic(&path, |out| out.write_all(&text.unwrap())).unwrap();
+                            continue 'lives;
+                        }
+                        _ => {
+                            done[run].fetch_add(1, Ordering::SeqCst);
+                            ledger.done(claim, "run", 0.0, 0.0).unwrap();
+                        }
+                    }
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for number in 1..7 {
+                let worker = &worker;
+                scope.spawn(move || worker(number));
+            }
+        });
+        assert!(done.iter().all(|count| count.load(Ordering::SeqCst) == 1));
+    }
+}

@@ -152,6 +152,11 @@ pub fn expand(file: &Mapping, origin: &str, name: String) -> Result<Expansion> {
     if let Some(n @ 2..) = durations {
         notes.push(format!("every run is trained once and tested at all {n} values of test_dur"));
     }
+    notes.push(
+        "tested on held-out samples; for those of the released code add --set task.split=as-released, for what it \
+         does beside its recipe also --set train.emulate=authors"
+            .into(),
+    );
     let base = vec![Layer::tree(Value::Null, origin)];
     let (points, left_out) = (Vec::new(), Vec::new());
     let mut expansion = Expansion { name, base, points, left_out, slurm: Mapping::new(), notes };
@@ -363,5 +368,123 @@ impl Options<'_> {
             fields.push(("train.eps", 1e-15.into()));
         }
         Ok(Ok(fields.into_iter().map(|(path, value)| (path.to_string(), value)).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sweep::Plan;
+
+    /// A sweep of the released repository's kind.
+    fn grid(parameters: &str, command: &str) -> String {
+        format!(
+            "method: grid
+metric: {{name: test_acc, goal: maximize}}
+parameters:
+  amb: {{values: [40]}}
+  train_seqlen_max: {{values: [200]}}
+  layers: {{values: [8]}}
+  seed: {{values: [1, 2, 3, 4]}}
+{parameters}
+command: [\"${{env}}\", python, \"${{program}}\", --batch_size, 64, --train_gap_min, 0.1, --classify, --base_set,
+  one_hot, --save_model, True, --run_main, --test_seqlen_max, 200, --grad_acc, -1, {command} \"${{args}}\"]
+"
+        )
+    }
+
+    fn plan(text: &str) -> Result<Plan> {
+        let file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Plan::open(file.path(), &[], None, false)
+    }
+
+    const TASK1: &str = "  train_gap_max: {values: [0.1]}
+  train_noise: {values: [0.]}
+  feat_size: {values: [256, 648, 768, 960]}
+  d_state: {values: [128]}
+  model: {values: [mamba2, transformer]}
+  lr: {values: [0.0005, 0.002]}
+  warmup_steps: {values: [476, 1000]}";
+
+    #[test]
+    fn the_grammar_scales_and_transformers_change_their_width() {
+        let plan = plan(&grid(TASK1, "--grammar_scale, True,")).unwrap();
+        // 128 combinations; a transformer of 648 is one of 768, and one of 960 is not run.
+        assert_eq!(plan.runs.len(), 128 - 16 - 16);
+        let left_out: Vec<usize> = plan.left_out.iter().map(|(_, count)| *count).collect();
+        assert_eq!(left_out, [16, 16]);
+        let config = &plan.runs.iter().find(|run| run.config.model.name == "transformer").unwrap().config;
+        let paper = crate::config::load::parse(
+            "task: {preset: task1_complexity}
+model: {name: transformer}
+train: {lr: 0.0005, warmup: 476}",
+            "test",
+            &[],
+        )
+        .unwrap();
+        assert_eq!(config.task, paper.task);
+        assert_eq!((&config.model, config.train.lr), (&paper.model, 0.0005));
+        assert_eq!(
+            config.train,
+            crate::config::TrainConfig { precision: config.train.precision, ..paper.train }
+        );
+    }
+
+    #[test]
+    fn the_other_tasks_are_those_of_the_presets() {
+        let common = "  feat_size: {values: [256]}
+  amb_depth: {values: [40]}
+  model: {values: [mamba2]}
+  warmup_steps: {values: [1000]}
+";
+        let cases = [
+            (
+                "task2",
+                "train_gap_max: {values: [1.]}\n  train_noise: {values: [0.2]}\n  d_state: {values: [128]}",
+                "",
+            ),
+            (
+                "task3",
+                "train_gap_max: {values: [0.1]}\n  d_state: {values: [64]}\n  gap_prob: {values: [0.1]}\n  gap_start: \
+                 {values: [50]}\n  grammar_gap: {values: [True]}",
+                "--warmup_steps, 476,",
+            ),
+            (
+                "task4",
+                "train_gap_max: {values: [1.]}\n  train_noise: {values: [0.2]}\n  d_state: {values: [128]}\n  test_dur: \
+                 {values: [1, 2, 5, 10]}",
+                "--test_pretrained,",
+            ),
+        ];
+        for (preset, parameters, command) in cases {
+            let plan =
+                plan(&grid(&format!("{common}  {parameters}"), &format!("--vocab, 41, {command}"))).unwrap();
+            assert_eq!(plan.runs.len(), 4, "{preset}");
+            let config = &plan.runs[0].config;
+            let text = format!("task: {{preset: {preset}}}");
+            let paper = crate::config::load::parse(&text, "test", &[]).unwrap();
+            assert_eq!((&config.task, &config.model), (&paper.task, &paper.model), "{preset}");
+            assert_eq!(config.train.warmup, 1000.0, "{preset}: parameters come after the command");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_named() {
+        let wrong = |parameters: &str, command: &str| {
+            format!("{:#}", plan(&grid(parameters, command)).err().unwrap())
+        };
+        assert!(
+            wrong("  lrr: {values: [1]}", "")
+                .contains("`lrr` is no option of the released train.py; did you mean `lr`")
+        );
+        assert!(wrong("  lr: {min: 0, max: 1}", "").contains("parameters.lr needs `values: […]`"));
+        assert!(wrong("  base_set: {value: gsc}", "").contains("base_set is `gsc`; it must be one_hot"));
+        assert!(
+            wrong("  train_gap_max: {value: 0.1}\n  slide_window: {value: 64}", "")
+                .contains("slide_window is 64")
+        );
+        let random = grid(TASK1, "").replace("method: grid", "method: random");
+        assert!(format!("{:#}", plan(&random).err().unwrap()).contains("method is `random`"));
     }
 }
