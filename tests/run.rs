@@ -2,16 +2,18 @@
 //! weather that a run can meet.
 
 mod common;
+#[path = "common/place.rs"]
+mod place;
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use assert_cmd::cargo::cargo_bin_cmd;
 use candle_core::{Device, Tensor};
 use common::{Golden, relative_rms};
+use place::{Place, metrics, same_end, summary};
 use selectivbench::model::MODELS;
 use serde_json::Value;
 
@@ -29,100 +31,6 @@ task:
 model: {name: gated_delta_net, layers: 2, width: 16, state: 8}
 train: {batch: 8, lr: 0.01, warmup: 10, eval_every: 160, save_every: 1, log_every: 1, eval_batch: 16}
 ";
-
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new(config: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("tiny.yaml"), config).unwrap();
-        Self(dir)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let program = cargo_bin_cmd!("selectivbench").get_program().to_owned();
-        let mut command = Command::new(program);
-        command.current_dir(self.0.path()).args(args).stdin(Stdio::null());
-        command
-    }
-
-    /// Runs to the end; gives exit code and stderr.
-    fn run(&self, args: &[&str]) -> (i32, String) {
-        let Output { status, stderr, .. } = self.command(args).output().unwrap();
-        (status.code().unwrap_or(-1), String::from_utf8(stderr).unwrap())
-    }
-
-    /// Waits until the run that `child` trains has saved its state.
-    fn wait_for_state(&self, run: &str, child: &mut Child) {
-        while !self.path(run).join("state.safetensors").exists() {
-            assert!(child.try_wait().unwrap().is_none(), "the run ended before it saved anything");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn ok(&self, args: &[&str]) -> String {
-        let output = self.command(args).output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{args:?}: {stderr}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// Expects bad input: exit code 2, one sentence that holds `part`, and no new file.
-    fn refuses(&self, args: &[&str], part: &str) {
-        let before = tree(self.0.path());
-        let (code, stderr) = self.run(args);
-        assert_eq!(code, 2, "{args:?}: {stderr}");
-        assert_eq!(stderr.trim_end().lines().count(), 1, "{args:?}: {stderr}");
-        assert!(stderr.starts_with("error: ") && stderr.contains(part), "{args:?}: {stderr}");
-        assert_eq!(tree(self.0.path()), before, "{args:?} wrote something");
-    }
-}
-
-/// Every file below `dir`, with its contents.
-fn tree(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(dir).unwrap().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            files.push((path.clone(), vec![]));
-            files.extend(tree(&path));
-        } else {
-            files.push((path.clone(), fs::read(&path).unwrap()));
-        }
-    }
-    files.sort();
-    files
-}
-
-/// The metrics without what a clock says.
-fn metrics(run: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    text.lines()
-        .map(|line| {
-            let mut value: Value = serde_json::from_str(line).unwrap();
-            let object = value.as_object_mut().unwrap();
-            object.retain(|key, _| !["seconds", "tokens_per_s"].contains(&key.as_str()));
-            value
-        })
-        .collect()
-}
-
-fn summary(run: &Path) -> Value {
-    serde_json::from_slice(&fs::read(run.join("summary.json")).unwrap()).unwrap()
-}
-
-fn same_end(a: &Path, b: &Path) {
-    let bytes = |run: &Path| fs::read(run.join("checkpoint.safetensors")).unwrap();
-    assert!(bytes(a) == bytes(b), "the checkpoints differ");
-    assert_eq!(metrics(a), metrics(b));
-    for field in ["accuracy", "loss", "ceiling", "steps", "samples", "parameters", "data"] {
-        assert_eq!(summary(a)[field], summary(b)[field], "{field}");
-    }
-}
 
 #[test]
 fn a_killed_run_ends_as_an_uninterrupted_one() {
@@ -444,13 +352,13 @@ fn a_full_disk_ends_the_run_without_a_loss() {
     let place = Place::new(TINY);
     let longer = "--set task.samples.train=6000";
     place.ok(&["train", "tiny.yaml", "--out", "whole", "--set", "task.samples.train=6000"]);
-    let program = cargo_bin_cmd!("selectivbench").get_program().to_owned();
+    let program = place.command(&[]).get_program().to_owned();
     // Room for checkpoint and state and for half of the metrics.
     let full = format!(
         "trap '' XFSZ; ulimit -f 80; exec '{}' train tiny.yaml --out full {longer}",
         program.to_string_lossy()
     );
-    let output = Command::new("bash").args(["-c", &full]).current_dir(place.0.path()).output().unwrap();
+    let output = Command::new("bash").args(["-c", &full]).current_dir(place.path("")).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     let last = stderr.lines().last().unwrap();

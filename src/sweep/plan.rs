@@ -124,6 +124,10 @@ impl Plan {
             bail_input!("{origin} makes no run: every combination is left out")
         }
         let dir = out.map_or_else(|| Path::new("runs").join(&name), Path::to_path_buf);
+        let is_run = dir.join("config.yaml").exists() || dir.join("summary.json").exists();
+        if dir.exists() && (!dir.is_dir() || is_run) {
+            bail_input!("{} is not the folder of a sweep; give another --out", dir.display())
+        }
         Ok(Self { name, file: path.to_path_buf(), dir, runs, varying, left_out, slurm, notes })
     }
 
@@ -135,10 +139,6 @@ impl Plan {
     /// Makes the folder, and keeps the sweep file in it.
     pub fn create(&self) -> Result<()> {
         let runs = self.dir.join("runs");
-        let strange = |dir: &Path| dir.join("config.yaml").exists() || dir.join("summary.json").exists();
-        if self.dir.exists() && (!self.dir.is_dir() || strange(&self.dir)) {
-            bail_input!("{} is not the folder of a sweep; give another --out", self.dir.display())
-        }
         files::create_folder(&runs)?;
         files::create_folder(&self.dir.join("ledger"))?;
         let text = files::read(&self.file, "the sweep file")?;

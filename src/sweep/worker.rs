@@ -335,8 +335,9 @@ impl Worker<'_> {
         if job.asked || status.code() == Some(INTERRUPTED) {
             return self.ledger.release(&job.claim);
         }
-        let message = last_message(&job.dir.join("log.txt"), job.log_from);
-        if device_is_lost(&device, &message) {
+        let log = log_from(&job.dir.join("log.txt"), job.log_from);
+        let message = last_message(&log);
+        if device_is_lost(&device, message) {
             self.board
                 .line(&format!("{device} cannot be used any more ({message}); {name} is pending again"));
             for other in self.slots.iter_mut().filter(|other| other.device == device) {
@@ -345,7 +346,7 @@ impl Worker<'_> {
             return self.ledger.release(&job.claim);
         }
         if status.code().is_some() {
-            return self.fail(job, &message);
+            return self.fail(job, message);
         }
         // A signal, and nobody here sent it.
         if modified(&job.dir.join("state.safetensors")) != job.deaths.state {
@@ -353,7 +354,7 @@ impl Worker<'_> {
         }
         job.deaths.count += 1;
         let batch = run.config.train.batch;
-        if oom_kills() > job.deaths.oom_kills || message.contains("memory allocation of") {
+        if oom_kills() > job.deaths.oom_kills || log.contains("memory allocation of") {
             let halved = job.deaths.micro_batch.unwrap_or(batch).div_ceil(2);
             if job.deaths.micro_batch == Some(1) || batch == 1 {
                 return self.fail(job, "out of memory, even with one sample at a time");
@@ -435,19 +436,22 @@ fn oom_kills() -> u64 {
     line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
 }
 
-/// The last error in a log from byte `from` on, or its last line.
-fn last_message(path: &Path, from: u64) -> String {
+/// A log from byte `from` on; empty if it cannot be read.
+fn log_from(path: &Path, from: u64) -> String {
     let read = || -> std::io::Result<Vec<u8>> {
         let (mut file, mut bytes) = (File::open(path)?, Vec::new());
         file.seek(SeekFrom::Start(from))?;
         file.read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes = read().unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let lines = || text.lines().rev().filter(|line| !line.trim().is_empty());
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+/// The last error in a log, or its last line.
+fn last_message(log: &str) -> &str {
+    let lines = || log.lines().rev().filter(|line| !line.trim().is_empty());
     let error = lines().find_map(|line| line.strip_prefix("error: "));
-    error.or(lines().next()).unwrap_or("it ended without a message").to_string()
+    error.or(lines().next()).unwrap_or("it ended without a message")
 }
 
 /// Whether a message says that the GPU, not the run, is at fault.
