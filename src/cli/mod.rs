@@ -19,10 +19,26 @@ use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
 use crate::bad_input;
 
+/// Version, commit, and what the build computes on.
+#[cfg(not(feature = "cuda"))]
+const LONG_VERSION: &str =
+    concat!(env!("CARGO_PKG_VERSION"), "\ncommit ", env!("SELECTIVBENCH_COMMIT"), "\ncpu");
+#[cfg(feature = "cuda")]
+const LONG_VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    "\ncommit ",
+    env!("SELECTIVBENCH_COMMIT"),
+    "\ncpu, cuda ",
+    env!("SELECTIVBENCH_CUDA_VERSION"),
+    " for compute capability ",
+    env!("SELECTIVBENCH_CUDA_CAPS")
+);
+
 /// Train, evaluate and profile linear recurrent sequence models on SelectivBench tasks.
 #[derive(Parser, Debug)]
 #[command(
     version,
+    long_version = LONG_VERSION,
     max_term_width = 100,
     after_help = "Exit codes: 0 done, 1 failed while running, 2 bad input or configuration, 130 interrupted.
 

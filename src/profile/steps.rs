@@ -124,7 +124,7 @@ pub fn step(
 fn reset_peak(device: &Device) -> Result<()> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        return super::gpu::reset_peak(&crate::cuda::Gpu::new(device)?);
+        return crate::cuda::about::reset_peak(&crate::cuda::Gpu::new(device)?);
     }
     let _ = device;
     Ok(())
@@ -133,7 +133,7 @@ fn reset_peak(device: &Device) -> Result<()> {
 fn peak(device: &Device) -> Result<Option<u64>> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        return super::gpu::peak(&crate::cuda::Gpu::new(device)?).map(Some);
+        return crate::cuda::about::peak(&crate::cuda::Gpu::new(device)?).map(Some);
     }
     let _ = device;
     Ok(None)
