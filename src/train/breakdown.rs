@@ -117,12 +117,15 @@ pub fn places(grammar: &Grammar, sample: &Sample) -> impl Iterator<Item = Place>
     })
 }
 
+/// Tallies of distances, by the first and the last that they hold.
+type Bins = BTreeMap<(usize, usize), Tally>;
+
 /// Counts the votes of an evaluation, batch by batch.
 pub struct Counter<'a> {
     grammar: &'a Grammar,
     by_gap: BTreeMap<u32, Tally>,
-    by_distance: BTreeMap<(usize, usize), Tally>,
-    distractor: Option<(Tally, BTreeMap<(usize, usize), Tally>)>,
+    by_distance: Bins,
+    distractor: Option<(Tally, Bins)>,
 }
 
 impl<'a> Counter<'a> {
@@ -157,9 +160,8 @@ impl<'a> Counter<'a> {
     }
 
     pub fn finish(self) -> Breakdown {
-        let distances = |bins: BTreeMap<(usize, usize), Tally>| {
-            bins.into_iter().map(|((from, to), tally)| AtDistance { from, to, tally }).collect()
-        };
+        let distances =
+            |bins: Bins| bins.into_iter().map(|((from, to), tally)| AtDistance { from, to, tally }).collect();
         Breakdown {
             by_gap: self.by_gap.into_iter().map(|(gap, tally)| AtGap { gap, tally }).collect(),
             by_distance: distances(self.by_distance),
@@ -189,7 +191,7 @@ impl Breakdown {
     pub fn shares(&self) -> Value {
         let share = |tally: &Tally| json!((tally.accuracy() * 1e5).round() / 1e5);
         let by_octave = |bins: &[AtDistance], prefix: &str| -> Map<String, Value> {
-            let mut wide: BTreeMap<(usize, usize), Tally> = BTreeMap::new();
+            let mut wide = Bins::new();
             bins.iter().for_each(|bin| wide.entry(octave(bin.to)).or_default().add(bin.tally));
             wide.iter()
                 .map(|(&(from, to), tally)| (format!("{prefix}{}", range(from, to)), share(tally)))
