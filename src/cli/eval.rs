@@ -103,17 +103,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
             config.task.split = split;
         }
         let task = Task::new(&config.task, config.seed)?;
-        if (task.features(), task.classes()) != (checkpoint.features, checkpoint.classes) {
-            bail_input!(
-                "{} takes {} input features and tells {} classes apart, but its task has {} symbols and {} \
-                 states: it was trained on another one",
-                path.display(),
-                checkpoint.features,
-                checkpoint.classes,
-                task.features(),
-                task.classes()
-            )
-        }
+        checkpoint.check_task(path, &task)?;
         let mut gaps = args.gap.clone();
         if gaps.is_empty() {
             gaps = config.task.eval_gaps.clone();

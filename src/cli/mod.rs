@@ -1,9 +1,11 @@
 //! The command line: one file per subcommand.
 
+mod cells;
 mod data;
 mod devices;
 mod doctor;
 mod eval;
+mod inspect;
 mod models;
 mod predict;
 mod profile;
@@ -18,6 +20,7 @@ use clap::{Parser, Subcommand};
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
 use crate::bad_input;
+use crate::task::Part;
 
 /// Version, commit, and what the build computes on.
 #[cfg(not(feature = "cuda"))]
@@ -57,6 +60,7 @@ pub struct Cli {
 enum Command {
     Train(train::TrainArgs),
     Eval(eval::EvalArgs),
+    Inspect(inspect::InspectArgs),
     Predict(predict::PredictArgs),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
@@ -80,6 +84,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Import(args) => transfer::import(args),
         Command::Export(args) => transfer::export(args),
@@ -114,4 +119,22 @@ pub(crate) fn table(columns: &[&str], numbers: impl IntoIterator<Item = usize>) 
         }
     }
     table
+}
+
+/// A part, as an argument.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum PartName {
+    Train,
+    Validation,
+    Test,
+}
+
+impl From<PartName> for Part {
+    fn from(name: PartName) -> Self {
+        match name {
+            PartName::Train => Part::Train,
+            PartName::Validation => Part::Validation,
+            PartName::Test => Part::Test,
+        }
+    }
 }
