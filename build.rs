@@ -1,5 +1,5 @@
-//! Compiles `kernels/*.cu` for the feature `cuda`: machine code for the GPUs named below and PTX for newer ones,
-//! embedded in the program. Without the feature this does nothing.
+//! Names the commit that is built, and compiles `kernels/*.cu` for the feature `cuda`: machine code for the GPUs
+//! named below and PTX for newer ones, embedded in the program.
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -22,17 +22,50 @@ const OLDEST: u32 = 80;
 type Result<T> = std::result::Result<T, String>;
 
 fn main() {
-    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-env=SELECTIVBENCH_COMMIT={}", commit().unwrap_or("unknown".into()));
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    println!("cargo::rerun-if-changed=kernels");
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "CUDA_COMPUTE_CAP"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     if let Err(message) = compile() {
         println!("cargo::error={message}");
     }
+}
+
+/// What goes into the program.
+const COMPILED: [&str; 6] = ["src", "kernels", "assets", "build.rs", "Cargo.toml", "Cargo.lock"];
+
+/// The commit of this folder, with `+changes` where what is compiled differs from it; none in an archive.
+///
+/// Runs again when HEAD moves and when anything changes that is compiled, and would be compiled again anyway.
+fn commit() -> Option<String> {
+    for path in COMPILED.iter().filter(|path| Path::new(path).exists()) {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let git = |args: &[&str]| -> Option<String> {
+        let run = Command::new("git")
+            .arg("--no-optional-locks")
+            .args(args)
+            .output()
+            .ok()
+            .filter(|run| run.status.success())?;
+        Some(String::from_utf8(run.stdout).ok()?.trim_end().to_string())
+    };
+    // An archive that was unpacked inside of another repository is none of its commits.
+    if !git(&["rev-parse", "--show-prefix"])?.is_empty() {
+        return None;
+    }
+    // A file that is not there would make cargo run this every time.
+    for file in ["HEAD", "logs/HEAD"] {
+        let path = git(&["rev-parse", "--git-path", file])?;
+        if Path::new(&path).exists() {
+            println!("cargo::rerun-if-changed={path}");
+        }
+    }
+    let changes = git(&[&["status", "--porcelain", "--"][..], &COMPILED].concat())?;
+    Some(git(&["rev-parse", "HEAD"])? + if changes.is_empty() { "" } else { "+changes" })
 }
 
 fn compile() -> Result<()> {

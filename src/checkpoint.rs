@@ -15,6 +15,7 @@ use safetensors::tensor::TensorView;
 use crate::config::{self, Config};
 use crate::device::number_format;
 use crate::model::{self, RecNet};
+use crate::task::Task;
 use crate::{bad_input, bail_input, files};
 
 /// The layout that this program writes and reads.
@@ -99,6 +100,22 @@ impl Checkpoint {
         let net = RecNet::new(&config.model, *features, *classes, config.seed, dtype, device)?;
         net.load(&self.tensors)?;
         Ok(net)
+    }
+
+    /// Refuses a task that the model, which was read from `path`, does not fit.
+    pub fn check_task(&self, path: &Path, task: &Task) -> anyhow::Result<()> {
+        if (task.features(), task.classes()) != (self.features, self.classes) {
+            bail_input!(
+                "{} takes {} input features and tells {} classes apart, but its task has {} symbols and {} \
+                 states: it was trained on another one",
+                path.display(),
+                self.features,
+                self.classes,
+                task.features(),
+                task.classes()
+            )
+        }
+        Ok(())
     }
 
     /// The weights by name.

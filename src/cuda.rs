@@ -3,6 +3,8 @@
 //! Everything runs on one stream, in the order of its launch: a buffer that a tensor lets go is used again
 //! only by what is launched later. Nothing here waits for the GPU.
 
+pub mod about;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -51,6 +51,52 @@ fn cuda(index: usize) -> anyhow::Result<Device> {
     bail_input!("--device is `cuda:{index}`, but {NO_CUDA}")
 }
 
+/// The most memory that this process has used so far, in bytes: of a GPU, or of the machine where it computes on
+/// the CPU. `None` where the system does not tell.
+pub fn peak_memory(device: &Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return crate::cuda::Gpu::new(device).ok().and_then(|gpu| crate::cuda::about::peak(&gpu).ok());
+    }
+    // The peak that getrusage gives is no less than that of the process which started this one.
+    let status =
+        if device.is_cpu() { std::fs::read_to_string("/proc/self/status").ok()? } else { return None };
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"))?;
+    Some(1024 * kib.trim().parse::<u64>().ok()?)
+}
+
+/// Forgets what [`peak_memory`] has seen so far, where the system can.
+pub fn reset_peak_memory(device: &Device) -> anyhow::Result<()> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return crate::cuda::about::reset_peak(&crate::cuda::Gpu::new(device)?);
+    }
+    let _ = device;
+    // Linux takes a 5 for this; elsewhere the peak stays that of the whole process.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    Ok(())
+}
+
+/// What the hardware is called: the name of the GPU, or of the CPU where the system tells it.
+pub fn hardware(device: &Device) -> Option<String> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return crate::cuda::Gpu::new(device).ok()?.stream().context().name().ok();
+    }
+    let info = if device.is_cpu() { std::fs::read_to_string("/proc/cpuinfo").ok()? } else { return None };
+    let field = info.lines().find_map(|line| line.strip_prefix("model name"))?;
+    Some(field.split_once(':')?.1.trim().to_string())
+}
+
+/// The instruction sets that this build was compiled for.
+pub fn simd() -> Vec<&'static str> {
+    macro_rules! compiled_for {
+        ($($feature:tt)*) => { [$(($feature, cfg!(target_feature = $feature))),*] };
+    }
+    let sets = compiled_for!("sse4.2" "avx" "avx2" "fma" "f16c" "avx512f" "avx512bf16" "neon" "sve");
+    sets.into_iter().filter_map(|(name, has)| has.then_some(name)).collect()
+}
+
 /// What `train.precision` means on a GPU or on the CPU; never `auto`.
 ///
 /// `auto` is f32 on the CPU and where the released code is emulated, else bf16: activations in bf16, weights,

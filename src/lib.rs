@@ -12,6 +12,7 @@ pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod files;
+pub mod inspect;
 pub mod model;
 pub mod ops;
 pub mod plot;

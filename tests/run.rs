@@ -138,6 +138,66 @@ fn evaluation_at_several_gaps_and_in_pieces() {
     }
 }
 
+/// Sums of the breakdown are the accuracy; the table and the run's own tests say the same.
+#[test]
+fn a_breakdown_adds_up_to_the_accuracy() {
+    let place = Place::new(TINY);
+    let distractors = ["--set", "task.preset=task3", "--set", "task.gap={start: 2, probability: 0.4}"];
+    place.ok(&[&["train", "tiny.yaml", "--out", "run"], &distractors[..]].concat());
+    let table = place.ok(&["eval", "run", "--gap", "0,0.3", "--breakdown", "--json", "eval.json"]);
+    let rows: Vec<Value> = serde_json::from_slice(&fs::read(place.path("eval.json")).unwrap()).unwrap();
+    let own = summary(&place.path("run"))["tests"][0].clone();
+    for row in rows.iter().chain([&own]) {
+        let breakdown = &row["breakdown"];
+        for group in ["by_gap", "by_distance"] {
+            let sum = |field: &str| {
+                breakdown[group]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|bin| bin[field].as_u64().unwrap())
+                    .sum::<u64>()
+            };
+            assert_eq!(sum("elements"), 40 * 12);
+            assert_eq!(sum("right") as f64 / sum("elements") as f64, row["accuracy"].as_f64().unwrap());
+        }
+    }
+    let count = |row: &Value, field: &str| row["breakdown"]["distractor"]["on"][field].as_u64().unwrap();
+    assert_eq!(count(&rows[0], "elements"), 0, "no distractor is shown at gap 0");
+    assert!((100..250).contains(&count(&rows[1], "elements")), "{}", rows[1]["breakdown"]);
+    let (right, elements) = (count(&rows[1], "right"), count(&rows[1], "elements"));
+    let shown = format!("{:.1} % of {elements}", 100.0 * right as f64 / elements as f64);
+    let line = table.lines().find(|line| line.contains("on it")).unwrap();
+    assert!(line.contains(&shown), "{line}: {shown}");
+}
+
+#[test]
+fn a_run_says_what_made_it() {
+    let place = Place::new(TINY);
+    let origin =
+        || -> Value { serde_json::from_slice(&fs::read(place.path("run/run.json")).unwrap()).unwrap() };
+    let begin = ["train", "tiny.yaml", "--out", "run", "--threads", "1"];
+    let mut child = place.command(&begin).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    place.wait_for_state("run", &mut child);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let first = origin();
+    assert_eq!((&first["step"], &first["before"]), (&Value::from(0), &Value::Null));
+    place.ok(&["train", "run/config.yaml", "--out", "run", "--resume", "--threads", "2"]);
+    let last = origin();
+    assert!(last["step"].as_u64().unwrap() > 0);
+    assert_eq!(last["before"], Value::from(vec![first.clone()]));
+    assert_eq!((&first["threads"], &last["threads"]), (&Value::from(1), &Value::from(2)));
+    assert_eq!(last["command"].as_array().unwrap()[2], "run/config.yaml");
+    for (field, want) in [("device", "cpu"), ("precision", "f32"), ("version", env!("CARGO_PKG_VERSION"))] {
+        assert_eq!(last[field], want);
+    }
+    assert_eq!(last["data"], summary(&place.path("run"))["data"]);
+    // The same program says the same of itself.
+    let version = place.ok(&["--version"]);
+    assert!(version.contains(&format!("commit {}", last["commit"].as_str().unwrap())), "{version}");
+}
+
 #[test]
 fn every_model_trains_and_learns() {
     let place = Place::new(TINY);

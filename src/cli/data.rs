@@ -7,8 +7,9 @@ mod stats;
 
 use std::path::PathBuf;
 
+use super::PartName;
 use crate::config::load::load;
-use crate::task::{Part, Task};
+use crate::task::Task;
 
 /// Look at samples, write them to files, and see what a grammar is like.
 #[derive(clap::Args, Debug)]
@@ -50,23 +51,5 @@ impl Source {
     fn task(&self) -> anyhow::Result<Task> {
         let config = load(&self.config, &self.set)?;
         Task::new(&config.task, config.seed)
-    }
-}
-
-/// A part, as an argument.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum PartName {
-    Train,
-    Validation,
-    Test,
-}
-
-impl From<PartName> for Part {
-    fn from(name: PartName) -> Self {
-        match name {
-            PartName::Train => Part::Train,
-            PartName::Validation => Part::Validation,
-            PartName::Test => Part::Test,
-        }
     }
 }

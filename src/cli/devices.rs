@@ -4,7 +4,7 @@ use candle_core::utils::cuda_is_available;
 use serde_json::json;
 
 use super::print;
-use crate::device::{NO_CUDA, gpu_count};
+use crate::device::{NO_CUDA, gpu_count, simd};
 
 /// List the devices that --device can name.
 #[derive(clap::Args, Debug)]
@@ -39,13 +39,4 @@ pub fn run(args: DevicesArgs) -> anyhow::Result<()> {
         print("no GPU was found")?;
     }
     Ok(())
-}
-
-/// The instruction sets that this build was compiled for.
-fn simd() -> Vec<&'static str> {
-    macro_rules! compiled_for {
-        ($($feature:tt)*) => { [$(($feature, cfg!(target_feature = $feature))),*] };
-    }
-    let sets = compiled_for!("sse4.2" "avx" "avx2" "fma" "f16c" "avx512f" "avx512bf16" "neon" "sve");
-    sets.into_iter().filter_map(|(name, has)| has.then_some(name)).collect()
 }

@@ -129,7 +129,7 @@ fn formats(names: &[String]) -> anyhow::Result<Vec<Route>> {
 pub(super) fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        let about = crate::profile::gpu::describe(device)?;
+        let about = crate::cuda::about::describe(device)?;
         print(format_args!(
             "{}: {}, compute capability {}, {} multiprocessors, {:.1} GiB of memory, {:.1} GiB free",
             device_name(device),

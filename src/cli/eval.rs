@@ -14,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Split;
 use crate::device::parse_device;
 use crate::task::{Part, Task};
+use crate::train::breakdown::{AtDistance, AtGap, Breakdown, Tally};
 use crate::train::evaluate::{EvalPlan, Evaluation, evaluate};
 use crate::train::{count, device_name, split_name};
 use crate::{bail_input, files};
@@ -25,7 +26,8 @@ use crate::{bail_input, files};
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   selectivbench eval runs/quickstart
-  selectivbench eval runs/* --gap 1,2,5,10 --json gaps.json")]
+  selectivbench eval runs/* --gap 1,2,5,10 --json gaps.json
+  selectivbench eval runs/quickstart --breakdown")]
 pub struct EvalArgs {
     /// Run directories or checkpoint files
     #[arg(required = true, value_name = "RUN_OR_CHECKPOINT")]
@@ -45,6 +47,10 @@ pub struct EvalArgs {
     /// Timesteps per piece [default: the configuration's]
     #[arg(long, value_name = "T")]
     chunk: Option<usize>,
+    /// Also show where the models are right: by the gap before an element, by the number of elements since its
+    /// string began, and on and after distractors
+    #[arg(long)]
+    breakdown: bool,
     /// Where to compute: auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
@@ -97,17 +103,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
             config.task.split = split;
         }
         let task = Task::new(&config.task, config.seed)?;
-        if (task.features(), task.classes()) != (checkpoint.features, checkpoint.classes) {
-            bail_input!(
-                "{} takes {} input features and tells {} classes apart, but its task has {} symbols and {} \
-                 states: it was trained on another one",
-                path.display(),
-                checkpoint.features,
-                checkpoint.classes,
-                task.features(),
-                task.classes()
-            )
-        }
+        checkpoint.check_task(path, &task)?;
         let mut gaps = args.gap.clone();
         if gaps.is_empty() {
             gaps = config.task.eval_gaps.clone();
@@ -162,6 +158,9 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
 
     print(table(&rows, split))?;
+    if args.breakdown {
+        print(breakdown(&rows))?;
+    }
     if let Some(path) = &args.json {
         let list: Vec<_> = rows.iter().map(|row| row.json(split, &device_name(&device))).collect();
         let json = serde_json::to_string_pretty(&list)? + "\n";
@@ -191,6 +190,7 @@ impl Row {
             "accuracy": self.evaluation.accuracy,
             "ceiling": self.ceiling,
             "loss": self.evaluation.loss,
+            "breakdown": self.evaluation.breakdown,
             "seconds": self.evaluation.seconds,
             "tokens_per_s": self.evaluation.tokens as f64 / self.evaluation.seconds,
             "device": device,
@@ -229,6 +229,53 @@ fn table(rows: &[Row], split: Option<Split>) -> Table {
             format!("{:.4}", evaluation.loss),
             count(evaluation.tokens as f64 / evaluation.seconds),
         ]);
+    }
+    table
+}
+
+/// Accuracy by group of elements: a row a group, a column an evaluation.
+fn breakdown(rows: &[Row]) -> Table {
+    /// What the groups have in common, what tells one from the others, and their order.
+    type Group = (&'static str, String, usize);
+    fn groups(breakdown: &Breakdown) -> Vec<(Group, Tally)> {
+        let bins = |what: &'static str, bins: &[AtDistance]| {
+            let group = |bin: &AtDistance| ((what, bin.name(), bin.from), bin.tally);
+            bins.iter().map(group).collect::<Vec<_>>()
+        };
+        let gap = |at: &AtGap| (("gap before it", at.gap.to_string(), at.gap as usize), at.tally);
+        let mut all: Vec<_> = breakdown.by_gap.iter().map(gap).collect();
+        all.extend(bins("place in its string", &breakdown.by_distance));
+        if let Some(distractor) = &breakdown.distractor {
+            all.push((("distractor", "on it".into(), 0), distractor.on));
+            all.extend(bins("after a distractor", &distractor.after));
+        }
+        all
+    }
+    let columns: Vec<Vec<(Group, Tally)>> =
+        rows.iter().map(|row| row.evaluation.breakdown.as_ref().map_or(vec![], groups)).collect();
+    let mut order: Vec<&Group> = columns.iter().flatten().map(|(group, _)| group).collect();
+    // Kinds of groups as they come, the groups of a kind in their order.
+    let kinds: Vec<&str> = order.iter().map(|group| group.0).collect();
+    let place = |group: &&Group| (kinds.iter().position(|kind| *kind == group.0), group.2);
+    order.sort_by_key(place);
+    order.dedup();
+
+    let names: Vec<String> =
+        rows.iter().map(|row| format!("{}\ngap {}", row.path.display(), row.gap)).collect();
+    let mut header = vec!["elements by", ""];
+    header.extend(names.iter().map(String::as_str));
+    let mut table = super::table(&header, 1..header.len());
+    for (i, group) in order.iter().enumerate() {
+        let first = i == 0 || order[i - 1].0 != group.0;
+        let mut cells = vec![if first { group.0.to_string() } else { String::new() }, group.1.clone()];
+        cells.extend(columns.iter().map(|column| {
+            let tally = column.iter().find(|(own, _)| own == *group).map(|(_, tally)| tally);
+            match tally.filter(|tally| tally.elements > 0) {
+                Some(tally) => format!("{:.1} % of {}", 100.0 * tally.accuracy(), tally.elements),
+                None => "-".into(),
+            }
+        }));
+        table.add_row(cells);
     }
     table
 }

@@ -1,9 +1,11 @@
 //! The command line: one file per subcommand.
 
+mod cells;
 mod data;
 mod devices;
 mod doctor;
 mod eval;
+mod inspect;
 mod models;
 mod predict;
 mod profile;
@@ -19,11 +21,28 @@ use clap::{Parser, Subcommand};
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
 use crate::bad_input;
+use crate::task::Part;
+
+/// Version, commit, and what the build computes on.
+#[cfg(not(feature = "cuda"))]
+const LONG_VERSION: &str =
+    concat!(env!("CARGO_PKG_VERSION"), "\ncommit ", env!("SELECTIVBENCH_COMMIT"), "\ncpu");
+#[cfg(feature = "cuda")]
+const LONG_VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    "\ncommit ",
+    env!("SELECTIVBENCH_COMMIT"),
+    "\ncpu, cuda ",
+    env!("SELECTIVBENCH_CUDA_VERSION"),
+    " for compute capability ",
+    env!("SELECTIVBENCH_CUDA_CAPS")
+);
 
 /// Train, evaluate and profile linear recurrent sequence models on SelectivBench tasks.
 #[derive(Parser, Debug)]
 #[command(
     version,
+    long_version = LONG_VERSION,
     max_term_width = 100,
     after_help = "Exit codes: 0 done, 1 failed while running, 2 bad input or configuration, 130 interrupted.
 
@@ -42,6 +61,7 @@ pub struct Cli {
 enum Command {
     Train(train::TrainArgs),
     Eval(eval::EvalArgs),
+    Inspect(inspect::InspectArgs),
     Predict(predict::PredictArgs),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
@@ -66,6 +86,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Import(args) => transfer::import(args),
         Command::Export(args) => transfer::export(args),
@@ -101,4 +122,22 @@ pub(crate) fn table(columns: &[&str], numbers: impl IntoIterator<Item = usize>) 
         }
     }
     table
+}
+
+/// A part, as an argument.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum PartName {
+    Train,
+    Validation,
+    Test,
+}
+
+impl From<PartName> for Part {
+    fn from(name: PartName) -> Self {
+        match name {
+            PartName::Train => Part::Train,
+            PartName::Validation => Part::Validation,
+            PartName::Test => Part::Test,
+        }
+    }
 }

@@ -6,7 +6,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, Mixer, Model, Param, ShortConv};
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale, ShortConv};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::gates::sigmoid;
 use crate::ops::l2norm::l2norm;
@@ -21,6 +21,9 @@ pub(super) const MODEL: Model = Model {
     build: |dims, builder| Ok(Box::new(DeltaNet::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
 };
+
+const BETA: Kind =
+    Kind { name: "beta", about: "write strength beta", scale: Scale::Linear, rows: Rows::Head };
 
 struct DeltaNet {
     heads: usize,
@@ -57,6 +60,7 @@ impl Mixer for DeltaNet {
         let k = l2norm(view(&self.k.forward(x, 1, call)?, keys))?;
         let v = view(&self.v.forward(x, 2, call)?, (batch, steps, self.heads, 2 * self.head_dim));
         let beta = sigmoid(&linear(x, &self.beta, None)?, 1.0)?;
+        call.note(&BETA, steps, [&beta], |[beta]| Ok(beta))?;
         let scale = (self.head_dim as f64).powf(-0.5);
         let (o, state) = gated_delta_rule(&q, &k, v, &beta, None, scale, call.recall_arg(3))?;
         call.keep(3, state);

@@ -6,7 +6,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, Mixer, Model, Param, ShortConv};
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale, ShortConv};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::gates::{decay_gate, sigmoid};
 use crate::ops::l2norm::l2norm;
@@ -20,6 +20,20 @@ pub(super) const MODEL: Model = Model {
     reference: "Yang et al. 2024, arXiv 2412.06464",
     build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, 1, 1.0))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
+};
+
+const ALPHA: Kind = Kind { name: "alpha", about: "decay alpha", scale: Scale::Decay, rows: Rows::Head };
+const BETA: Kind = Kind {
+    name: "beta",
+    about: "write strength beta, for each Householder step",
+    scale: Scale::Linear,
+    rows: Rows::Head,
+};
+const OUTPUT_GATE: Kind = Kind {
+    name: "output_gate",
+    about: "silu(gate), what the output is multiplied with",
+    scale: Scale::Linear,
+    rows: Rows::Layer,
 };
 
 /// The layer of both Gated DeltaNet (one Householder step a token, beta up to 1) and Gated DeltaProduct.
@@ -78,11 +92,14 @@ impl Mixer for GatedDelta {
         let beta = linear(x, &self.beta, None)?;
         let beta = sigmoid(view(&beta, (batch, t * n, heads)), self.beta_scale)?;
         let g = decay_gate(&linear(x, &self.decay, None)?, &self.a_log, &self.dt_bias)?;
+        call.note(&ALPHA, t, [&g], |[g]| g.exp())?;
+        call.note(&BETA, t, [&beta], |[beta]| beta.reshape((batch, t, n, heads))?.transpose(2, 3))?;
         let scale = (k_dim as f64).powf(-0.5);
         let (o, state) = gated_delta_rule(&q, &k, v, &beta, Some(Arg::from(&g)), scale, call.recall_arg(3))?;
         call.keep(3, state);
         let o = view(&o, (batch, t, 2 * width));
         let gate = linear(x, &self.gate, None)?;
+        call.note(&OUTPUT_GATE, t, [&gate], |[gate]| gate.silu()?.unsqueeze(2))?;
         linear(&gated_rms_norm(o, &gate, &self.norm, 1e-5, GateOrder::AfterNorm)?, &self.out, None)
     }
 }

@@ -6,7 +6,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, Mixer, Model, Param, ShortConv};
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale, ShortConv};
 use crate::ops::gates::log_sigmoid;
 use crate::ops::gla::gla;
 use crate::ops::linear::linear;
@@ -23,6 +23,15 @@ pub(super) const MODEL: Model = Model {
     reference: "Yang et al. 2023, arXiv 2312.06635",
     build: |dims, builder| Ok(Box::new(Gla::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
+};
+
+const DECAY: Kind =
+    Kind { name: "decay", about: "exp(g) of each key channel", scale: Scale::Decay, rows: Rows::Head };
+const OUTPUT_GATE: Kind = Kind {
+    name: "output_gate",
+    about: "silu(gate), what the output is multiplied with",
+    scale: Scale::Linear,
+    rows: Rows::Layer,
 };
 
 struct Gla {
@@ -69,12 +78,14 @@ impl Mixer for Gla {
         let v = view(&self.v.forward(x, 2, call)?, (batch, steps, self.heads, 2 * self.head_dim));
         let decay = linear(x, &self.decay_down, None)?;
         let decay = linear(&decay, &self.decay_up, Some(Arg::from(&self.decay_bias)))?;
-        let decay = view(&log_sigmoid(&decay, GATE_DIVISOR)?, keys);
+        let decay = log_sigmoid(&decay, GATE_DIVISOR)?;
+        call.note(&DECAY, steps, [&decay], |[g]| g.reshape(keys)?.exp())?;
         let scale = (self.head_dim as f64).powf(-0.5);
-        let (o, state) = gla(q, k, v, decay, scale, call.recall_arg(3))?;
+        let (o, state) = gla(q, k, v, view(&decay, keys), scale, call.recall_arg(3))?;
         call.keep(3, state);
         let o = view(&o, (batch, steps, 2 * width));
         let gate = linear(x, &self.gate, None)?;
+        call.note(&OUTPUT_GATE, steps, [&gate], |[gate]| gate.silu()?.unsqueeze(2))?;
         linear(&gated_rms_norm(o, &gate, &self.norm, 1e-5, GateOrder::AfterNorm)?, &self.out, None)
     }
 }

@@ -5,7 +5,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, Mixer, Model, Param};
+use super::notes::softplus;
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale};
 use crate::ops::Arg;
 use crate::ops::causal_conv1d::causal_conv1d_silu;
 use crate::ops::linear::linear;
@@ -17,6 +18,21 @@ pub(super) const MODEL: Model = Model {
     reference: "Gu and Dao 2023, arXiv 2312.00752",
     build: |dims, builder| Ok(Box::new(Mamba::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.state),
+};
+
+const DT: Kind =
+    Kind { name: "dt", about: "step size dt of each channel", scale: Scale::Log, rows: Rows::Layer };
+const DECAY: Kind = Kind {
+    name: "decay",
+    about: "exp(dt A) of each state, mean over the channels",
+    scale: Scale::Decay,
+    rows: Rows::State,
+};
+const OUTPUT_GATE: Kind = Kind {
+    name: "output_gate",
+    about: "silu(z), what the output is multiplied with",
+    scale: Scale::Linear,
+    rows: Rows::Layer,
 };
 
 struct Mamba {
@@ -61,6 +77,7 @@ impl Mamba {
 
 impl Mixer for Mamba {
     fn forward(&self, u: &Tensor, call: &mut Call) -> Result<Tensor> {
+        let (_, steps, _) = u.dims3()?;
         let z = linear(u, &self.in_z, None)?;
         let (x, tail) = causal_conv1d_silu(
             &linear(u, &self.in_x, None)?,
@@ -72,6 +89,15 @@ impl Mixer for Mamba {
         let dt = linear(&linear(&x, &self.x_proj_dt, None)?, &self.dt_weight, None)?;
         let b = linear(&x, &self.x_proj_b, None)?;
         let c = linear(&x, &self.x_proj_c, None)?;
+        let (bias, a_log) = (self.dt_bias.value(), self.a_log.value());
+        let step = |dt: &Tensor, bias: &Tensor| softplus(&dt.broadcast_add(bias)?);
+        call.note(&DT, steps, [&dt, &bias], |[dt, bias]| step(&dt, &bias)?.unsqueeze(2))?;
+        call.note(&DECAY, steps, [&dt, &bias, &a_log], |[dt, bias, a_log]| {
+            let (step, rates) = (step(&dt, &bias)?, a_log.exp()?.neg()?);
+            let mean = |n| step.broadcast_mul(&rates.get_on_dim(1, n)?)?.exp()?.mean(2);
+            Tensor::stack(&(0..rates.dims()[1]).map(mean).collect::<Result<Vec<_>>>()?, 2)
+        })?;
+        call.note(&OUTPUT_GATE, steps, [&z], |[z]| z.silu()?.unsqueeze(2))?;
         let (y, state) = selective_scan(
             &x,
             &dt,

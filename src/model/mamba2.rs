@@ -5,7 +5,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, Mixer, Model, Param};
+use super::notes::softplus;
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale};
 use crate::ops::causal_conv1d::causal_conv1d_silu;
 use crate::ops::linear::linear;
 use crate::ops::norms::{GateOrder, gated_rms_norm};
@@ -18,6 +19,15 @@ pub(super) const MODEL: Model = Model {
     reference: "Dao and Gu 2024, arXiv 2405.21060",
     build: |dims, builder| Ok(Box::new(Mamba2::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.state),
+};
+
+const DT: Kind = Kind { name: "dt", about: "step size dt", scale: Scale::Log, rows: Rows::Head };
+const DECAY: Kind = Kind { name: "decay", about: "exp(dt a)", scale: Scale::Decay, rows: Rows::Head };
+const OUTPUT_GATE: Kind = Kind {
+    name: "output_gate",
+    about: "silu(z), what the output is multiplied with",
+    scale: Scale::Linear,
+    rows: Rows::Layer,
 };
 
 /// One part of the fused input projection with its share of the convolution.
@@ -93,10 +103,17 @@ impl Mixer for Mamba2 {
         let b = view(&part(1, &self.b)?, (batch, steps, 1, self.state));
         let c = view(&part(2, &self.c)?, (batch, steps, 1, self.state));
         let dt = linear(u, &self.dt, None)?;
+        let (bias, a_log) = (self.dt_bias.value(), self.a_log.value());
+        let step = |dt: &Tensor, bias: &Tensor| softplus(&dt.broadcast_add(bias)?);
+        call.note(&DT, steps, [&dt, &bias], |[dt, bias]| step(&dt, &bias))?;
+        call.note(&DECAY, steps, [&dt, &bias, &a_log], |[dt, bias, a_log]| {
+            step(&dt, &bias)?.broadcast_mul(&a_log.exp()?)?.neg()?.exp()
+        })?;
         let (y, state) = ssd(x, &dt, &self.a_log, b, c, &self.d, &self.dt_bias, call.recall_arg(3))?;
         call.keep(3, state);
         let y = view(&y, (batch, steps, 2 * width));
         let z = linear(u, &self.z, None)?;
+        call.note(&OUTPUT_GATE, steps, [&z], |[z]| z.silu()?.unsqueeze(2))?;
         let y = gated_rms_norm(y, &z, &self.norm, 1e-5, GateOrder::BeforeNorm)?;
         linear(&y, &self.out, None)
     }

@@ -1,7 +1,9 @@
 //! Models: the stack around every mixer, and one file per mixer.
 //!
-//! To add a model, write one file beside the others and one line in [`MODELS`].
+//! To add a model, write one file beside the others and one line in [`MODELS`]. What is worth looking at inside of
+//! it (a decay, a gate) becomes a picture of `selectivbench inspect` with one [`Call::note`].
 
+pub mod notes;
 pub mod param;
 pub mod recnet;
 
@@ -23,6 +25,7 @@ use crate::error::nearest;
 use crate::ops::Arg;
 use crate::ops::dropout::Dropout;
 use crate::{bad_input, bail_input};
+pub use notes::{Kind, Notes, Rows, Scale};
 pub use param::{Builder, Init, Param, ParamStore};
 pub use recnet::{Context, DropoutKey, Input, RecNet};
 pub use short_conv::ShortConv;
@@ -134,6 +137,7 @@ pub struct Call<'a> {
     /// The mask for dropout inside the layer, while training.
     pub dropout: Option<Dropout>,
     slots: Option<&'a mut LayerState>,
+    notes: Option<&'a mut Notes>,
 }
 
 /// What one layer carries from one piece of a sequence to the next.
@@ -142,7 +146,30 @@ pub struct LayerState(Vec<Option<Tensor>>);
 
 impl<'a> Call<'a> {
     pub fn new(dropout: Option<Dropout>, slots: Option<&'a mut LayerState>) -> Self {
-        Self { dropout, slots }
+        Self { dropout, slots, notes: None }
+    }
+
+    /// With somebody who looks at the layer.
+    pub fn with_notes(self, notes: Option<&'a mut Notes>) -> Self {
+        Self { notes, ..self }
+    }
+
+    /// Shows a quantity to who looks at the layer: what `f` makes of the tensors `from`, [B, T, rows] or
+    /// [B, T, rows, channels], T the timesteps given to the layer.
+    ///
+    /// `f` is only called where somebody looks, with one sequence, and with `from` on the CPU in f32:
+    ///
+    /// ```ignore
+    /// call.note(&DECAY, steps, [&g], |[g]| g.exp())?;
+    /// ```
+    pub fn note<const N: usize>(
+        &mut self,
+        kind: &'static Kind,
+        steps: usize,
+        from: [&Tensor; N],
+        f: impl FnOnce([Tensor; N]) -> Result<Tensor>,
+    ) -> Result<()> {
+        self.notes.as_mut().map_or(Ok(()), |notes| notes.take(kind, steps, from, f))
     }
 
     /// What the piece before left in `slot`; `None` at the start of a sequence.

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, LayerState, Mixer, Model, Param, ParamStore, find};
+use super::{Builder, Call, Dims, Init, LayerState, Mixer, Model, Notes, Param, ParamStore, find};
 use crate::config::ModelConfig;
 use crate::ops::dropout::Dropout;
 use crate::ops::{Arg, embedding, linear, residual_norm};
@@ -167,7 +167,17 @@ impl RecNet {
         &self,
         input: Input,
         context: &mut Context,
+        see: impl FnMut(&str, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        self.layers(input, context, see, None)
+    }
+
+    fn layers(
+        &self,
+        input: Input,
+        context: &mut Context,
         mut see: impl FnMut(&str, &Tensor) -> Result<()>,
+        mut notes: Option<&mut Notes>,
     ) -> Result<Tensor> {
         let (weight, bias) = &self.encoder;
         let mut x = match input {
@@ -186,17 +196,33 @@ impl RecNet {
             };
             let (inside, branch) = (dropout(2 * l), dropout(2 * l + 1));
             let slots = context.state.as_mut().map(|State(layers)| &mut layers[l]);
-            let y = mixer.forward(&x, &mut Call::new(inside, slots))?;
+            if let Some(notes) = &mut notes {
+                notes.layer = l;
+            }
+            let mut call = Call::new(inside, slots).with_notes(notes.as_deref_mut());
+            let y = mixer.forward(&x, &mut call)?;
             see(&format!("layers.{l}"), &y)?;
             x = residual_norm::residual_dropout_layer_norm(&y, &x, weight, bias, NORM_EPS, branch)?;
             see(&format!("norms.{l}"), &x)?;
+        }
+        if let Some(notes) = notes {
+            notes.end_piece(x.dims()[1]);
         }
         Ok(x)
     }
 
     /// [B, T, classes].
     pub fn logits(&self, input: Input, context: &mut Context) -> Result<Tensor> {
+        self.decode(&self.hidden(input, context)?)
+    }
+
+    /// [`RecNet::logits`] of one sequence, while its layers tell of themselves.
+    pub fn inspect(&self, input: Input, context: &mut Context, notes: &mut Notes) -> Result<Tensor> {
+        self.decode(&self.layers(input, context, |_, _| Ok(()), Some(notes))?)
+    }
+
+    fn decode(&self, hidden: &Tensor) -> Result<Tensor> {
         let (weight, bias) = &self.decoder;
-        linear::linear(&self.hidden(input, context)?, weight, Some(Arg::from(bias)))
+        linear::linear(hidden, weight, Some(Arg::from(bias)))
     }
 }

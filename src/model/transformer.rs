@@ -4,9 +4,11 @@
 //! (SwiGLU, here with a trained slope). The block has residuals of its own; the stack around it adds its
 //! input once more, as in the authors' released code.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
+use rayon::prelude::*;
 
-use super::{Builder, Call, Dims, Init, Mixer, Model, Param};
+use super::notes::age;
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale};
 use crate::bail_input;
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
@@ -22,6 +24,19 @@ pub(super) const MODEL: Model = Model {
     reference: "Vaswani et al. 2017, arXiv 1706.03762",
     build: |dims, builder| Ok(Box::new(Transformer::new(dims, builder)?)),
     state_size: |_| None,
+};
+
+const ATTENTION: Kind = Kind {
+    name: "attention",
+    about: "share of the attention by age in timesteps, mean over heads",
+    scale: Scale::Linear,
+    rows: Rows::Age,
+};
+const ENTROPY: Kind = Kind {
+    name: "entropy",
+    about: "entropy of the attention, in nats",
+    scale: Scale::Linear,
+    rows: Rows::Head,
 };
 
 /// The norms add this to the root mean square, outside the root.
@@ -98,6 +113,47 @@ impl Transformer {
     }
 }
 
+/// Of q [1, T, H, D] and k [1, S, H, D] in f32: the share of the attention at each age, [1, T, ages], mean over
+/// the heads, and its entropy [1, T, H].
+fn attention(q: &Tensor, k: &Tensor, scale: f64) -> Result<(Tensor, Tensor)> {
+    let ((_, steps, heads, dim), keys) = (q.dims4()?, k.dim(1)?);
+    let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+    let (q, k) = (values(q)?, values(k)?);
+    let row = |t: usize, h: usize| (t * heads + h) * dim..(t * heads + h + 1) * dim;
+    // So many that a long sequence in pieces has the same in each.
+    const AGES: usize = 16;
+    let each: Vec<([f32; AGES], Vec<f32>)> = (0..steps)
+        .into_par_iter()
+        .map(|t| {
+            let mut shares = [0.0; AGES];
+            let last = keys - steps + t;
+            let entropies = (0..heads).map(|h| {
+                let query = &q[row(t, h)];
+                let score = |s| {
+                    let dot: f32 = query.iter().zip(&k[row(s, h)]).map(|(q, k)| q * k).sum();
+                    f64::from(dot) * scale
+                };
+                let scores: Vec<f64> = (0..=last).map(score).collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let total: f64 = scores.iter().map(|score| (score - most).exp()).sum();
+                let mut entropy = 0.0;
+                for (s, score) in scores.iter().enumerate() {
+                    let log = score - most - total.ln();
+                    entropy -= log.exp() * log;
+                    shares[age(last - s).min(AGES - 1)] += (log.exp() / heads as f64) as f32;
+                }
+                entropy as f32
+            });
+            let entropies = entropies.collect();
+            (shares, entropies)
+        })
+        .collect();
+    let shares: Vec<f32> = each.iter().flat_map(|(shares, _)| *shares).collect();
+    let entropies: Vec<f32> = each.into_iter().flat_map(|(_, entropies)| entropies).collect();
+    let shares = Tensor::from_vec(shares, (1, steps, AGES), &Device::Cpu)?;
+    Ok((shares, Tensor::from_vec(entropies, (1, steps, heads), &Device::Cpu)?))
+}
+
 impl Mixer for Transformer {
     fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, width) = x.dims3()?;
@@ -112,6 +168,8 @@ impl Mixer for Transformer {
             None => (k, v),
         };
         let scale = (self.head_dim as f64).powf(-0.5);
+        call.note(&ATTENTION, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale)?.0))?;
+        call.note(&ENTROPY, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale)?.1))?;
         let o = causal_attention(&q, &k, view(&v, k.shape()), scale)?;
         call.keep(0, k);
         call.keep(1, v);

@@ -6,7 +6,6 @@
 
 #[cfg(feature = "cuda")]
 pub mod gpu;
-pub mod memory;
 mod ops;
 mod roofline;
 mod steps;

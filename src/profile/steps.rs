@@ -13,6 +13,7 @@ use super::timing::Timing;
 use crate::check::{Route, Scale};
 use crate::config::load::defaults;
 use crate::config::{Auto, Config};
+use crate::device::{peak_memory, reset_peak_memory};
 use crate::task::{Part, Task};
 use crate::trace::{Kind, Watch, watching};
 use crate::train::trainer::{Feed, Trainer};
@@ -90,7 +91,7 @@ pub fn step(
     for _ in 0..3 {
         update(&mut trainer)?;
     }
-    super::memory::reset_peak(device)?;
+    reset_peak_memory(device)?;
     let (mut times, mut data, mut tokens) = (vec![], vec![], 0);
     for _ in 0..rounds {
         let (seconds, drawn, stepped) = update(&mut trainer)?;
@@ -98,7 +99,7 @@ pub fn step(
         data.push(drawn);
         tokens += stepped;
     }
-    let peak_memory = super::memory::peak(device)?;
+    let peak_memory = peak_memory(device);
     let total: f64 = times.iter().sum();
 
     let parts = Rc::new(RefCell::new(Parts::new(device)?));

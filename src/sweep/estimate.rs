@@ -10,7 +10,7 @@ use candle_core::Device;
 
 use super::plan::{Planned, mean_steps};
 use crate::config::{Auto, Config};
-use crate::profile::memory;
+use crate::device::{peak_memory, reset_peak_memory};
 use crate::task::{Part, Task};
 use crate::train::trainer::{Feed, Trainer, micro_batch};
 
@@ -110,7 +110,7 @@ fn probe(run: &Planned, device: &Device) -> Result<(Probe, f64)> {
     let feed = trainer.feed();
     let samples = || -> Result<Feed> { feed(task.samples(Part::Train, 0, config.train.batch, None)?) };
     let (mut seconds, mut tokens, mut warm) = (f64::INFINITY, 0, false);
-    memory::reset_peak(device)?;
+    reset_peak_memory(device)?;
     let begun = Instant::now();
     while tokens == 0 || begun.elapsed() < ENOUGH {
         let samples = samples()?;
@@ -126,6 +126,6 @@ fn probe(run: &Planned, device: &Device) -> Result<(Probe, f64)> {
     }
     let parameters = run.parameters as f64;
     let activations = (tokens * config.model.width * config.model.layers) as f64;
-    let bytes = memory::peak(device)?.map(|bytes| ((bytes as f64 - fixed(run)) / activations).max(1.0));
+    let bytes = peak_memory(device).map(|bytes| ((bytes as f64 - fixed(run)) / activations).max(1.0));
     Ok((Probe { parameters, rate: 6.0 * parameters * tokens as f64 / seconds, bytes }, seconds))
 }

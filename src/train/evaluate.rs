@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use super::breakdown::{Breakdown, Counter};
 use crate::model::{Context, Input, RecNet};
 use crate::ops::head::{Targets, Vote};
 use crate::ops::no_grad;
@@ -36,6 +37,9 @@ pub struct Evaluation {
     /// Timesteps of all samples.
     pub tokens: usize,
     pub seconds: f64,
+    /// Where it was right; runs of older versions lack it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub breakdown: Option<Breakdown>,
 }
 
 /// The steps of a batch as the head wants them.
@@ -105,6 +109,7 @@ pub fn evaluate(
     let (weight, bias) = net.decoder();
     let device = net.params().value().device();
     let (mut right, mut elements, mut loss, mut tokens, mut timesteps) = (0, 0, 0.0, 0, 0);
+    let mut counter = Counter::new(task);
     for first in (0..plan.samples).step_by(plan.batch) {
         let count = plan.batch.min(plan.samples - first);
         let mut samples = task.samples(plan.part, first as u64, count, plan.gap)?;
@@ -123,6 +128,7 @@ pub fn evaluate(
             })?;
         }
         let (votes, sum, steps) = vote.finish();
+        counter.add(samples.as_slice(), &votes);
         let (r, e) = labels.count(&votes);
         (right, elements, loss, tokens) = (right + r, elements + e, loss + sum, tokens + steps);
     }
@@ -136,5 +142,6 @@ pub fn evaluate(
         timesteps,
         tokens,
         seconds: begin.elapsed().as_secs_f64(),
+        breakdown: Some(counter.finish()),
     }))
 }

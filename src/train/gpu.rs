@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Tensor};
 
+use super::breakdown::Counter;
 use super::evaluate::{EvalPlan, Evaluation};
 use super::trainer::{StepStats, Trainer};
 use crate::config::{Emulate, OptimizerKind};
@@ -167,10 +168,13 @@ pub(super) fn evaluate(
     let device = net.params().value().device();
     let gpu = Gpu::new(device)?;
     let mut sums = Sums::default();
+    let mut counter = Counter::new(task);
     let mut timesteps = 0;
     for first in (0..plan.samples).step_by(plan.batch) {
         let count = plan.batch.min(plan.samples - first);
-        let compact = task.samples(plan.part, first as u64, count, plan.gap)?.compact()?;
+        let samples = task.samples(plan.part, first as u64, count, plan.gap)?;
+        let known = samples.as_slice().to_vec();
+        let compact = samples.compact()?;
         timesteps = timesteps.max(compact.steps());
         let elements = compact.elements();
         let mut samples = DeviceSamples::upload(compact, net.dtype(), device)?;
@@ -186,7 +190,9 @@ pub(super) fn evaluate(
                 vote.feed(&hidden, &weight.weight(), &bias.value(), &targets)
             })?;
         }
-        sums.add(&vote.finish()?)?;
+        let totals = vote.finish()?;
+        sums.add(&totals)?;
+        counter.add(&known, &totals.votes.flatten_all()?.to_vec1()?);
     }
     if !progress(plan.samples) {
         return Ok(None);
@@ -198,6 +204,7 @@ pub(super) fn evaluate(
         timesteps,
         tokens: sums.steps,
         seconds: begin.elapsed().as_secs_f64(),
+        breakdown: Some(counter.finish()),
     }))
 }
 

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::events::Events;
 use crate::bad_input;
@@ -40,6 +41,12 @@ pub struct Record {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grad_norm: Option<f64>,
     pub tokens_per_s: f64,
+    /// The most memory used so far, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_memory: Option<u64>,
+    /// Of an evaluation: [`Breakdown::shares`](super::breakdown::Breakdown::shares).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy_by: Option<Value>,
     /// Since the run began, pauses left out.
     pub seconds: f64,
 }
@@ -100,16 +107,23 @@ impl Metrics {
         self.event(&value)
     }
 
-    /// Every number of a record as a scalar `<split>/<name>`.
-    fn event(&mut self, record: &serde_json::Value) -> Result<()> {
+    /// Every number of a record as a scalar `<split>/<name>` or `<split>/accuracy_by_<group>/<name>`.
+    fn event(&mut self, record: &Value) -> Result<()> {
         let number = |name: &str| record[name].as_f64();
         let split = record["split"].as_str().unwrap_or("run");
         let at = self.start + number("seconds").unwrap_or(0.0);
         let step = record["step"].as_i64().unwrap_or(0);
         let gap = number("gap").map_or(String::new(), |gap| format!("_gap_{gap}"));
-        let scalars = ["loss", "accuracy", "lr", "grad_norm", "tokens_per_s"]
+        let scalars = ["loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "peak_memory"]
             .into_iter()
             .filter_map(|name| Some((format!("{split}{gap}/{name}"), number(name)? as f32)));
+        let shares = members(&record["accuracy_by"]).flat_map(|(group, shares)| {
+            let tag = format!("{split}{gap}/accuracy_by_{group}");
+            let named =
+                move |(name, share): (_, &Value)| Some((format!("{tag}/{name}"), share.as_f64()? as f32));
+            members(shares).filter_map(named)
+        });
+        let scalars = scalars.chain(shares);
         self.events.scalars(step, at, scalars).context("cannot write TensorBoard events")
     }
 
@@ -118,4 +132,9 @@ impl Metrics {
         self.file.sync_data().with_context(|| format!("cannot write {}", self.path.display()))?;
         Ok(self.bytes)
     }
+}
+
+/// The entries of an object; none of anything else.
+fn members(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    value.as_object().into_iter().flatten()
 }

@@ -5,6 +5,7 @@
 //! | file | |
 //! |---|---|
 //! | `config.yaml` | complete and resolved; training from it repeats the run |
+//! | `run.json` | where the numbers come from: program, device, numeric route, data ([`Provenance`]) |
 //! | `metrics.jsonl`, `events.out.tfevents.*` | training and evaluation, for programs and for TensorBoard |
 //! | `checkpoint.safetensors` | weights after the newest evaluation ([`crate::checkpoint`]) |
 //! | `state.safetensors` | weights, moments, and where the run stood: what a resume begins from |
@@ -14,6 +15,7 @@
 //! knows how long they were, and a resume cuts off what came later. Everything random is a function of
 //! the seed and a position, so a resumed run gives the bits of an uninterrupted one.
 
+pub mod breakdown;
 pub mod evaluate;
 mod events;
 #[cfg(feature = "cuda")]
@@ -21,6 +23,7 @@ mod gpu;
 pub mod interrupt;
 mod metrics;
 mod progress;
+mod provenance;
 pub mod schedule;
 mod state;
 pub mod trainer;
@@ -34,15 +37,17 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
+use self::breakdown::Breakdown;
 use self::evaluate::{EvalPlan, Evaluation, evaluate};
 use self::metrics::{Metrics, Record};
 use self::progress::Progress;
 pub use self::progress::count;
+pub use self::provenance::Provenance;
 use self::state::State;
 use self::trainer::{NotFinite, Trainer};
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Emulate, Precision, Split, TaskPreset};
-use crate::device::number_format;
+use crate::device::{number_format, peak_memory};
 use crate::error::Interrupted;
 use crate::task::{Part, Task};
 use crate::{bad_input, bail_input, files, model};
@@ -189,6 +194,7 @@ pub fn run(config: &Config, options: &Options) -> Result<Summary> {
     files::delete_unfinished(&options.out);
     let yaml = config.to_yaml();
     files::write_atomic(&options.out.join("config.yaml"), |out| out.write_all(yaml.as_bytes()))?;
+    Provenance::write(&options.out, options, precision, &task, trainer.step())?;
     let metrics = Metrics::open(&options.out, metrics_bytes, before.0)?;
     interrupt::listen()?;
     let mut run = Run {
@@ -348,6 +354,8 @@ impl Run<'_> {
                     lr: Some(stats.lr),
                     grad_norm: Some(stats.grad_norm),
                     tokens_per_s: self.tokens_per_s(),
+                    peak_memory: peak_memory(&self.options.device),
+                    accuracy_by: None,
                     seconds: self.seconds(),
                 })?;
             }
@@ -424,6 +432,8 @@ impl Run<'_> {
             lr: None,
             grad_norm: None,
             tokens_per_s: evaluation.tokens as f64 / evaluation.seconds,
+            peak_memory: None,
+            accuracy_by: evaluation.breakdown.as_ref().map(Breakdown::shares),
             seconds: self.seconds(),
         })?;
         Ok(Some(evaluation))

@@ -85,7 +85,7 @@ pub fn metrics(run: &Path) -> Vec<Value> {
         .map(|line| {
             let mut value: Value = serde_json::from_str(line).unwrap();
             let object = value.as_object_mut().unwrap();
-            object.retain(|key, _| !["seconds", "tokens_per_s"].contains(&key.as_str()));
+            object.retain(|key, _| !["seconds", "tokens_per_s", "peak_memory"].contains(&key.as_str()));
             value
         })
         .collect()

@@ -1,11 +1,10 @@
 //! One sample, as text and as a picture.
 
-use std::fmt::Write;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use super::picture::Scene;
 use super::{PartName, Source};
+use crate::cli::cells::{self, Cell, Role};
 use crate::cli::print;
 use crate::plot::{self, Format};
 use crate::task::{Part, Sample, Task};
@@ -64,9 +63,7 @@ pub(super) fn run(args: ShowArgs) -> anyhow::Result<()> {
         sample.states.len(),
         sample.steps()
     );
-    let out = std::io::stdout();
-    let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let width = terminal_size::terminal_size_of(&out).map_or(100, |(width, _)| width.0 as usize);
+    let (width, colour) = cells::terminal();
     print(format_args!("{title}\n\n{}", text(&task, sample, width, colour).trim_end()))?;
     if let (Some(path), Some(format)) = (&args.picture, format) {
         let sample = sample.clone();
@@ -77,97 +74,16 @@ pub(super) fn run(args: ShowArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a piece of text stands for.
-#[derive(Clone, Copy)]
-enum Role {
-    Symbol,
-    Gap,
-    Distractor,
-    State,
-    Frame,
-}
-
-impl Role {
-    /// Text of this role, coloured if wanted. Roles differ without colour too.
-    fn paint(self, text: &str, colour: bool) -> String {
-        let code = match self {
-            Role::Symbol => "1",
-            Role::Gap | Role::Frame => "2",
-            Role::Distractor => "33",
-            Role::State => "36",
-        };
-        if colour && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
-    }
-}
-
-/// Blanks and distractors that are written out; more of them are counted.
-const WRITTEN: usize = 4;
-
 /// The sample in cells, as many to a line as fit.
 fn text(task: &Task, sample: &Sample, width: usize, colour: bool) -> String {
-    let grammar = task.grammar();
-    let mut out = String::new();
-    let note = if sample.distractors.is_empty() {
-        "symbols, with · for a timestep without one, above the states to name"
-    } else {
-        "symbols, with distractors in (), above the states to name"
-    };
-    let _ = writeln!(out, "{note}\n");
-
-    let mut distractors = sample.distractors.iter().map(|&class| crate::task::grammar::letter(class));
-    let cells: Vec<(char, String, Role, &str)> = sample
-        .states
-        .iter()
-        .zip(&sample.gaps)
-        .map(|(&state, &gap)| {
-            let (gap, symbol) = (gap as usize, crate::task::grammar::letter(grammar.symbol(state)));
-            let (behind, role) = match gap {
-                _ if !sample.distractors.is_empty() => {
-                    let shown: String = distractors.by_ref().take(gap).collect();
-                    let text = match gap {
-                        0 => String::new(),
-                        1..=WRITTEN => format!("({shown})"),
-                        _ => {
-                            let first: String = shown.chars().take(WRITTEN).collect();
-                            format!("({first}…{} more)", gap - WRITTEN)
-                        }
-                    };
-                    (text, Role::Distractor)
-                }
-                ..=WRITTEN => ("·".repeat(gap), Role::Gap),
-                _ => (format!("·×{gap}"), Role::Gap),
-            };
-            (symbol, behind, role, grammar.name(state))
-        })
+    let name = |&state: &u32| (task.grammar().name(state).to_string(), Role::State);
+    let cells: Vec<Cell> = cells::symbols(task, sample)
+        .into_iter()
+        .zip(&sample.states)
+        .map(|(symbol, state)| Cell { lines: vec![symbol, vec![name(state)]], bar: '│' })
         .collect();
-
-    let gutter = cells.len().to_string().len().max(3);
-    let size = |(_, behind, _, name): &(char, String, Role, &str)| {
-        (1 + behind.chars().count()).max(name.chars().count())
-    };
-    let mut first = 0;
-    while first < cells.len() {
-        let mut used = gutter + 3;
-        let fits = |cell: &&(char, String, Role, &str)| {
-            used += size(cell) + 2;
-            used <= width
-        };
-        let count = cells[first..].iter().take_while(fits).count().max(1);
-        let bar = Role::Frame.paint("│", colour);
-        let (mut above, mut below) = (format!("{first:gutter$} {bar}"), format!("{:gutter$} {bar}", ""));
-        for cell in &cells[first..first + count] {
-            let (symbol, behind, role, name) = cell;
-            let pad = |used: usize| " ".repeat(size(cell) - used);
-            above += &Role::Symbol.paint(&symbol.to_string(), colour);
-            above += &role.paint(behind, colour);
-            above += &format!("{} {bar}", pad(1 + behind.chars().count()));
-            below += &Role::State.paint(name, colour);
-            below += &format!("{} {bar}", pad(name.chars().count()));
-        }
-        let _ = writeln!(out, "{above}\n{below}\n");
-        first += count;
-    }
-    out
+    let legend = cells::legend(sample);
+    format!("{legend}, above the states to name\n\n{}", cells::lay_out(&cells, 0, width, colour))
 }
 
 #[cfg(test)]

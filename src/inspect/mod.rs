@@ -1,0 +1,148 @@
+//! What a model did on one sample, element by element, and what its layers computed meanwhile.
+
+mod figure;
+mod parse;
+
+use std::ops::Range;
+
+use anyhow::Result;
+use candle_core::{DType, Tensor};
+
+pub use self::figure::{Figure, figures};
+pub use self::parse::{first_broken, parse};
+use crate::model::notes::{Notes, Quantity};
+use crate::model::{Context, Input, RecNet};
+use crate::ops::no_grad;
+use crate::task::{PAD, Sample, Samples, Task};
+use crate::train::breakdown::{Place, places};
+
+/// Timesteps per forward pass.
+const CHUNK: usize = 256;
+
+/// One element and the model's answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Element {
+    /// The state to name.
+    pub state: u32,
+    /// The state that the window votes for.
+    pub answer: u32,
+    /// Share of the vote of the answer: its probability, mean over the steps of the window.
+    pub confidence: f64,
+    /// Share of the vote of the right state.
+    pub right_share: f64,
+    pub place: Place,
+    /// Timestep at which the symbol is shown.
+    pub first: usize,
+    /// Timesteps of its window: the symbol's and those of the gap behind it.
+    pub steps: usize,
+}
+
+impl Element {
+    pub fn right(&self) -> bool {
+        self.answer == self.state
+    }
+}
+
+/// A sample through a model.
+pub struct Inspection {
+    pub sample: Sample,
+    /// All elements of the sample.
+    pub elements: Vec<Element>,
+    /// The elements that are looked at closely.
+    pub window: Range<usize>,
+    /// What the layers told, over the timesteps of the window.
+    pub quantities: Vec<Quantity>,
+}
+
+impl Inspection {
+    /// The timesteps of the window.
+    pub fn steps(&self) -> Range<usize> {
+        let inside = &self.elements[self.window.clone()];
+        let end = inside.last().map_or(0, |last| last.first + last.steps);
+        inside.first().map_or(0, |first| first.first)..end
+    }
+
+    pub fn right(&self) -> usize {
+        self.elements.iter().filter(|element| element.right()).count()
+    }
+}
+
+/// The elements from `from` on whose windows take about `steps` timesteps, at least one.
+pub fn window(sample: &Sample, from: usize, steps: usize) -> Range<usize> {
+    let mut used = 0;
+    let fits = |gap: &&u32| {
+        used += 1 + **gap as usize;
+        used <= steps
+    };
+    from..from + sample.gaps[from..].iter().take_while(fits).count().max(1)
+}
+
+/// Runs `samples`, which hold one sample, through a model; looks closely at the elements `window`.
+pub fn inspect(net: &RecNet, task: &Task, mut samples: Samples, window: Range<usize>) -> Result<Inspection> {
+    let [sample] = samples.as_slice() else { anyhow::bail!("one sample is looked at") };
+    let (sample, grammar, classes) = (sample.clone(), task.grammar(), net.classes());
+    let mut first = 0;
+    let mut elements: Vec<Element> = places(grammar, &sample)
+        .zip(sample.states.iter().zip(&sample.gaps))
+        .map(|(place, (&state, &gap))| {
+            let steps = 1 + gap as usize;
+            first += steps;
+            let (answer, confidence, right_share) = (0, 0.0, 0.0);
+            Element { state, answer, confidence, right_share, place, first: first - steps, steps }
+        })
+        .collect();
+    let empty = Inspection { sample, elements: elements.clone(), window, quantities: vec![] };
+
+    let mut by_label = vec![0; classes];
+    (0..grammar.states() as u32).for_each(|state| by_label[grammar.label(state) as usize] = state);
+    let device = net.params().value().device();
+    let mut notes = Notes::new(empty.steps());
+    let mut context = Context::streaming();
+    let mut votes = vec![0.0; classes];
+    let mut open = None;
+    let mut close = |element: usize, votes: &mut Vec<f64>| {
+        let (mut best, e) = (0, &mut elements[element]);
+        for (class, &vote) in votes.iter().enumerate() {
+            if vote > votes[best] {
+                best = class;
+            }
+        }
+        let share = |label: usize| votes[label] / e.steps as f64;
+        (e.confidence, e.right_share) = (share(best), share(grammar.label(e.state) as usize));
+        e.answer = by_label[best];
+        votes.fill(0.0);
+    };
+    while let Some(piece) = samples.next_window(CHUNK) {
+        let logits = no_grad(|| {
+            let dense = match piece.noise {
+                None => None,
+                Some(_) => {
+                    let shape = (1, piece.steps, piece.features);
+                    Some(Tensor::from_vec(piece.dense(), shape, device)?.to_dtype(net.dtype())?)
+                }
+            };
+            let ids = piece.ids(device)?;
+            let input = dense.as_ref().map_or(Input::Ids(&ids), Input::Dense);
+            net.inspect(input, &mut context, &mut notes)?
+                .to_dtype(DType::F32)?
+                .flatten_all()?
+                .to_vec1::<f32>()
+        })?;
+        for (&element, logits) in piece.element.iter().zip(logits.chunks_exact(classes)) {
+            if element == PAD {
+                continue;
+            }
+            if let Some(last) = open.replace(element as usize).filter(|&last| last != element as usize) {
+                close(last, &mut votes);
+            }
+            let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let exp: Vec<f64> = logits.iter().map(|&logit| f64::from(logit - most).exp()).collect();
+            let total: f64 = exp.iter().sum();
+            votes.iter_mut().zip(&exp).for_each(|(vote, exp)| *vote += exp / total);
+        }
+    }
+    if let Some(last) = open {
+        close(last, &mut votes);
+    }
+    Ok(Inspection { elements, quantities: notes.finish(), ..empty })
+}
