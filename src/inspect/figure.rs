@@ -17,6 +17,8 @@ use crate::task::grammar::letter;
 
 const SYMBOL: RGBColor = COLOURS[0];
 const DISTRACTOR: RGBColor = COLOURS[4];
+/// [`DISTRACTOR`], dark enough for small letters.
+const DISTRACTOR_LETTER: RGBColor = RGBColor(166, 108, 0);
 const WRONG: RGBColor = COLOURS[1];
 const GAP: RGBColor = RGBColor(240, 240, 240);
 const FRAME: RGBColor = RGBColor(190, 190, 190);
@@ -281,7 +283,7 @@ impl<'a> Figure<'a> {
         let style = font(11).pos(Pos::new(HPos::Right, VPos::Center));
         let every = (12.0 / each).ceil() as usize;
         for row in 0..self.rows {
-            let y = panel.start + (each * (row as f64 + 0.5)) as i32;
+            let y = panel.start + (each * (row as f64 + 0.5)).max(5.0) as i32;
             if row % every == 0 {
                 root.draw_text(&self.kind.rows.label(row), &style, (LEFT - 6, y))?;
             }
@@ -392,11 +394,13 @@ impl<'a> Figure<'a> {
                 root.draw(&PathElement::new([(to, top), (to, top + VOTE)], WHITE))?;
             }
             let mut symbols = vec![(letter(grammar.symbol(element.state)), INK)];
-            symbols.extend(shown.by_ref().take(element.steps - 1).map(|&class| (letter(class), DISTRACTOR)));
+            symbols.extend(
+                shown.by_ref().take(element.steps - 1).map(|&class| (letter(class), DISTRACTOR_LETTER)),
+            );
             for (i, (symbol, colour)) in symbols.into_iter().enumerate() {
                 let x = self.x(element.first + i);
                 if step >= 8.0 || (i == 0 && to - from >= 9) {
-                    let at = (x + (step / 2.0).clamp(5.0, 8.0) as i32, letters + 8);
+                    let at = (x + (step / 2.0).max(5.0) as i32, letters + 8);
                     root.draw_text(&symbol.to_string(), &centred(11).color(&colour), at)?;
                 } else {
                     root.draw(&Rectangle::new([(x, letters + 3), (x + 1, letters + 12)], colour.filled()))?;
