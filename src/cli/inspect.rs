@@ -199,7 +199,7 @@ fn text(task: &Task, seen: &Inspection, width: usize, colour: bool) -> String {
         })
         .collect();
     format!(
-        "{}; the states to name; ✓ share of the vote in %, or ✗ answer share/share of the right state\n\n{}",
+        "{}; below them the state to name, and\n✓ its share of the vote in %, or ✗ the wrong answer and its share / that of the right state\n\n{}",
         cells::legend(&seen.sample),
         cells::lay_out(&cells, seen.window.start, width, colour)
     )

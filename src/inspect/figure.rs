@@ -17,6 +17,8 @@ use crate::task::grammar::letter;
 
 const SYMBOL: RGBColor = COLOURS[0];
 const DISTRACTOR: RGBColor = COLOURS[4];
+/// [`DISTRACTOR`], dark enough for small letters.
+const DISTRACTOR_LETTER: RGBColor = RGBColor(166, 108, 0);
 const WRONG: RGBColor = COLOURS[1];
 const GAP: RGBColor = RGBColor(240, 240, 240);
 const FRAME: RGBColor = RGBColor(190, 190, 190);
@@ -48,6 +50,9 @@ pub struct Figure<'a> {
     layers: Vec<&'a Quantity>,
     /// Rows in use: ages that no step has are left out.
     rows: usize,
+    style: Style,
+    /// Of every layer and step, where they are drawn.
+    bands: Vec<Vec<Band>>,
     axis: Axis,
 }
 
@@ -73,6 +78,28 @@ enum Style {
     Heat,
 }
 
+/// The channels of a step: pairs of quantiles, and means.
+struct Band {
+    deciles: (f64, f64),
+    quartiles: (f64, f64),
+    median: f64,
+    mean: f64,
+}
+
+impl Band {
+    fn of(values: &[f32]) -> Self {
+        let mut sorted: Vec<f64> = values.iter().map(|&value| value.into()).collect();
+        sorted.sort_by(f64::total_cmp);
+        let quantile = |share: f64| sorted[(share * (sorted.len() - 1) as f64).round() as usize];
+        Self {
+            deciles: (quantile(0.1), quantile(0.9)),
+            quartiles: (quantile(0.25), quantile(0.75)),
+            median: quantile(0.5),
+            mean: sorted.iter().sum::<f64>() / sorted.len() as f64,
+        }
+    }
+}
+
 impl<'a> Figure<'a> {
     fn new(kind: &'static Kind, task: &'a Task, inspection: &'a Inspection, title: &'a str) -> Self {
         let layers: Vec<&Quantity> = inspection.quantities.iter().filter(|q| q.kind == kind).collect();
@@ -81,29 +108,34 @@ impl<'a> Figure<'a> {
             kind.rows != Rows::Age || values.any(|&value| value > 0.0)
         };
         let rows = (0..layers[0].rows).rev().find(used).map_or(1, |last| last + 1);
-        let values = layers.iter().flat_map(|q| q.values.iter().map(|&value| f64::from(value)));
-        let axis = Axis::new(kind.scale, values);
-        Self { kind, task, inspection, title, layers, rows, axis }
+        let style = match (rows, layers[0].channels) {
+            (1, 2..) => Style::Bands,
+            (..=LINES, 1) if kind.rows != Rows::Age => Style::Lines,
+            _ => Style::Heat,
+        };
+        let bands: Vec<Vec<Band>> = match style {
+            Style::Bands => {
+                layers.iter().map(|q| (0..q.steps()).map(|t| Band::of(q.at(t, 0))).collect()).collect()
+            }
+            _ => vec![],
+        };
+        let drawn = bands.iter().flatten().flat_map(|band| [band.deciles.0, band.mean, band.deciles.1]);
+        let every =
+            layers.iter().filter(|_| bands.is_empty()).flat_map(|q| q.values.iter().map(|&x| f64::from(x)));
+        let axis = Axis::new(kind.scale, drawn.chain(every));
+        Self { kind, task, inspection, title, layers, rows, style, bands, axis }
     }
 
     fn channels(&self) -> usize {
         self.layers[0].channels
     }
 
-    fn style(&self) -> Style {
-        match (self.rows, self.channels()) {
-            (1, 2..) => Style::Bands,
-            (..=LINES, 1) if self.kind.rows != Rows::Age => Style::Lines,
-            _ => Style::Heat,
-        }
-    }
-
     /// Height of a panel.
     fn panel(&self) -> i32 {
         let rows = (self.rows * self.channels()) as i32;
-        match self.style() {
+        match self.style {
             Style::Lines | Style::Bands => 96,
-            Style::Heat if rows <= 12 => (rows * 11).max(60),
+            Style::Heat if rows <= 16 => (rows * 12).max(60),
             Style::Heat if rows <= 64 => (rows * 2).max(96),
             Style::Heat => 128,
         }
@@ -153,45 +185,35 @@ impl<'a> Figure<'a> {
         Ok(())
     }
 
+    /// Lines or bands of layer `layer` of those shown.
     fn lines<B: DrawingBackend>(
         &self,
         root: &DrawingArea<B, Shift>,
-        quantity: &Quantity,
+        layer: usize,
         panel: Range<i32>,
     ) -> Drawn<B> {
-        let y =
-            |value: f64| panel.end - (self.axis.place(value) * f64::from(panel.len() as i32)).round() as i32;
+        let quantity = self.layers[layer];
+        let y = |value: f64| panel.end - (self.axis.place(value) * f64::from(self.panel())).round() as i32;
         let line = |f: &dyn Fn(usize) -> f64| -> Vec<(i32, i32)> {
             (0..quantity.steps()).map(|t| (self.middle(t), y(f(t)))).collect()
         };
-        if self.style() == Style::Lines {
+        if self.style == Style::Lines {
             for (row, colour) in (0..self.rows).zip(COLOURS) {
                 let points = line(&|t| quantity.at(t, row)[0].into());
                 root.draw(&PathElement::new(points, colour.stroke_width(2)))?;
             }
             return Ok(());
         }
-        let sorted: Vec<Vec<f32>> = (0..quantity.steps())
-            .map(|t| {
-                let mut values = quantity.at(t, 0).to_vec();
-                values.sort_by(f32::total_cmp);
-                values
-            })
-            .collect();
-        let quantile = |t: usize, share: f64| {
-            f64::from(sorted[t][(share * (sorted[t].len() - 1) as f64).round() as usize])
+        let bands = &self.bands[layer];
+        let area = |range: &dyn Fn(&Band) -> (f64, f64)| {
+            let mut outline = line(&|t| range(&bands[t]).0);
+            outline.extend(line(&|t| range(&bands[t]).1).into_iter().rev());
+            outline
         };
-        for (share, opacity) in [(0.1, 0.25), (0.25, 0.35)] {
-            let mut outline = line(&|t| quantile(t, share));
-            outline.extend(line(&|t| quantile(t, 1.0 - share)).into_iter().rev());
-            root.draw(&Polygon::new(outline, SYMBOL.mix(opacity)))?;
-        }
-        root.draw(&PathElement::new(line(&|t| quantile(t, 0.5)), SYMBOL.stroke_width(2)))?;
-        let mean = |t: usize| {
-            let values = quantity.at(t, 0);
-            values.iter().map(|&value| f64::from(value)).sum::<f64>() / values.len() as f64
-        };
-        root.draw(&PathElement::new(line(&mean), WRONG.stroke_width(1)))
+        root.draw(&Polygon::new(area(&|band| band.deciles), SYMBOL.mix(0.25)))?;
+        root.draw(&Polygon::new(area(&|band| band.quartiles), SYMBOL.mix(0.35)))?;
+        root.draw(&PathElement::new(line(&|t| bands[t].median), SYMBOL.stroke_width(2)))?;
+        root.draw(&PathElement::new(line(&|t| bands[t].mean), WRONG.stroke_width(1)))
     }
 
     /// The ticks of the axis beside a panel.
@@ -199,7 +221,7 @@ impl<'a> Figure<'a> {
         let style = font(11).pos(Pos::new(HPos::Right, VPos::Center));
         let mut last = i32::MAX;
         for &(place, ref name) in &self.axis.ticks {
-            let y = panel.end - (place * f64::from(panel.len() as i32)).round() as i32;
+            let y = panel.end - (place * f64::from(self.panel())).round() as i32;
             // Those that would touch the one below are left out.
             if last - y < 11 {
                 continue;
@@ -261,7 +283,7 @@ impl<'a> Figure<'a> {
         let style = font(11).pos(Pos::new(HPos::Right, VPos::Center));
         let every = (12.0 / each).ceil() as usize;
         for row in 0..self.rows {
-            let y = panel.start + (each * (row as f64 + 0.5)) as i32;
+            let y = panel.start + (each * (row as f64 + 0.5)).max(5.0) as i32;
             if row % every == 0 {
                 root.draw_text(&self.kind.rows.label(row), &style, (LEFT - 6, y))?;
             }
@@ -288,7 +310,7 @@ impl<'a> Figure<'a> {
         let block = |x: i32, colour: RGBAColor, half: i32| {
             root.draw(&Rectangle::new([(x, 60 - half), (x + 15, 60 + half)], colour.filled()))
         };
-        match self.style() {
+        match self.style {
             Style::Lines => {
                 for (row, colour) in (0..self.rows).zip(COLOURS) {
                     entry(&|x| line(x, colour, 2), &self.kind.rows.label(row))?;
@@ -330,7 +352,7 @@ impl<'a> Figure<'a> {
             root.draw_text(name, &centred(11), (x, 67))?;
         }
         let note = match (self.channels(), self.kind.rows) {
-            (1, Rows::Age) => "rows: timesteps back, 0 on top",
+            (1, Rows::Age) => "rows: timesteps back; white lines: a string begins",
             (1, _) => "white lines: a string begins",
             (..=ORDERED, _) => "white lines: a string begins; Householder steps from top to bottom",
             _ => "white lines: a string begins; channels by their mean",
@@ -372,11 +394,13 @@ impl<'a> Figure<'a> {
                 root.draw(&PathElement::new([(to, top), (to, top + VOTE)], WHITE))?;
             }
             let mut symbols = vec![(letter(grammar.symbol(element.state)), INK)];
-            symbols.extend(shown.by_ref().take(element.steps - 1).map(|&class| (letter(class), DISTRACTOR)));
+            symbols.extend(
+                shown.by_ref().take(element.steps - 1).map(|&class| (letter(class), DISTRACTOR_LETTER)),
+            );
             for (i, (symbol, colour)) in symbols.into_iter().enumerate() {
                 let x = self.x(element.first + i);
                 if step >= 8.0 || (i == 0 && to - from >= 9) {
-                    let at = (x + (step / 2.0).min(6.0) as i32, letters + 8);
+                    let at = (x + (step / 2.0).max(5.0) as i32, letters + 8);
                     root.draw_text(&symbol.to_string(), &centred(11).color(&colour), at)?;
                 } else {
                     root.draw(&Rectangle::new([(x, letters + 3), (x + 1, letters + 12)], colour.filled()))?;
@@ -419,13 +443,13 @@ impl Picture for Figure<'_> {
         self.legend(root)?;
         for (i, quantity) in self.layers.iter().enumerate() {
             let panel = self.top(i)..self.top(i) + self.panel();
-            if self.style() == Style::Heat {
+            if self.style == Style::Heat {
                 self.heat(root, quantity, panel.clone())?;
                 self.strings(root, panel.clone(), WHITE)?;
             } else {
                 self.background(root, panel.clone())?;
                 self.strings(root, panel.clone(), INK)?;
-                self.lines(root, quantity, panel.clone())?;
+                self.lines(root, i, panel.clone())?;
                 self.ticks(root, panel.clone())?;
             }
             let frame = [(LEFT, panel.start), (LEFT + WIDTH, panel.end)];

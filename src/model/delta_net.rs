@@ -23,7 +23,7 @@ pub(super) const MODEL: Model = Model {
 };
 
 const BETA: Kind =
-    Kind { name: "beta", about: "write strength beta", scale: Scale::Linear, rows: Rows::Head };
+    Kind { name: "beta", about: "write strength of each head", scale: Scale::Linear, rows: Rows::Head };
 
 struct DeltaNet {
     heads: usize,

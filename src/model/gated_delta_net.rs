@@ -22,10 +22,11 @@ pub(super) const MODEL: Model = Model {
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
 };
 
-const ALPHA: Kind = Kind { name: "alpha", about: "decay alpha", scale: Scale::Decay, rows: Rows::Head };
+const ALPHA: Kind =
+    Kind { name: "alpha", about: "decay of each head", scale: Scale::Decay, rows: Rows::Head };
 const BETA: Kind = Kind {
     name: "beta",
-    about: "write strength beta, for each Householder step",
+    about: "write strength of each head and Householder step",
     scale: Scale::Linear,
     rows: Rows::Head,
 };

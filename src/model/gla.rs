@@ -26,7 +26,7 @@ pub(super) const MODEL: Model = Model {
 };
 
 const DECAY: Kind =
-    Kind { name: "decay", about: "exp(g) of each key channel", scale: Scale::Decay, rows: Rows::Head };
+    Kind { name: "decay", about: "exp(g), of each key channel", scale: Scale::Decay, rows: Rows::Head };
 const OUTPUT_GATE: Kind = Kind {
     name: "output_gate",
     about: "silu(gate), what the output is multiplied with",

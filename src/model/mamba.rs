@@ -21,10 +21,10 @@ pub(super) const MODEL: Model = Model {
 };
 
 const DT: Kind =
-    Kind { name: "dt", about: "step size dt of each channel", scale: Scale::Log, rows: Rows::Layer };
+    Kind { name: "dt", about: "step size of each channel", scale: Scale::Log, rows: Rows::Layer };
 const DECAY: Kind = Kind {
     name: "decay",
-    about: "exp(dt A) of each state, mean over the channels",
+    about: "exp(dt A) of each state, mean over channels",
     scale: Scale::Decay,
     rows: Rows::State,
 };

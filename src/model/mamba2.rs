@@ -21,8 +21,9 @@ pub(super) const MODEL: Model = Model {
     state_size: |dims| Some(2 * dims.width * dims.state),
 };
 
-const DT: Kind = Kind { name: "dt", about: "step size dt", scale: Scale::Log, rows: Rows::Head };
-const DECAY: Kind = Kind { name: "decay", about: "exp(dt a)", scale: Scale::Decay, rows: Rows::Head };
+const DT: Kind = Kind { name: "dt", about: "step size of each head", scale: Scale::Log, rows: Rows::Head };
+const DECAY: Kind =
+    Kind { name: "decay", about: "exp(dt a), of each head", scale: Scale::Decay, rows: Rows::Head };
 const OUTPUT_GATE: Kind = Kind {
     name: "output_gate",
     about: "silu(z), what the output is multiplied with",

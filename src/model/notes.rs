@@ -47,7 +47,8 @@ impl Rows {
             Rows::State => format!("state {}", i + 1),
             Rows::Layer => "layer".into(),
             Rows::Age => match i {
-                0 | 1 => format!("{i} back"),
+                0 => "now".into(),
+                1 => "1 back".into(),
                 _ => format!("{}-{}", 1 << (i - 1), (1 << i) - 1),
             },
         }
@@ -162,7 +163,7 @@ mod tests {
     fn ages_are_powers_of_two_and_have_names() {
         let rows = [0, 1, 2, 3, 4, 7, 8, 100].map(age);
         assert_eq!(rows, [0, 1, 2, 2, 3, 3, 4, 7]);
-        assert_eq!([0, 1, 2, 3].map(|i| Rows::Age.label(i)), ["0 back", "1 back", "2-3", "4-7"]);
+        assert_eq!([0, 1, 2, 3].map(|i| Rows::Age.label(i)), ["now", "1 back", "2-3", "4-7"]);
     }
 
     #[test]

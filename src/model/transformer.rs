@@ -28,7 +28,7 @@ pub(super) const MODEL: Model = Model {
 
 const ATTENTION: Kind = Kind {
     name: "attention",
-    about: "share of the attention by age in timesteps, mean over heads",
+    about: "share by age in timesteps, mean over heads",
     scale: Scale::Linear,
     rows: Rows::Age,
 };
