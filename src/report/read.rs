@@ -374,9 +374,8 @@ not json
         let same = |sets: &[&str]| made_up(sets, 0.1, 0.2).identity() == base.identity();
         assert!(same(&["seed=9"]) && same(&["train.save_every=7"]) && same(&["train.micro_batch=2"]));
         assert!(!same(&["train.lr=0.5"]) && !same(&["task.split=as-released"]));
-        let emulated = |micro| {
-            made_up(&["task.split=as-released", "train.emulate=authors", micro], 0.1, 0.2).identity()
-        };
+        let emulated =
+            |micro| made_up(&["task.split=as-released", "train.emulate=authors", micro], 0.1, 0.2).identity();
         assert_ne!(emulated("train.micro_batch=2"), emulated("train.micro_batch=4"));
         let (mut other, mut newer) = (base.clone(), base.clone());
         other.summary.precision = "bf16".into();
