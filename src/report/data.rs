@@ -10,6 +10,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use anyhow::Result;
 
@@ -81,7 +82,21 @@ pub struct Data {
 impl Data {
     /// Groups the runs of `collection`.
     pub fn new(collection: Collection, tuned: &[String]) -> Result<Self> {
-        let Collection { runs, unfinished, failed, mut notes } = collection;
+        let Collection { mut runs, unfinished, failed, mut notes } = collection;
+        // The same run in two folders is one run.
+        let mut known: BTreeMap<(Fields, u64), PathBuf> = BTreeMap::new();
+        runs.retain(|run| {
+            let key = (run.identity(), run.summary.seed);
+            let first = known.entry(key).or_insert_with(|| run.dir.clone());
+            if *first != run.dir {
+                notes.push(format!(
+                    "{} is left out: {} has the same configuration and seed",
+                    run.dir.display(),
+                    first.display()
+                ));
+            }
+            *first == run.dir
+        });
         if let Some(run) = runs.first() {
             let keys = || run.fields.keys().map(String::as_str).filter(|key| *key != "seed");
             for key in tuned.iter().filter(|key| !keys().any(|known| known == *key)) {
@@ -116,19 +131,6 @@ impl Data {
             let first = data.groups.len();
             for (values, mut runs) in candidates {
                 runs.sort_by_key(|&run| data.runs[run].summary.seed);
-                // The same run in two folders is one run.
-                runs.dedup_by(|again, kept| {
-                    let (again, kept) = (&data.runs[*again], &data.runs[*kept]);
-                    let same = again.summary.seed == kept.summary.seed;
-                    if same {
-                        notes.push(format!(
-                            "{} is left out: {} has the same configuration and seed",
-                            again.dir.display(),
-                            kept.dir.display()
-                        ));
-                    }
-                    same
-                });
                 let over = |value: &dyn Fn(&Run) -> Option<f64>| {
                     Stats::of(runs.iter().filter_map(|&run| value(&data.runs[run])))
                 };
@@ -241,6 +243,15 @@ impl Data {
         };
         let (a, b) = (seeds(a), seeds(b));
         Stats::of(a.iter().filter_map(|(seed, accuracy)| Some(accuracy - b.get(seed)?)))
+    }
+
+    /// Whether in all settings the value of `key` is one for each value of `from`.
+    pub fn follows(&self, key: &str, from: &str) -> bool {
+        let mut by: BTreeMap<Option<&String>, Option<&String>> = BTreeMap::new();
+        self.settings.iter().all(|setting| {
+            let value = setting.fields.get(key);
+            *by.entry(setting.fields.get(from)).or_insert(value) == value
+        })
     }
 
     /// Keys of fields that do not have the same value in all settings.

@@ -20,7 +20,6 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use self::draw::Chart;
-use self::facts::Facts;
 use self::figures::{Figure, Panel};
 use crate::plot::{self, Format};
 use crate::{bail_input, files};
@@ -40,7 +39,6 @@ const METHOD: &str = "Accuracy is that of the final weights on the test samples,
 /// A report that can be written.
 pub struct Report<'a> {
     data: &'a Data,
-    facts: Vec<Facts>,
     figures: Vec<Figure>,
     /// What was left out or repaired.
     notes: Vec<String>,
@@ -52,7 +50,7 @@ impl<'a> Report<'a> {
         let mut notes = data.notes.clone();
         let facts = facts::facts(data, &mut notes);
         let figures = figures::figures(data, &facts);
-        Self { data, facts, figures, notes }
+        Self { data, figures, notes }
     }
 
     /// Writes `report.html`, `report.md`, the tables as CSV, and in `figures` every panel as SVG and PNG;

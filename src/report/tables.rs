@@ -15,6 +15,8 @@ pub struct Column {
     pub key: String,
     pub name: String,
     pub number: bool,
+    /// Said by another column already, but programs want it by itself.
+    pub spare: bool,
 }
 
 /// A value.
@@ -41,16 +43,17 @@ impl Table {
     }
 
     fn column(&mut self, key: &str, name: &str, number: bool, cell: impl Fn(usize) -> Cell) {
-        self.columns.push(Column { key: key.into(), name: name.into(), number });
+        self.columns.push(Column { key: key.into(), name: name.into(), number, spare: false });
         for (row, &about) in self.rows.iter_mut().zip(&self.about) {
             row.push(cell(about));
         }
     }
 
-    /// The table without the columns that have one value in several rows, and these.
+    /// The table for people, without the columns that have one value in several rows, and these.
     pub fn split(&self) -> (Table, Vec<(String, String)>) {
+        let wanted = (0..self.columns.len()).filter(|&at| !self.columns[at].spare);
         let same = |at: usize| self.rows.len() > 1 && self.rows.iter().all(|row| row[at] == self.rows[0][at]);
-        let (constant, kept): (Vec<usize>, Vec<usize>) = (0..self.columns.len()).partition(|&at| same(at));
+        let (constant, kept): (Vec<usize>, Vec<usize>) = wanted.partition(|&at| same(at));
         let pick = |row: &Vec<Cell>| kept.iter().map(|&at| row[at].clone()).collect();
         let table = Table {
             columns: kept.iter().map(|&at| self.columns[at].clone()).collect(),
@@ -129,45 +132,30 @@ fn mode(run: &Run) -> Cell {
     })
 }
 
-/// Keys of fields that vary and have no column of their own.
-fn other_fields(data: &Data) -> Vec<String> {
-    const SHOWN: [&str; 7] = [
-        "task.preset",
-        "task.split",
-        "train.emulate",
-        "train.precision",
-        "version",
-        "model.name",
-        "model.width",
-    ];
-    let varying = data.varying().into_iter().filter(|key| !SHOWN.contains(key));
-    // What follows from the width or from the number of ambiguities for every setting says nothing new.
-    let follows = |key: &str, from: &str| {
-        let mut by = std::collections::BTreeMap::new();
-        data.settings
-            .iter()
-            .all(|s| *by.entry(s.fields.get(from)).or_insert(s.fields.get(key)) == s.fields.get(key))
-    };
-    varying
-        .filter(|key| {
-            *key == "task.ambiguities" || !follows(key, "task.ambiguities") && !follows(key, "model.width")
-        })
-        .map(String::from)
-        .collect()
-}
-
 /// The columns that say what a run or a setting is: all before its seed.
-fn describe<'a>(table: &mut Table, data: &'a Data, run: impl Fn(usize) -> &'a Run + Copy) {
+fn describe<'a>(
+    table: &mut Table,
+    data: &'a Data,
+    setting: impl Fn(usize) -> usize + Copy,
+    run: impl Fn(usize) -> &'a Run + Copy,
+) {
+    let task = |i: usize| &data.tasks[data.settings[setting(i)].task];
     table.column("model", "model", false, |i| word(&*run(i).summary.model));
-    table.column("task", "task", false, |i| word(&*run(i).fields["task.preset"]));
+    table.column("task", "task", false, |i| word(&*task(i).label));
     table.column("split", "split", false, |i| mode(run(i)));
     table.column("precision", "precision", false, |i| word(&*run(i).summary.precision));
     table.column("version", "version", false, |i| word(&*run(i).summary.version));
     table.column("states", "states", true, |i| number(Some(run(i).config.task.states() as f64), decimals(0)));
     table.column("width", "width", true, |i| word(&*run(i).fields["model.width"]));
-    for key in other_fields(data) {
-        let numbers = data.runs.iter().all(|run| run.fields[&key].parse::<f64>().is_ok());
-        table.column(&key, short(&key), numbers, |i| word(&*run(i).fields[&key]));
+    const SHOWN: [&str; 6] =
+        ["task.split", "train.emulate", "train.precision", "version", "model.name", "model.width"];
+    for key in data.varying().into_iter().filter(|key| !SHOWN.contains(key)) {
+        let value = |i: usize| run(i).fields.get(key).map_or("", String::as_str);
+        let numbers = table.about.iter().all(|&i| value(i).parse::<f64>().is_ok());
+        // The task's label tells its fields, as far as they tell it from others.
+        let spare = !key.starts_with("model.") || data.follows(key, "model.width");
+        table.column(key, short(key), numbers, |i| word(value(i)));
+        table.columns.last_mut().expect("the column just made").spare = spare;
     }
     for key in &data.tuned {
         table.column(key, short(key), true, |i| word(&*run(i).fields[key]));
@@ -184,9 +172,13 @@ pub fn runs(data: &Data) -> Table {
     let mut order: Vec<usize> = data.groups.iter().flat_map(|group| group.runs.clone()).collect();
     order.sort_by(|&a, &b| data.runs[b].summary.accuracy.total_cmp(&data.runs[a].summary.accuracy));
     let mut table = Table::new(order);
+    let mut group_of = vec![0; data.runs.len()];
+    for (i, group) in data.groups.iter().enumerate() {
+        group.runs.iter().for_each(|&run| group_of[run] = i);
+    }
     let run = |i: usize| &data.runs[i];
     table.column("run", "run", false, |i| word(&*run(i).name));
-    describe(&mut table, data, run);
+    describe(&mut table, data, |i| data.groups[group_of[i]].setting, run);
     table.column("seed", "seed", true, |i| word(run(i).summary.seed.to_string()));
     parameters(&mut table, run);
     table.column("validation", "validation", true, |i| share(run(i).last_validation()));
@@ -212,7 +204,7 @@ pub fn settings(data: &Data) -> Table {
     let mut table = Table::new(ranked.collect());
     let first = |i: usize| &data.runs[data.chosen(&data.settings[i]).runs[0]];
     let over = |i: usize, value: fn(&Run) -> f64| data.over_seeds(&data.settings[i], value);
-    describe(&mut table, data, first);
+    describe(&mut table, data, |i| i, first);
     parameters(&mut table, first);
     let accuracy = |i: usize| data.chosen(&data.settings[i]).accuracy;
     let validation = |i: usize| data.chosen(&data.settings[i]).validation;
