@@ -45,6 +45,12 @@
     return `${Number((x / size).toPrecision(3))}${unit}`;
   }
 
+  /** 23, 2.30k, 154k: with three digits, as in the tables. */
+  function count(x) {
+    const text = short(x);
+    return /[A-Z]$/i.test(text) ? Number(text.slice(0, -1)).toPrecision(3) + text.slice(-1) : String(Math.round(x));
+  }
+
   function seconds(s) {
     if (s < 100) return `${s.toFixed(1)} s`;
     return s < 5400 ? `${(s / 60).toFixed(1)} min` : `${(s / 3600).toFixed(1)} h`;
@@ -86,6 +92,11 @@
     showCards();
     showTables();
     drawFigures();
+  }
+
+  /** What an address leads to must not stand behind the filters. */
+  function keepClear() {
+    document.documentElement.style.scrollPaddingTop = `${$("#filters").offsetHeight + 12}px`;
   }
 
   /** Controls for what takes more than one value. */
@@ -135,6 +146,7 @@
     form.addEventListener("submit", (event) => event.preventDefault());
     box.hidden = false;
     box.open = matchMedia("(min-width: 700px)").matches;
+    new ResizeObserver(keepClear).observe(box);
     $$(".js").forEach((node) => { node.hidden = false; });
   }
 
@@ -208,7 +220,7 @@
       set("share", mean((run) => run.accuracy / run.ceiling), percent);
       set("loss", mean((run) => run.loss), (x) => x.toFixed(4));
       set("seconds", mean((run) => run.seconds), seconds);
-      set("tokens_per_s", mean((run) => run.speed), short);
+      set("tokens_per_s", mean((run) => run.speed), count);
     }
   }
 
@@ -285,16 +297,16 @@
     const width = Math.max(260, box.clientWidth);
     const narrow = width < 480;
     const height = Math.round(Math.min(430, Math.max(250, width * 0.56)));
-    const room = { left: 44, right: 54, top: 12, bottom: 44 };
     const [x0, x1] = plot.x;
     const [y0, y1] = plot.y;
+    const digits = y1 - y0 < 0.05 ? 1 : 0;
+    const room = { left: 44 + 8 * digits, right: 54, top: 12, bottom: 44 };
     const inner = { width: width - room.left - room.right, height: height - room.top - room.bottom };
     const sx = (x) => room.left + inner.width * (plot.log ? Math.log(x / x0) / Math.log(x1 / x0) : (x - x0) / (x1 - x0));
     const sy = (y) => room.top + (inner.height * (y1 - Math.min(y1, Math.max(y0, y)))) / (y1 - y0);
     const right = room.left + inner.width;
     const bottom = room.top + inner.height;
     const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": plot.name });
-    const digits = y1 - y0 < 0.05 ? 1 : 0;
     for (const y of ticks(y0, y1, false, 5)) {
       svg.append(
         element("line", { class: "grid", x1: room.left, x2: right, y1: sy(y), y2: sy(y) }),
@@ -428,11 +440,14 @@
       box.append(place);
       return place;
     });
+    const names = (plot) => plot.lines.map((line) => line.label).join();
+    const alike = shown.length > 0 && shown.every((plot) => names(plot) === names(shown[0]));
     // When all have their places their widths are known.
     places.forEach((place, i) => {
       draw(place, { ...shown[i], name: `${figure.title}, ${shown[i].name}` });
-      place.append(legend(shown[i].lines));
+      if (!alike) place.append(legend(shown[i].lines));
     });
+    if (alike) box.append(legend(shown[0].lines));
     if (shown.length < plots.length) {
       const more = () => { open.add(index); drawFigure(box, index); };
       box.append(element("button", { class: "button", type: "button", onclick: more }, `Show all ${plots.length} panels`));
@@ -519,8 +534,8 @@
         ["95 % interval", accuracy.half === null ? null : `± ${(100 * accuracy.half).toFixed(2)}`],
         ["Bayes ceiling", percent(ceiling.mean)],
         ["validation", validation && percent(validation.mean)],
-        ["parameters", short(parameters)],
-        ["state size", state === null ? "grows with the sequence" : short(state)],
+        ["parameters", count(parameters)],
+        ["state size", state === null ? "grows with the sequence" : count(state)],
         ["time", seconds(of("seconds").mean)],
       ]),
       element("h3", {}, "Candidates"),
@@ -558,10 +573,10 @@
         ["validation", run.validation === null ? null : percent(run.validation)],
         ["loss", run.loss.toFixed(4)],
         ["seed", run.seed],
-        ["parameters", short(run.parameters)],
-        ["state size", run.state === null ? "grows with the sequence" : short(run.state)],
+        ["parameters", count(run.parameters)],
+        ["state size", run.state === null ? "grows with the sequence" : count(run.state)],
         ["time", seconds(run.seconds)],
-        ["tokens/s", short(run.speed)],
+        ["tokens/s", count(run.speed)],
       ]),
       element("h3", {}, "Learning curve"),
       curves([index]),

@@ -73,6 +73,7 @@ pub fn page(report: &Report, out: &Path) -> Result<String> {
             ("colours", &colours),
             ("css", CSS),
             ("js", JS),
+            ("overview", &overview(data)),
             ("cards", &cards(data)),
             ("figures", &figures(report)?),
             ("settings", &table(&tables::settings(data), "setting")),
@@ -134,6 +135,42 @@ fn mark(model: &str) -> String {
         points.join(" "),
         variable(model)
     )
+}
+
+/// Every model on every task at a glance; nothing for one task.
+fn overview(data: &Data) -> String {
+    if data.tasks.len() < 2 {
+        return String::new();
+    }
+    let mut models: Vec<&str> = data.settings.iter().map(|setting| &setting.model[..]).collect();
+    models.sort_by_key(|model| place(model));
+    models.dedup();
+    let rankings: Vec<Vec<usize>> = data.tasks.iter().map(|task| data.ranking(task)).collect();
+    let mut out = String::from(
+        "<div class=\"scroll overview\" tabindex=\"0\" role=\"region\" aria-label=\"All tasks\"><table><thead><tr>\
+         <th scope=\"col\">test accuracy</th>",
+    );
+    for task in &data.tasks {
+        let _ = write!(out, "<th scope=\"col\" class=\"num\">{}</th>", escape(&task.label));
+    }
+    out += "</tr></thead><tbody>\n";
+    for model in models {
+        let _ = write!(out, "<tr><th scope=\"row\">{} {}</th>", mark(model), escape(model));
+        for ranking in &rankings {
+            let at = ranking.iter().position(|&setting| data.settings[setting].model == model);
+            let setting = at.map(|at| &data.settings[ranking[at]]);
+            let _ = match setting.and_then(|setting| data.chosen(setting).accuracy) {
+                Some(accuracy) => {
+                    let class = if at == Some(0) { " class=\"best\"" } else { "" };
+                    let sd = accuracy.sd.map_or(String::new(), |sd| format!(" ± {:.2}", 100.0 * sd));
+                    write!(out, "<td{class}>{}<span class=\"muted\">{sd}</span></td>", percent(accuracy.mean))
+                }
+                None => write!(out, "<td></td>"),
+            };
+        }
+        out += "</tr>\n";
+    }
+    out + "</tbody></table></div>\n"
 }
 
 /// The summary of every task.

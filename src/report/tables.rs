@@ -52,7 +52,12 @@ impl Table {
     /// The table for people, without the columns that have one value in several rows, and these.
     pub fn split(&self) -> (Table, Vec<(String, String)>) {
         let wanted = (0..self.columns.len()).filter(|&at| !self.columns[at].spare);
-        let same = |at: usize| self.rows.len() > 1 && self.rows.iter().all(|row| row[at] == self.rows[0][at]);
+        // The number of seeds belongs to every mean.
+        let same = |at: usize| {
+            self.columns[at].key != "n"
+                && self.rows.len() > 1
+                && self.rows.iter().all(|row| row[at] == self.rows[0][at])
+        };
         let (constant, kept): (Vec<usize>, Vec<usize>) = wanted.partition(|&at| same(at));
         let pick = |row: &Vec<Cell>| kept.iter().map(|&at| row[at].clone()).collect();
         let table = Table {
