@@ -435,9 +435,11 @@
     }).filter((plot) => plot.lines.length > 0);
     if (plots.length === 0) box.append(element("p", { class: "empty" }, "No run is left by the filters."));
     const shown = open.has(index) ? plots : plots.slice(0, PANELS);
+    const panels = element("div", { class: "panels" });
+    box.append(panels);
     const places = shown.map((plot) => {
       const place = element("div", {}, figure.panels.length > 1 ? element("h4", {}, plot.name) : null);
-      box.append(place);
+      panels.append(place);
       return place;
     });
     const names = (plot) => plot.lines.map((line) => line.label).join();
@@ -490,7 +492,7 @@
 
   /** A drawing of the learning curves of some runs, one line each. */
   function curves(runs) {
-    const place = element("div", { class: "plots" }, element("div"));
+    const place = element("div");
     const lines = runs.filter((run) => data.runs[run].curve.length > 0).map((run, i) => ({
       model: data.runs[run].model, variant: i, curve: true, label: `seed ${data.runs[run].seed}`,
       points: curve(run).map(([x, y]) => ({ x, y: { mean: y, sd: null, n: 1 }, target: `#run-${run}` })),
@@ -505,8 +507,8 @@
     };
     // It has a width only when the dialog is open.
     requestAnimationFrame(() => {
-      draw(place.firstChild, plot);
-      if (lines.length > 1) place.firstChild.append(legend(lines));
+      draw(place, plot);
+      if (lines.length > 1) place.append(legend(lines));
     });
     return place;
   }

@@ -98,7 +98,9 @@ impl Data {
             *first == run.dir
         });
         if let Some(run) = runs.first() {
-            let keys = || run.fields.keys().map(String::as_str).filter(|key| *key != "seed");
+            // What cannot change a result cannot be tuned.
+            let identity = run.identity();
+            let keys = || identity.keys().map(String::as_str).filter(|key| run.fields.contains_key(*key));
             for key in tuned.iter().filter(|key| !keys().any(|known| known == *key)) {
                 match nearest(key, keys()) {
                     Some(near) => bail_input!("--tuned {key}: there is no such field; did you mean {near}?"),
@@ -113,7 +115,7 @@ impl Data {
         for (i, run) in runs.iter().enumerate() {
             let (values, shared): (Fields, Fields) =
                 run.identity().into_iter().partition(|(key, _)| is_tuned(key));
-            let values = tuned.iter().map(|key| values[key].clone()).collect();
+            let values = tuned.iter().map(|key| values.get(key).cloned().unwrap_or_default()).collect();
             all.entry(shared).or_default().entry(Sortable(values)).or_default().push(i);
         }
         let mut data = Self {
