@@ -66,27 +66,35 @@ impl Format {
     }
 }
 
-/// Draws a picture to a file.
-pub fn save(picture: &impl Picture, path: &Path, format: Format) -> anyhow::Result<()> {
+/// Readies the bundled font.
+fn ready() {
     static FONT_READY: Once = Once::new();
     FONT_READY.call_once(|| {
         // It fails only for a file that is no font.
         let _ = register_font(FONT, FontStyle::Normal, include_bytes!("../assets/DejaVuSans.ttf"));
     });
-    let failed = |error: &dyn std::fmt::Display| anyhow::anyhow!("cannot draw {}: {error}", path.display());
+}
+
+/// A picture as SVG.
+pub fn svg(picture: &impl Picture) -> anyhow::Result<String> {
+    ready();
+    let mut text = String::new();
+    let root = SVGBackend::with_string(&mut text, picture.size()).into_drawing_area();
+    picture.draw(&root).map_err(|error| anyhow::anyhow!("cannot draw as SVG: {error}"))?;
+    drop(root);
+    Ok(text)
+}
+
+/// Draws a picture to a file.
+pub fn save(picture: &impl Picture, path: &Path, format: Format) -> anyhow::Result<()> {
     let bytes = match format {
-        Format::Svg => {
-            let mut text = String::new();
-            let root = SVGBackend::with_string(&mut text, picture.size()).into_drawing_area();
-            picture.draw(&root).map_err(|e| failed(&e))?;
-            drop(root);
-            text.into_bytes()
-        }
+        Format::Svg => svg(picture)?.into_bytes(),
         Format::Png => {
+            ready();
             // The encoder writes to a path and looks at its extension.
             let scratch = tempfile::Builder::new().suffix(".png").tempfile()?;
             let root = BitMapBackend::new(scratch.path(), picture.size()).into_drawing_area();
-            picture.draw(&root).map_err(|e| failed(&e))?;
+            picture.draw(&root).map_err(|e| anyhow::anyhow!("cannot draw {}: {e}", path.display()))?;
             drop(root);
             std::fs::read(scratch.path())?
         }

@@ -1,19 +1,23 @@
-//! `selectivbench report`: tables and figures from run directories.
+//! `selectivbench report`: tables, figures and a page from run directories.
 
 use std::path::PathBuf;
 
 use super::{print, table};
-use crate::report::{COLUMNS, cells, collect, write};
-use crate::{bail_input, files};
+use crate::files;
+use crate::report::{Report, TUNED, collect, findings, plural, said, tables};
 
-/// Make tables and figures from run directories.
+/// Make tables, figures and a web page from run directories.
 ///
-/// Prints the finished runs in and below the given directories, the most accurate first, and writes
-/// report.md, runs.csv and figures (SVG and PNG) with --out.
+/// Takes the finished runs in and below the given directories; the folder of a sweep will do. Runs that
+/// differ only in the seed are averaged; among those that differ only in the tuned hyper-parameters the
+/// best by mean validation accuracy stand for all. Prints the settings, the most accurate first, or the
+/// runs if there is one of each. With --out it writes report.html (open it in a browser: all in one file),
+/// report.md, settings.csv, candidates.csv, runs.csv, and figures as SVG and PNG.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   selectivbench report runs
-  selectivbench report runs/mamba2 runs/gla --out report")]
+  selectivbench report runs/mamba2 runs/gla --out report
+  selectivbench report runs/sweep --tuned train.lr,train.weight_decay --out report")]
 pub struct ReportArgs {
     /// Run directories, or folders of them
     #[arg(required = true, value_name = "DIR")]
@@ -21,38 +25,63 @@ pub struct ReportArgs {
     /// Write the report here
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Hyper-parameters that the validation chooses between
+    #[arg(long, value_name = "KEYS", value_delimiter = ',', default_values = TUNED)]
+    tuned: Vec<String>,
 }
 
+/// Failures and notes that the terminal shows; all of them stand in the report.
+const REMARKS: usize = 5;
+
 pub fn run(args: ReportArgs) -> anyhow::Result<()> {
-    let (runs, unfinished) = collect(&args.dirs)?;
-    if runs.is_empty() {
-        let dirs: Vec<String> = args.dirs.iter().map(|dir| dir.display().to_string()).collect();
-        bail_input!("no finished run in {} ({unfinished} unfinished)", dirs.join(", "))
-    }
-    // The terminal has room for what differs: the columns with one value in all runs go into a line.
-    let rows: Vec<_> = runs.iter().map(cells).collect();
-    let constant = |column: usize| rows.len() > 1 && rows.iter().all(|row| row[column] == rows[0][column]);
-    let (same, shown): (Vec<usize>, Vec<usize>) = (0..COLUMNS.len()).partition(|&column| constant(column));
-    let names: Vec<&str> = shown.iter().map(|&column| COLUMNS[column].0).collect();
-    let numbers: Vec<usize> = (0..shown.len()).filter(|&i| COLUMNS[shown[i]].1).collect();
-    let mut table = table(&names, numbers);
-    for row in &rows {
-        table.add_row(shown.iter().map(|&column| row[column].as_str()));
-    }
-    print(&table)?;
-    if !same.is_empty() {
-        let same: Vec<String> =
-            same.iter().map(|&column| format!("{} {}", COLUMNS[column].0, rows[0][column])).collect();
-        print(format_args!("all runs: {}", same.join(", ")))?;
-    }
-    if unfinished > 0 {
-        print(format_args!("{unfinished} unfinished runs are left out"))?;
-    }
+    let data = collect(&args.dirs, &args.tuned)?;
     if let Some(out) = &args.out {
         files::create_folder(out)?;
-        for path in write(&runs, out)? {
+    }
+    let single = data.groups.len() == data.settings.len() && data.groups.iter().all(|g| g.runs.len() == 1);
+    let shown = if single { tables::runs(&data) } else { tables::settings(&data) };
+    // The terminal has room for what differs: the columns with one value in all rows go into a line.
+    let (shown, constant) = shown.split();
+    let names: Vec<&str> = shown.columns.iter().map(|column| &column.name[..]).collect();
+    let numbers = (0..shown.columns.len()).filter(|&at| shown.columns[at].number);
+    let mut table = table(&names, numbers);
+    for row in &shown.rows {
+        table.add_row(row.iter().map(|cell| &cell.text[..]));
+    }
+    print(&table)?;
+    if !constant.is_empty() {
+        print(format_args!("all: {}", said(&constant)))?;
+    }
+    if !single {
+        for task in &data.tasks {
+            print(format_args!("\n{}: {}", task.label, findings(&data, task)))?;
+        }
+    }
+    if data.unfinished > 0 {
+        let (runs, are) =
+            (plural(data.unfinished, "unfinished run"), if data.unfinished == 1 { "is" } else { "are" });
+        print(format_args!("{runs} {are} left out"))?;
+    }
+    if !data.failed.is_empty() {
+        print(format_args!("{}:", plural(data.failed.len(), "failed run")))?;
+    }
+    let failed = data.failed.iter().map(|failure| format!("  {}: {}", failure.run, failure.reason));
+    few(failed)?;
+    few(data.notes.iter().map(|note| format!("note: {note}")))?;
+    if let Some(out) = &args.out {
+        for path in Report::new(&data).write(out)? {
             print(path.display())?;
         }
+    }
+    Ok(())
+}
+
+/// Prints the first few lines, and how many more there are.
+fn few(lines: impl ExactSizeIterator<Item = String>) -> anyhow::Result<()> {
+    let more = lines.len().saturating_sub(REMARKS);
+    lines.take(REMARKS).try_for_each(print)?;
+    if more > 0 {
+        print(format_args!("  and {more} more; --out writes all of them"))?;
     }
     Ok(())
 }
