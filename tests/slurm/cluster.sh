@@ -74,7 +74,8 @@ SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge.socket
+# A requeued job waits until its old credential has expired: two minutes by default.
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort=$ports
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -107,7 +108,7 @@ CONF
       >>"$dir/slurm.conf"
   done
   cat >>"$dir/slurm.conf" <<CONF
-PartitionName=work Nodes=ALL Default=YES PriorityTier=1 MaxTime=60 GraceTime=20 State=UP
+PartitionName=work Nodes=ALL Default=YES PriorityTier=1 MaxTime=60 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
 CONF
   # Never used, but slurmd wants one; the second version looks for systemd as soon as it is loaded.
