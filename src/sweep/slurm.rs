@@ -294,6 +294,7 @@ impl Array {
         let _lock = self.lock()?;
         // Another process may just have done it.
         self.attach()?;
+        self.tasks.retain(|_, task| task.is_active());
         let tasks = wanted.min(self.workers.settings.workers).saturating_sub(self.active()).min(most);
         if tasks == 0 {
             return Ok(0);
@@ -320,7 +321,6 @@ impl Array {
         if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_digit()) {
             anyhow::bail!("sbatch answered `{}`, which is not the number of a job", answer.trim())
         }
-        self.tasks.retain(|_, task| task.is_active());
         self.jobs.retain(|job| self.tasks.keys().any(|(id, _)| *id == job.id));
         self.jobs.push(Job { id: id.into(), cluster, tasks, script });
         let json = serde_json::to_string_pretty(&self.jobs)? + "\n";
@@ -369,6 +369,8 @@ impl Array {
 trap 'again=1; kill -TERM "$worker"' USR1
 # Cancelled, preempted or requeued: Slurm has told the worker as well; wait until it has saved its runs.
 trap ':' TERM
+# What this task was given, where Slurm does not enforce it.
+export RAYON_NUM_THREADS="${{SLURM_CPUS_ON_NODE:-0}}"
 {words} &
 worker=$!
 wait "$worker"
@@ -578,7 +580,8 @@ pub fn launch(plan: &Plan, workers: Workers, options: &Options) -> Result<Option
     plan.create()?;
     let board = Board::new(plan);
     let mut ledger = Ledger::open(&plan.dir, options.lease);
-    check_results(plan, &ledger, &ledger.look()?, options.retry_failed, &board)?;
+    let before = ledger.look()?;
+    check_results(plan, &ledger, &before, options.retry_failed, &board)?;
     let counts = Counts::of(plan, &ledger.look()?);
     let mut launcher = Launcher { plan, options, ledger, board, array: Array::open(workers)?, counts, interrupted };
     if options.detach {
