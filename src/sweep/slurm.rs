@@ -59,8 +59,18 @@ const KEYS: [&str; 11] = [
 
 /// Options that the launcher itself needs to be as they are.
 const OWN: [&str; 12] = [
-    "--array", "-a", "--output", "-o", "--error", "-e", "--signal", "--requeue", "--no-requeue", "--open-mode",
-    "--wrap", "--chdir",
+    "--array",
+    "-a",
+    "--output",
+    "-o",
+    "--error",
+    "-e",
+    "--signal",
+    "--requeue",
+    "--no-requeue",
+    "--open-mode",
+    "--wrap",
+    "--chdir",
 ];
 
 /// Workers at once if neither the user nor the number of runs says less.
@@ -121,7 +131,9 @@ impl Settings {
                 )
             }
             if OWN.contains(&name) {
-                bail_input!("{origin}: slurm.options holds {name}, which the launcher sets itself; leave it out")
+                bail_input!(
+                    "{origin}: slurm.options holds {name}, which the launcher sets itself; leave it out"
+                )
             }
             options.push(option);
         }
@@ -129,7 +141,9 @@ impl Settings {
             None => Ok(default),
             Some((value, place)) => match value.as_u64() {
                 Some(n) if (least..=1_000_000).contains(&(n as usize)) => Ok(n as usize),
-                _ => Err(bad_input!("{place} is {}; it must be a whole number from {least} on", shown(value))),
+                _ => {
+                    Err(bad_input!("{place} is {}; it must be a whole number from {least} on", shown(value)))
+                }
             },
         };
         Ok(Self {
@@ -143,7 +157,9 @@ impl Settings {
     /// Whether the tasks will have a GPU, as far as the settings tell.
     pub fn gpu(&self) -> bool {
         let asks = |option: &String| option.starts_with("--gpus") || option.starts_with("-G");
-        self.options.iter().any(|option| asks(option) || (option.starts_with("--gres") && option.contains("gpu")))
+        self.options
+            .iter()
+            .any(|option| asks(option) || (option.starts_with("--gres") && option.contains("gpu")))
     }
 }
 
@@ -207,8 +223,16 @@ impl TaskState {
     fn is_active(&self) -> bool {
         !matches!(
             self.state.as_str(),
-            "COMPLETED" | "CANCELLED" | "FAILED" | "TIMEOUT" | "NODE_FAIL" | "PREEMPTED" | "BOOT_FAIL"
-                | "DEADLINE" | "OUT_OF_MEMORY" | GONE
+            "COMPLETED"
+                | "CANCELLED"
+                | "FAILED"
+                | "TIMEOUT"
+                | "NODE_FAIL"
+                | "PREEMPTED"
+                | "BOOT_FAIL"
+                | "DEADLINE"
+                | "OUT_OF_MEMORY"
+                | GONE
         )
     }
 
@@ -300,7 +324,8 @@ impl Array {
             return Ok(0);
         }
         let folder = self.folder();
-        let script = (1..).map(|n| format!("{n}.sh")).find(|name| !folder.join(name).exists()).unwrap_or_default();
+        let script =
+            (1..).map(|n| format!("{n}.sh")).find(|name| !folder.join(name).exists()).unwrap_or_default();
         let path = folder.join(&script);
         let text = self.script(tasks)?;
         files::write_atomic(&path, |out| out.write_all(text.as_bytes()))?;
@@ -347,7 +372,8 @@ impl Array {
             format!("--chdir={}", absolute(&here)?),
         ];
         options.extend(settings.options.iter().cloned());
-        let mut out = format!("#!/bin/bash\n# Workers of the sweep {name}: each takes runs until none is left.\n");
+        let mut out =
+            format!("#!/bin/bash\n# Workers of the sweep {name}: each takes runs until none is left.\n");
         for option in options {
             writeln!(out, "#SBATCH {}", sbatch_quoted(&option))?;
         }
@@ -398,7 +424,8 @@ exit "$code"
             let answer = call(squeue.args(cluster_args(cluster)))?;
             for line in answer.lines() {
                 let mut fields = line.split('|').map(str::trim);
-                let (Some(id), Some(index), Some(state)) = (fields.next(), fields.next(), fields.next()) else {
+                let (Some(id), Some(index), Some(state)) = (fields.next(), fields.next(), fields.next())
+                else {
                     continue;
                 };
                 let (Ok(index), true) = (index.parse(), ids.contains(&id)) else { continue };
@@ -583,7 +610,8 @@ pub fn launch(plan: &Plan, workers: Workers, options: &Options) -> Result<Option
     let before = ledger.look()?;
     check_results(plan, &ledger, &before, options.retry_failed, &board)?;
     let counts = Counts::of(plan, &ledger.look()?);
-    let mut launcher = Launcher { plan, options, ledger, board, array: Array::open(workers)?, counts, interrupted };
+    let mut launcher =
+        Launcher { plan, options, ledger, board, array: Array::open(workers)?, counts, interrupted };
     if options.detach {
         launcher.submit(counts.pending)?;
         return Ok(None);
@@ -684,7 +712,10 @@ impl Launcher<'_> {
     fn ask(&mut self) -> Result<()> {
         for (task, state) in self.array.refresh()? {
             let tail = self.array.tail(&task);
-            self.board.line(&format!("task {task} ended: {state}{}{tail}", if tail.is_empty() { "" } else { ": " }));
+            self.board.line(&format!(
+                "task {task} ended: {state}{}{tail}",
+                if tail.is_empty() { "" } else { ": " }
+            ));
         }
         Ok(())
     }

@@ -116,7 +116,7 @@ pub fn work(plan: &Plan, options: &Options) -> Result<Outcome> {
 }
 
 /// Puts runs back that are said to be done but have no result any more, and, on request, those that failed.
-fn check_results(
+pub(super) fn check_results(
     plan: &Plan,
     ledger: &Ledger,
     snapshot: &Snapshot,
