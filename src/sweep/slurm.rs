@@ -436,20 +436,20 @@ exit "$code"
         Ok(found)
     }
 
-    /// Brings the states of the tasks up to date; gives those that have ended since, with how.
+    /// Brings the states of the tasks up to date; gives those that were lost since, with how.
     fn refresh(&mut self) -> Result<Vec<(String, String)>> {
         let mut queue = self.queue()?;
-        let mut ended = Vec::new();
+        let mut lost = Vec::new();
         for (task, state) in &mut self.tasks {
             if !state.is_active() {
                 continue;
             }
             *state = queue.remove(task).unwrap_or(TaskState::new(GONE));
-            if !state.is_active() {
-                ended.push((format!("{}_{}", task.0, task.1), state.state.clone()));
+            if state.is_lost() {
+                lost.push((format!("{}_{}", task.0, task.1), state.state.clone()));
             }
         }
-        Ok(ended)
+        Ok(lost)
     }
 
     /// `job 17: 3 running, 5 pending (Resources)`.
@@ -467,18 +467,14 @@ exit "$code"
             let states: Vec<String> = states.into_iter().map(|(state, n)| format!("{n} {state}")).collect();
             format!("job {id}: {}", states.join(", "))
         };
-        match jobs.is_empty() {
-            true => "no job".into(),
-            false => jobs.into_iter().map(job).collect::<Vec<_>>().join("; "),
-        }
+        jobs.into_iter().map(job).collect::<Vec<_>>().join("; ")
     }
 
-    /// The last lines that a task printed.
-    fn tail(&self, task: &str) -> String {
+    /// The last line that a task printed.
+    fn last_line(&self, task: &str) -> String {
         let text = std::fs::read(self.folder().join(format!("{task}.log"))).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        lines[lines.len().saturating_sub(3)..].join("\n")
+        text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it printed nothing").to_string()
     }
 
     /// Cancels all tasks and waits until they are gone: running ones save their runs first.
@@ -493,9 +489,12 @@ exit "$code"
         }
     }
 
-    /// Cancels the tasks that have not begun.
-    fn cancel_waiting(&mut self) -> Result<()> {
-        self.scancel(&self.jobs, &["--state=PENDING"])
+    /// Cancels the tasks that have not begun, which would only find that nothing is left to do.
+    fn cancel_waiting(&mut self) {
+        if self.active() > 0 {
+            // They may have begun or ended by now.
+            let _ = self.scancel(&self.jobs, &["--state=PENDING"]);
+        }
     }
 
     /// Waits until no task is left, but no longer than `most`.
@@ -662,7 +661,9 @@ impl Launcher<'_> {
             self.board.update(self.plan, &snapshot);
             let jobs = self.array.describe();
             if jobs != said {
-                self.board.line(&jobs);
+                if self.array.active() > 0 {
+                    self.board.line(&jobs);
+                }
                 said = jobs;
             }
             let Counts { pending, running, .. } = self.counts;
@@ -672,8 +673,7 @@ impl Launcher<'_> {
                 return self.end(cancel);
             }
             if pending + running == 0 {
-                // Those that have not begun would only find that nothing is left to do.
-                self.array.cancel_waiting()?;
+                self.array.cancel_waiting();
                 self.array.wait_until_gone(Duration::from_secs(30))?;
                 return self.end(false);
             }
@@ -711,11 +711,7 @@ impl Launcher<'_> {
     /// Asks Slurm how the tasks are, and says which of them were lost.
     fn ask(&mut self) -> Result<()> {
         for (task, state) in self.array.refresh()? {
-            let tail = self.array.tail(&task);
-            self.board.line(&format!(
-                "task {task} ended: {state}{}{tail}",
-                if tail.is_empty() { "" } else { ": " }
-            ));
+            self.board.line(&format!("task {task} is lost: {state}: {}", self.array.last_line(&task)));
         }
         Ok(())
     }
