@@ -154,7 +154,7 @@ impl Sweep<'_> {
         claims
     }
 
-    /// The claims that somebody holds.
+    /// The claims that living workers hold.
     fn claims(&self) -> Vec<Value> {
         let Ok(entries) = fs::read_dir(self.path("ledger")) else { return Vec::new() };
         let claim = |path: PathBuf| {
@@ -162,7 +162,8 @@ impl Sweep<'_> {
             let (id, _) = name.split_once(".claim.")?;
             let mut claim: Value = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
             claim["id"] = id.into();
-            (claim["released"] == false).then_some(claim)
+            let alive = Path::new("/proc").join(claim["pid"].to_string()).exists();
+            (claim["released"] == false && alive).then_some(claim)
         };
         entries.flatten().filter_map(|entry| claim(entry.path())).collect()
     }
@@ -177,8 +178,9 @@ impl Sweep<'_> {
     /// The number of workers that were submitted in all.
     fn submitted(&self) -> usize {
         let text = fs::read_to_string(self.place.path("launch.log")).unwrap();
-        let numbers =
-            text.lines().filter_map(|line| line.strip_prefix("submitted ")?.split(' ').next()?.parse::<usize>().ok());
+        let numbers = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("submitted ")?.split(' ').next()?.parse::<usize>().ok());
         numbers.sum()
     }
 
@@ -202,6 +204,13 @@ fn signal(name: &str, process: u64) {
     assert!(Command::new("kill").args([name, &process.to_string()]).status().unwrap().success());
 }
 
+/// The index of the task that a process belongs to.
+fn task_of(process: u64) -> String {
+    let environment = fs::read(format!("/proc/{process}/environ")).unwrap();
+    let mut variables = environment.split(|byte| *byte == 0).map(|text| String::from_utf8_lossy(text));
+    variables.find_map(|text| Some(text.strip_prefix("SLURM_ARRAY_TASK_ID=")?.to_string())).unwrap()
+}
+
 #[test]
 fn a_sweep_on_slurm_survives_what_slurm_does() {
     let Some(cluster) = Cluster::start() else { return };
@@ -211,22 +220,30 @@ fn a_sweep_on_slurm_survives_what_slurm_does() {
     let plain = place.path("plain");
 
     // A task is requeued, a worker killed, and a more urgent job takes a node.
-    let sweep = Sweep { place: &place, cluster: &cluster, out: "disturbed" };
+    let sweep = Sweep { place: &place, cluster: &cluster, out: "it's 50%a disturbed" };
     let launcher = sweep.launch(&[]);
     let claims = sweep.wait_for_training(3);
     let script = fs::read_to_string(sweep.path("slurm/1.sh")).unwrap();
     let job = cluster.tasks()[0].split('_').next().unwrap().to_string();
     cluster.ask(&["scontrol", "requeue", &format!("{job}_0")]);
-    signal("-KILL", claims[1]["pid"].as_u64().unwrap());
+    let pids = claims.iter().map(|claim| claim["pid"].as_u64().unwrap());
+    signal("-KILL", pids.into_iter().find(|pid| task_of(*pid) == "1").unwrap());
     let comment = cluster.ask(&["scontrol", "show", "job", &format!("{job}_1")]);
     assert!(comment.contains("Comment=x \"y\" \\ z"), "{comment}\n{script}");
     sweep.wait_for_training(1);
-    let urgent = ["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null"];
-    cluster.ask(&[&urgent[..], &["--wrap=sleep 1"]].concat());
+    let all =
+        ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--wrap=sleep 1", "--output=/dev/null"];
+    cluster.ask(&[&["sbatch", "--partition=urgent"], &all[..]].concat());
     assert_eq!(sweep.end(launcher), 0, "{}", sweep.story());
     sweep.is_as(&plain);
     let story = sweep.story();
-    for part in ["the greeting is a \"b\" $HOME", "DUE TO JOB REQUEUE", "DUE TO PREEMPTION", "goes on"] {
+    for part in [
+        "the greeting is a \"b\" $HOME",
+        "DUE TO JOB REQUEUE",
+        "DUE TO PREEMPTION",
+        "resumes on cpu",
+        "_1 is lost: FAILED",
+    ] {
         assert!(story.contains(part), "{part}: {story}");
     }
     assert_eq!(cluster.tasks(), [""; 0]);
