@@ -2,14 +2,15 @@
 //! `tests/slurm/cluster.sh` starts them. Where they are not installed the test says so and passes.
 #![cfg(unix)]
 
-mod common;
+#[path = "common/place.rs"]
+mod place;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::runs::{Place, same_end};
+use place::{Place, same_end};
 use serde_json::Value;
 
 /// Runs of some seconds, on a model so small that they need little of two cores.
