@@ -1,5 +1,6 @@
 //! `selectivbench sweep`: many runs, each exactly once.
 
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use crate::error::Interrupted;
 use crate::sweep::board::{self, Counts, span};
 use crate::sweep::file::{lookup, same};
 use crate::sweep::ledger::{Ledger, State};
-use crate::sweep::worker::{self, Options};
+use crate::sweep::slurm;
+use crate::sweep::worker::{self, Options, Outcome};
 use crate::sweep::{Plan, estimate};
 use crate::train;
 
@@ -39,6 +41,7 @@ use crate::train;
       set: {model.state: 16}
   exclude:
     - {model.name: gla, model.width: 128}
+  slurm: {partition: gpu, gres: gpu:1, time: 04:00:00}
 
 Examples:
   selectivbench sweep configs/sweeps/first.yaml --dry-run
@@ -46,6 +49,7 @@ Examples:
   selectivbench sweep configs/sweeps/task2.yaml --devices cuda:0,cuda:1 --per-device 2
   selectivbench sweep configs/sweeps/task2.yaml --only model.name=gla,mamba2 --only seed=1
   selectivbench sweep configs/sweeps/first.yaml --status
+  selectivbench sweep configs/sweeps/task2.yaml --launcher slurm --slurm gres=gpu:1 --slurm workers=16
   selectivbench report runs/first --out report")]
 pub struct SweepArgs {
     #[arg(value_name = "SWEEP.yaml")]
@@ -56,7 +60,7 @@ pub struct SweepArgs {
     /// The sweep's folder [default: runs/ and the sweep's name]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Where to compute: cpu, or GPUs such as cuda:0,cuda:1 [default: all GPUs, or the CPU]
+    /// Where to compute: cpu, gpu (all of them), or GPUs such as cuda:0,cuda:1 [default: all GPUs, or the CPU]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     devices: Vec<String>,
     /// Runs at the same time on each device
@@ -80,6 +84,20 @@ pub struct SweepArgs {
     /// Seconds without a sign of life after which a run of another machine is taken over
     #[arg(long, value_name = "SECONDS", default_value_t = 180)]
     lease: u64,
+    /// Where to work: on this machine, or as the tasks of a Slurm job array, which Ctrl-C cancels
+    #[arg(long, value_enum, default_value_t = Launcher::Local)]
+    launcher: Launcher,
+    /// Set a field of `slurm:`: partition, time, gres, cpus_per_task, mem, account, qos, workers (tasks at
+    /// once), notice (seconds before the end of the time to save), setup (shell) or options (of sbatch); may
+    /// be given several times
+    #[arg(long, value_name = "key=value")]
+    slurm: Vec<String>,
+    /// Submit to Slurm and leave; the same command without it follows the jobs
+    #[arg(long)]
+    detach: bool,
+    /// Replace Slurm tasks that died so many times in a row without a run having ended
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    resubmit: usize,
     /// List the runs, with an estimate of time and memory, and start nothing
     #[arg(long, conflicts_with = "status")]
     dry_run: bool,
@@ -88,12 +106,32 @@ pub struct SweepArgs {
     status: bool,
 }
 
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
+enum Launcher {
+    Local,
+    Slurm,
+}
+
 pub fn run(args: SweepArgs, threads: Option<usize>) -> anyhow::Result<()> {
     count("--per-device", args.per_device, 1..=256)?;
     count("--lease", args.lease as usize, 10..=1_000_000)?;
-    let devices = devices(&args.devices)?;
-    let gpu = devices.iter().any(|device| device != "cpu");
-    let mut plan = Plan::open(&args.file, &args.set, args.out.as_deref(), gpu)?;
+    let on_slurm = args.launcher == Launcher::Slurm;
+    if !on_slurm && (args.detach || !args.slurm.is_empty()) {
+        bail_input!("--slurm and --detach are for --launcher slurm; add it or leave them out")
+    }
+    let (mut devices, mut settings) = (args.devices.clone(), None);
+    let mut plan = Plan::open(&args.file, &args.set, args.out.as_deref(), |slurm| {
+        let slurm = slurm::Settings::read(slurm, &args.file.display().to_string(), &args.slurm)?;
+        if on_slurm && devices.is_empty() {
+            devices = vec![if slurm.gpu() { "gpu" } else { "cpu" }.into()];
+        }
+        // The devices of other machines cannot be looked at from here.
+        if !on_slurm || args.dry_run {
+            devices = here(&devices)?;
+        }
+        settings = on_slurm.then_some(slurm);
+        Ok(devices.iter().any(|device| device != "cpu"))
+    })?;
     for only in &args.only {
         keep_only(&mut plan, only)?;
     }
@@ -110,18 +148,13 @@ pub fn run(args: SweepArgs, threads: Option<usize>) -> anyhow::Result<()> {
     if args.dry_run {
         return dry_run(&plan, &devices, args.per_device);
     }
-    let cores = rayon::current_num_threads();
-    let threads = threads.unwrap_or((cores / (args.per_device * devices.len())).max(1));
-    let options = Options {
-        devices,
-        per_device: args.per_device,
-        threads,
-        retry_failed: args.retry_failed,
-        fail_fast: args.fail_fast,
-        lease: Duration::from_secs(args.lease),
-        wait: !args.no_wait,
+    let outcome = match settings {
+        None => work_here(&args, &plan, devices, threads)?,
+        Some(settings) => match work_on_slurm(&args, &plan, &devices, threads, settings)? {
+            Some(outcome) => outcome,
+            None => return print("give the same command without --detach to follow the jobs"),
+        },
     };
-    let outcome = worker::work(&plan, &options)?;
     let (counts, dir) = (outcome.counts, plan.dir.display());
     if outcome.interrupted {
         return Err(Interrupted(format!(
@@ -130,7 +163,7 @@ pub fn run(args: SweepArgs, threads: Option<usize>) -> anyhow::Result<()> {
         .into());
     }
     if counts.failed > 0 {
-        let mut ledger = Ledger::open(&plan.dir, options.lease);
+        let mut ledger = Ledger::open(&plan.dir, Duration::from_secs(args.lease));
         let snapshot = ledger.look()?;
         let failed = plan.runs.iter().filter(|run| snapshot.state(&run.id) == State::Failed);
         let mut reasons: Vec<String> =
@@ -154,19 +187,84 @@ next:
     ))
 }
 
+/// Works on this machine.
+fn work_here(
+    args: &SweepArgs,
+    plan: &Plan,
+    devices: Vec<String>,
+    threads: Option<usize>,
+) -> anyhow::Result<Outcome> {
+    let cores = rayon::current_num_threads();
+    let threads = threads.unwrap_or((cores / (args.per_device * devices.len())).max(1));
+    let options = Options {
+        devices,
+        per_device: args.per_device,
+        threads,
+        retry_failed: args.retry_failed,
+        fail_fast: args.fail_fast,
+        lease: Duration::from_secs(args.lease),
+        wait: !args.no_wait,
+    };
+    worker::work(plan, &options)
+}
+
+/// Lets Slurm work; none if nobody follows it.
+fn work_on_slurm(
+    args: &SweepArgs,
+    plan: &Plan,
+    devices: &[String],
+    threads: Option<usize>,
+    settings: slurm::Settings,
+) -> anyhow::Result<Option<Outcome>> {
+    let mut command: Vec<OsString> =
+        vec![std::env::current_exe()?.into(), "sweep".into(), args.file.clone().into()];
+    let mut add = |option: &str, value: &OsStr| command.extend([option.into(), value.into()]);
+    add("--out", plan.dir.as_os_str());
+    add("--devices", devices.join(",").as_ref());
+    add("--per-device", args.per_device.to_string().as_ref());
+    add("--lease", args.lease.to_string().as_ref());
+    let lists = [("--set", &args.set[..]), ("--only", &args.only[..]), ("--shard", args.shard.as_slice())];
+    for (option, values) in lists {
+        values.iter().for_each(|value| add(option, value.as_ref()));
+    }
+    if let Some(threads) = threads {
+        add("--threads", threads.to_string().as_ref());
+    }
+    command.push("--no-wait".into());
+    if args.fail_fast {
+        command.push("--fail-fast".into());
+    }
+    let options = slurm::Options {
+        detach: args.detach,
+        resubmit: args.resubmit,
+        retry_failed: args.retry_failed,
+        fail_fast: args.fail_fast,
+        lease: Duration::from_secs(args.lease),
+    };
+    slurm::launch(
+        plan,
+        slurm::Workers { name: plan.name.clone(), dir: plan.dir.clone(), command, settings },
+        &options,
+    )
+}
+
 /// Failures that are told at the end.
 const MOST_REASONS: usize = 10;
 
 /// The devices to work on, checked.
-fn devices(given: &[String]) -> anyhow::Result<Vec<String>> {
-    if given.is_empty() || given == ["auto"] {
+fn here(given: &[String]) -> anyhow::Result<Vec<String>> {
+    let gpu = given == ["gpu"];
+    if given.is_empty() || given == ["auto"] || gpu {
         return Ok(match gpu_count() {
+            0 if gpu => {
+                bail_input!("--devices is gpu, but no GPU can be used here; see `selectivbench devices`")
+            }
             0 => vec!["cpu".into()],
             n => (0..n).map(|index| format!("cuda:{index}")).collect(),
         });
     }
     for (i, device) in given.iter().enumerate() {
-        if device == "auto" || given[..i].contains(device) {
+        if ["auto", "gpu"].contains(&device.as_str()) || given[..i].contains(device) {
             bail_input!("--devices is {}; name each device once, as in cuda:0,cuda:1", given.join(","))
         }
         parse_device(device)?;

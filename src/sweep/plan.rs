@@ -73,17 +73,21 @@ pub struct Plan {
     pub varying: Vec<String>,
     /// Combinations that are no run of their own, by reason.
     pub left_out: Vec<(String, usize)>,
-    /// Settings of `--launcher slurm`.
-    pub slurm: Mapping,
     pub notes: Vec<String>,
 }
 
 impl Plan {
-    /// Reads a sweep file, with `sets`, each `key.path=value`, laid over all its runs. `gpu` tells where it will
-    /// run, which decides what `train.precision: auto` means; `out` is the folder, `runs/<name>` if not given.
-    pub fn open(path: &Path, sets: &[String], out: Option<&Path>, gpu: bool) -> Result<Self> {
+    /// Reads a sweep file, with `sets`, each `key.path=value`, laid over all its runs. `gpu` tells from
+    /// the settings of Slurm where it will run, which decides what `train.precision: auto` means; `out` is the folder, `runs/<name>` if not given.
+    pub fn open(
+        path: &Path,
+        sets: &[String],
+        out: Option<&Path>,
+        gpu: impl FnOnce(&Mapping) -> Result<bool>,
+    ) -> Result<Self> {
         let sets = sets.iter().map(|set| Layer::of_set(set)).collect::<Result<Vec<_>>>()?;
         let Expansion { name, base, points, mut left_out, slurm, notes } = file::read(path, &sets)?;
+        let gpu = gpu(&slurm)?;
         let origin = path.display().to_string();
         let varying = varying(&points);
         let (mut runs, mut known): (Vec<Planned>, HashMap<String, usize>) = (Vec::new(), HashMap::new());
@@ -128,7 +132,7 @@ impl Plan {
         if dir.exists() && (!dir.is_dir() || is_run) {
             bail_input!("{} is not the folder of a sweep; give another --out", dir.display())
         }
-        Ok(Self { name, file: path.to_path_buf(), dir, runs, varying, left_out, slurm, notes })
+        Ok(Self { name, file: path.to_path_buf(), dir, runs, varying, left_out, notes })
     }
 
     /// The run directory of a run.

@@ -396,7 +396,7 @@ command: [\"${{env}}\", python, \"${{program}}\", --batch_size, 64, --train_gap_
     fn plan(text: &str) -> Result<Plan> {
         let file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
         std::fs::write(file.path(), text).unwrap();
-        Plan::open(file.path(), &[], None, false)
+        Plan::open(file.path(), &[], None, |_| Ok(false))
     }
 
     const TASK1: &str = "  train_gap_max: {values: [0.1]}

@@ -112,11 +112,14 @@ pub fn work(plan: &Plan, options: &Options) -> Result<Outcome> {
     if result.is_err() {
         worker.abandon();
     }
-    result
+    result.context(
+        "the sweep stopped; finished runs stay and the others go on where they were saved: mend the cause and give the \
+         same command again",
+    )
 }
 
 /// Puts runs back that are said to be done but have no result any more, and, on request, those that failed.
-fn check_results(
+pub(super) fn check_results(
     plan: &Plan,
     ledger: &Ledger,
     snapshot: &Snapshot,
@@ -345,6 +348,12 @@ impl Worker<'_> {
             }
             return self.ledger.release(&job.claim);
         }
+        if disk_is_unusable(message) {
+            // Every other run would end like this. Releasing may fail alike; then the claim ends with this process.
+            let _ = self.ledger.release(&job.claim);
+            let cause = message.rfind("cannot ").map_or(message, |at| &message[at..]);
+            anyhow::bail!("{cause}")
+        }
         if status.code().is_some() {
             return self.fail(job, message);
         }
@@ -452,6 +461,12 @@ fn last_message(log: &str) -> &str {
     let lines = || log.lines().rev().filter(|line| !line.trim().is_empty());
     let error = lines().find_map(|line| line.strip_prefix("error: "));
     error.or(lines().next()).unwrap_or("it ended without a message")
+}
+
+/// Whether a message says that the disk, not the run, is at fault: full, over quota, read-only or broken.
+fn disk_is_unusable(message: &str) -> bool {
+    const ERRORS: [u32; 5] = [5, 27, 28, 30, 122];
+    ERRORS.iter().any(|error| message.contains(&format!("(os error {error})")))
 }
 
 /// Whether a message says that the GPU, not the run, is at fault.
