@@ -113,11 +113,11 @@ mod tests {
         let states = task.states(Part::Test, 0).unwrap();
         let mut sample = Sample { gaps: vec![0; 30], states, distractors: vec![] };
         assert_eq!(first_broken(&task, &sample), None);
-        let after = sample.states[4];
-        let other = |state: &u32| !task.grammar().successors(after).contains(state);
-        let starts = after == task.grammar().end();
-        assert!(!starts, "pick another sample");
-        sample.states[5] = (0..task.grammar().states() as u32).find(other).unwrap();
-        assert_eq!(first_broken(&task, &sample), Some(5));
+        // Some element that is not the first of its string, replaced by one that cannot follow there.
+        let inside = |i: &usize| sample.states[*i - 1] != task.grammar().end();
+        let at = (1..30).find(inside).unwrap();
+        let next = task.grammar().successors(sample.states[at - 1]);
+        sample.states[at] = (0..task.grammar().states() as u32).find(|state| !next.contains(state)).unwrap();
+        assert_eq!(first_broken(&task, &sample), Some(at));
     }
 }

@@ -15,15 +15,12 @@ use crate::device::{hardware, simd};
 use crate::files;
 use crate::task::Task;
 
-/// The commit that the program was built from: 40 hex digits, then `+changes` where files that are compiled
-/// differed from it; `unknown` if it was built from an archive.
-pub const COMMIT: &str = env!("SELECTIVBENCH_COMMIT");
-
 /// One process that trained.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Provenance {
     pub version: String,
-    /// [`COMMIT`] of the program.
+    /// That the program was built from: 40 hex digits, then `+changes` where files that are compiled differed from
+    /// it; `unknown` if it was built from an archive.
     pub commit: String,
     /// `cpu` or `cuda:N`.
     pub device: String,
@@ -62,7 +59,7 @@ impl Provenance {
         let driver = None;
         Ok(Self {
             version: env!("CARGO_PKG_VERSION").into(),
-            commit: COMMIT.into(),
+            commit: env!("SELECTIVBENCH_COMMIT").into(),
             device: device_name(&options.device),
             hardware: hardware(&options.device),
             driver,
