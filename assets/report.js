@@ -73,8 +73,9 @@
   // ---- filters ----
 
   const filter = { models: new Set(data.models.keys()), task: "", width: "", seed: "", text: "" };
+  const varying = [...new Set(data.runs.flatMap((run) => Object.keys(run.config)))];
   const haystack = data.runs.map((run) => {
-    const differs = Object.entries(run.config).map(([key, value]) => `${key}=${value}`);
+    const differs = varying.map((key) => `${key}=${run.config[key] ?? data.config[key]}`);
     return [run.name, data.models[run.model].name, data.tasks[run.task], ...differs].join(" ").toLowerCase();
   });
   let visible = [];
