@@ -156,6 +156,12 @@
   const shownSetting = (setting) => data.settings[setting].groups.some((group) => data.groups[group].runs.some((run) => visible[run]));
 
   function showCards() {
+    const some = (is) => data.runs.some((run, i) => visible[i] && is(run));
+    const cells = data.tasks.map((_, task) => some((run) => run.task === task));
+    for (const row of $$(".overview tr")) {
+      if (row.dataset.model) row.hidden = !some((run) => data.models[run.model].name === row.dataset.model);
+      cells.forEach((on, task) => { row.cells[task + 1].hidden = !on; });
+    }
     for (const card of $$(".card")) {
       const rows = $$("li", card);
       rows.forEach((row) => { row.hidden = !shownSetting(Number(row.dataset.setting)); });

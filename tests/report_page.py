@@ -261,7 +261,9 @@ def main(page, shots):
         try:
             browser.post("/url", url=page)
             check(browser.run(VISIBLE_ROWS, "runs") == 24, "tables need no script")
-            check(browser.run("return document.querySelectorAll('.plots svg').length") >= 4, "nor do figures")
+            static = "const all = [...document.querySelectorAll('.plots')]; return all.length >= 4 && all.every(one => one.querySelector('noscript > svg'))"
+            check(browser.run(static), "nor do figures")
+            check(browser.run("return document.querySelector('#filters').hidden"), "what needs one is not shown")
             if shots:
                 browser.screenshot(shots / "no-script.png")
             quiet(browser, page)
