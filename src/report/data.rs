@@ -209,6 +209,15 @@ impl Data {
         self.chosen(setting).runs.iter().map(|&run| &self.runs[run]).collect()
     }
 
+    /// The group of every run.
+    pub fn group_of(&self) -> Vec<usize> {
+        let mut of = vec![0; self.runs.len()];
+        for (i, group) in self.groups.iter().enumerate() {
+            group.runs.iter().for_each(|&run| of[run] = i);
+        }
+        of
+    }
+
     /// Statistics over the seeds of the group that stands for a setting.
     pub fn over_seeds(&self, setting: &Setting, value: impl Fn(&Run) -> f64) -> Option<Stats> {
         Stats::of(self.chosen_runs(setting).into_iter().map(value))

@@ -335,10 +335,7 @@ fn json_of(report: &Report, out: &Path) -> Value {
         })
         .collect();
 
-    let mut group_of = vec![None; data.runs.len()];
-    for (i, group) in data.groups.iter().enumerate() {
-        group.runs.iter().for_each(|&run| group_of[run] = Some(i));
-    }
+    let group_of = data.group_of();
     let configs: Vec<&Fields> = data.runs.iter().map(|run| &run.fields).collect();
     let (config, config_of) = common(&configs);
     let origins: Vec<Fields> = data.runs.iter().map(provenance).collect();
@@ -367,7 +364,7 @@ fn json_of(report: &Report, out: &Path) -> Value {
             "name": run.name,
             "folder": relative(&run.dir, &here),
             "model": model(&summary.model),
-            "task": group.map(|group| data.settings[data.groups[group].setting].task),
+            "task": data.settings[data.groups[group].setting].task,
             "width": run.config.model.width,
             // Seeds may be larger than what JavaScript counts exactly.
             "seed": summary.seed.to_string(),
