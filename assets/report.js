@@ -73,8 +73,9 @@
   // ---- filters ----
 
   const filter = { models: new Set(data.models.keys()), task: "", width: "", seed: "", text: "" };
+  const varying = [...new Set(data.runs.flatMap((run) => Object.keys(run.config)))];
   const haystack = data.runs.map((run) => {
-    const differs = Object.entries(run.config).map(([key, value]) => `${key}=${value}`);
+    const differs = varying.map((key) => `${key}=${run.config[key] ?? data.config[key]}`);
     return [run.name, data.models[run.model].name, data.tasks[run.task], ...differs].join(" ").toLowerCase();
   });
   let visible = [];
@@ -155,6 +156,12 @@
   const shownSetting = (setting) => data.settings[setting].groups.some((group) => data.groups[group].runs.some((run) => visible[run]));
 
   function showCards() {
+    const some = (is) => data.runs.some((run, i) => visible[i] && is(run));
+    const cells = data.tasks.map((_, task) => some((run) => run.task === task));
+    for (const row of $$(".overview tr")) {
+      if (row.dataset.model) row.hidden = !some((run) => data.models[run.model].name === row.dataset.model);
+      cells.forEach((on, task) => { row.cells[task + 1].hidden = !on; });
+    }
     for (const card of $$(".card")) {
       const rows = $$("li", card);
       rows.forEach((row) => { row.hidden = !shownSetting(Number(row.dataset.setting)); });

@@ -28,7 +28,7 @@ impl Fake {
         let config = format!(
             "seed: {seed}\ntask: {{preset: task2, ambiguities: 4, length: 12, test_gap: 0.1, samples: {{train: \
              800, validation: 20, test: 20}}}}\nmodel: {{name: {model}, width: {width}, layers: 2}}\ntrain: {{lr: \
-             {lr}, batch: 8}}\n"
+             {lr}, warmup: 10, batch: 8}}\n"
         );
         fs::write(dir.join("config.yaml"), config).unwrap();
         let mut metrics = String::new();
@@ -47,7 +47,7 @@ impl Fake {
                 "gap": (i + 1) as f64 / 10.0, "ceiling": 0.96, "accuracy": accuracy, "loss": 0.5, "samples": 20,
                 "timesteps": 24, "tokens": 480, "seconds": 0.1,
                 "breakdown": {
-                    "by_gap": [{"gap": i + 1, "right": (accuracy * 100.0).round(), "elements": 100}],
+                    "by_gap": [{"gap": i + 1, "right": (accuracy * 100.0).round() as u64, "elements": 100}],
                     "by_distance": [{"from": 1, "to": 1, "right": 9, "elements": 10},
                                     {"from": 17, "to": 32, "right": 4, "elements": 10}],
                 },
@@ -132,7 +132,7 @@ fn a_report_of_a_grid() {
         "accuracy_by_gap_before",
         "accuracy_by_distance",
     ] {
-        let svg = fs::read_to_string(out.join(format!("figures/{figure}.svg"))).unwrap();
+        let svg = fs::read_to_string(out.join(format!("figures/{figure}.svg"))).expect(figure);
         assert!(svg.contains("mamba2") && !svg.contains("NaN"), "{figure}");
         assert!(fs::read(out.join(format!("figures/{figure}.png"))).unwrap().starts_with(b"\x89PNG"));
     }

@@ -34,6 +34,9 @@ class Browser:
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])
+        # What the browser's own first page said and fetched is not of interest.
+        self.post("/url", url="about:blank")
+        self.log("browser"), self.log("performance")
 
     def request(self, method, path, body=None):
         path = path if self.id is None else f"/session/{self.id}{path}"
@@ -179,7 +182,7 @@ def use(browser, name, shots):
     browser.wait("return document.querySelector('dialog svg path.series')", "with its learning curves")
     check("highest mean validation accuracy" in browser.run("return document.querySelector('dialog').textContent").lower(), "why")
     shot("setting")
-    browser.click("dialog a[href^='#run-']")
+    browser.click("dialog td a[href^='#run-']")
     browser.wait("return document.querySelector('dialog h2').textContent.includes('transformer-16-0.001-s1')", "a run")
     text = browser.run("return document.querySelector('dialog').textContent")
     for part in ["train.lr", "0.001", "0123abcd", "node<1>", "test accuracy", "selectivbench train ../runs/"]:
@@ -258,7 +261,9 @@ def main(page, shots):
         try:
             browser.post("/url", url=page)
             check(browser.run(VISIBLE_ROWS, "runs") == 24, "tables need no script")
-            check(browser.run("return document.querySelectorAll('.plots svg').length") >= 4, "nor do figures")
+            static = "const all = [...document.querySelectorAll('.plots')]; return all.length >= 4 && all.every(one => one.querySelector('noscript > svg'))"
+            check(browser.run(static), "nor do figures")
+            check(browser.run("return document.querySelector('#filters').hidden"), "what needs one is not shown")
             if shots:
                 browser.screenshot(shots / "no-script.png")
             quiet(browser, page)

@@ -101,11 +101,9 @@ impl Data {
             // What cannot change a result cannot be tuned.
             let identity = run.identity();
             let keys = || identity.keys().map(String::as_str).filter(|key| run.fields.contains_key(*key));
-            for key in tuned.iter().filter(|key| !keys().any(|known| known == *key)) {
-                match nearest(key, keys()) {
-                    Some(near) => bail_input!("--tuned {key}: there is no such field; did you mean {near}?"),
-                    None => bail_input!("--tuned {key}: there is no such field; an example is train.lr"),
-                }
+            if let Some(key) = tuned.iter().find(|key| !keys().any(|known| known == *key)) {
+                let near = nearest(key, keys()).unwrap_or("train.lr");
+                bail_input!("--tuned {key}: no field of that name can be tuned; did you mean {near}?")
             }
         }
         let is_tuned = |key: &str| tuned.iter().any(|tuned| tuned == key);
@@ -209,6 +207,15 @@ impl Data {
     /// The runs of the group that stands for a setting.
     pub fn chosen_runs(&self, setting: &Setting) -> Vec<&Run> {
         self.chosen(setting).runs.iter().map(|&run| &self.runs[run]).collect()
+    }
+
+    /// The group of every run.
+    pub fn group_of(&self) -> Vec<usize> {
+        let mut of = vec![0; self.runs.len()];
+        for (i, group) in self.groups.iter().enumerate() {
+            group.runs.iter().for_each(|&run| of[run] = i);
+        }
+        of
     }
 
     /// Statistics over the seeds of the group that stands for a setting.

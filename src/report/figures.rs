@@ -96,6 +96,9 @@ pub fn curve(run: &Run) -> Vec<(f64, f64)> {
     places.into_iter().map(|i| (run.validation[i].samples, run.validation[i].accuracy)).collect()
 }
 
+/// What one run gives: x, accuracy, and the Bayes ceiling where there is one.
+type Series = Vec<(f64, f64, Option<f64>)>;
+
 /// Which runs give what.
 type Values<'a> = &'a dyn Fn(&Setting) -> Vec<Vec<Value>>;
 
@@ -111,7 +114,7 @@ pub fn figures(data: &Data, facts: &[Facts]) -> Vec<Figure> {
         vec![data.chosen(setting).runs.iter().filter_map(value).collect()]
     };
     // Points for a setting: those of its runs with the same x together.
-    let many = |points: &dyn Fn(&Run) -> Vec<(f64, f64, Option<f64>)>, setting: &Setting| {
+    let many = |points: &dyn Fn(&Run) -> Series, setting: &Setting| {
         let mut by: BTreeMap<u64, Vec<Value>> = BTreeMap::new();
         for &run in &data.chosen(setting).runs {
             for (x, y, ceiling) in points(&data.runs[run]) {
@@ -123,14 +126,14 @@ pub fn figures(data: &Data, facts: &[Facts]) -> Vec<Figure> {
     let axis = |label, log, few| Axis { label, log, few };
     let size = ["model.width", "model.layers", "model.state", "model.heads", "model.householders"];
     let complexity = complexity_keys(data);
-    let tests = |run: &Run| -> Vec<_> {
+    let tests = |run: &Run| -> Series {
         run.summary
             .tests
             .iter()
             .map(|test| (test.gap, test.evaluation.accuracy, Some(test.ceiling)))
             .collect()
     };
-    let curves = |run: &Run| -> Vec<_> {
+    let curves = |run: &Run| -> Series {
         curve(run).into_iter().map(|(x, y)| (x, y, Some(run.summary.ceiling))).collect()
     };
     let timesteps = |setting: &Setting| facts[setting.task].timesteps;
@@ -247,7 +250,7 @@ fn share(share: Share) -> Option<f64> {
     (share.elements > 0).then(|| share.right as f64 / share.elements as f64)
 }
 
-fn by_gap(run: &Run) -> Vec<(f64, f64, Option<f64>)> {
+fn by_gap(run: &Run) -> Series {
     let mut by: BTreeMap<u64, Share> = BTreeMap::new();
     for one in run.breakdowns.iter().flatten().flat_map(|breakdown| &breakdown.by_gap) {
         let sum = by.entry(one.gap.to_bits()).or_default();
@@ -257,18 +260,18 @@ fn by_gap(run: &Run) -> Vec<(f64, f64, Option<f64>)> {
 }
 
 /// Bins stand at their geometric middle.
-fn bins(bins: &[ByDistance]) -> Vec<(f64, f64, Option<f64>)> {
+fn bins(bins: &[ByDistance]) -> Series {
     let middle = |bin: &ByDistance| ((bin.from.max(1) * bin.to.max(1)) as f64).sqrt();
     bins.iter().filter_map(|bin| Some((middle(bin), share(bin.share)?, None))).collect()
 }
 
 /// Of the main test.
-fn by_distance(run: &Run) -> Vec<(f64, f64, Option<f64>)> {
+fn by_distance(run: &Run) -> Series {
     run.breakdowns.first().and_then(Option::as_ref).map_or(vec![], |breakdown| bins(&breakdown.by_distance))
 }
 
 /// Of the main test.
-fn after_distractor(run: &Run) -> Vec<(f64, f64, Option<f64>)> {
+fn after_distractor(run: &Run) -> Series {
     let main = run.breakdowns.first().and_then(Option::as_ref);
     let Some(distractor) = main.and_then(|breakdown| breakdown.distractor.as_ref()) else { return vec![] };
     let on = share(distractor.on).map(|on| (0.0, on, None));

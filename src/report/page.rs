@@ -155,15 +155,20 @@ fn overview(data: &Data) -> String {
     }
     out += "</tr></thead><tbody>\n";
     for model in models {
-        let _ = write!(out, "<tr><th scope=\"row\">{} {}</th>", mark(model), escape(model));
+        let _ =
+            write!(out, "<tr data-model=\"{0}\"><th scope=\"row\">{1} {0}</th>", escape(model), mark(model));
         for ranking in &rankings {
             let at = ranking.iter().position(|&setting| data.settings[setting].model == model);
             let setting = at.map(|at| &data.settings[ranking[at]]);
             let _ = match setting.and_then(|setting| data.chosen(setting).accuracy) {
                 Some(accuracy) => {
                     let class = if at == Some(0) { " class=\"best\"" } else { "" };
-                    let sd = accuracy.sd.map_or(String::new(), |sd| format!(" ± {:.2}", 100.0 * sd));
-                    write!(out, "<td{class}>{}<span class=\"muted\">{sd}</span></td>", percent(accuracy.mean))
+                    let sd = accuracy.sd.map_or(String::new(), |sd| format!(" ± {:.1}", 100.0 * sd));
+                    write!(
+                        out,
+                        "<td{class}>{:.1} %<span class=\"muted\">{sd}</span></td>",
+                        100.0 * accuracy.mean
+                    )
                 }
                 None => write!(out, "<td></td>"),
             };
@@ -330,10 +335,7 @@ fn json_of(report: &Report, out: &Path) -> Value {
         })
         .collect();
 
-    let mut group_of = vec![None; data.runs.len()];
-    for (i, group) in data.groups.iter().enumerate() {
-        group.runs.iter().for_each(|&run| group_of[run] = Some(i));
-    }
+    let group_of = data.group_of();
     let configs: Vec<&Fields> = data.runs.iter().map(|run| &run.fields).collect();
     let (config, config_of) = common(&configs);
     let origins: Vec<Fields> = data.runs.iter().map(provenance).collect();
@@ -362,7 +364,7 @@ fn json_of(report: &Report, out: &Path) -> Value {
             "name": run.name,
             "folder": relative(&run.dir, &here),
             "model": model(&summary.model),
-            "task": group.map(|group| data.settings[data.groups[group].setting].task),
+            "task": data.settings[data.groups[group].setting].task,
             "width": run.config.model.width,
             // Seeds may be larger than what JavaScript counts exactly.
             "seed": summary.seed.to_string(),

@@ -193,8 +193,13 @@ impl Run {
         let config = config::load::load(&dir.join("config.yaml"), &[])?;
         let value: Value = serde_json::from_slice(&files::read(&dir.join("summary.json"), "the summary")?)?;
         let tests = value["tests"].as_array().map_or(&[][..], |tests| tests);
-        let breakdowns =
-            tests.iter().map(|test| serde_json::from_value(test["breakdown"].clone()).ok()).collect();
+        let mut breakdown = |test: &Value| match &test["breakdown"] {
+            Value::Null => None,
+            value => serde_json::from_value(value.clone())
+                .map_err(|error| notes.push(format!("{}: a breakdown is left out: {error}", dir.display())))
+                .ok(),
+        };
+        let breakdowns = tests.iter().map(&mut breakdown).collect();
         let fields = fields(&config);
         let mut run = Self {
             dir: dir.to_path_buf(),

@@ -172,26 +172,25 @@ fn parameters<'a>(table: &mut Table, run: impl Fn(usize) -> &'a Run + Copy) {
     table.column("state_size", "state size", true, |i| state(run(i)));
 }
 
-/// Every run that counts, the most accurate first.
+/// Every run, tasks in their order and the most accurate first.
 pub fn runs(data: &Data) -> Table {
-    let mut order: Vec<usize> = data.groups.iter().flat_map(|group| group.runs.clone()).collect();
-    order.sort_by(|&a, &b| data.runs[b].summary.accuracy.total_cmp(&data.runs[a].summary.accuracy));
+    let group_of = data.group_of();
+    let task = |run: usize| data.settings[data.groups[group_of[run]].setting].task;
+    let accuracy = |run: usize| data.runs[run].summary.accuracy;
+    let mut order: Vec<usize> = (0..data.runs.len()).collect();
+    order.sort_by(|&a, &b| task(a).cmp(&task(b)).then(accuracy(b).total_cmp(&accuracy(a))));
     let mut table = Table::new(order);
-    let mut group_of = vec![0; data.runs.len()];
-    for (i, group) in data.groups.iter().enumerate() {
-        group.runs.iter().for_each(|&run| group_of[run] = i);
-    }
     let run = |i: usize| &data.runs[i];
     table.column("run", "run", false, |i| word(&*run(i).name));
     describe(&mut table, data, |i| data.groups[group_of[i]].setting, run);
     table.column("seed", "seed", true, |i| word(run(i).summary.seed.to_string()));
-    parameters(&mut table, run);
     table.column("validation", "validation", true, |i| share(run(i).last_validation()));
     table.column("accuracy", "accuracy", true, |i| share(Some(run(i).summary.accuracy)));
     table.column("ceiling", "ceiling", true, |i| share(Some(run(i).summary.ceiling)));
     let of_ceiling = |run: &Run| Some(run.summary.accuracy / run.summary.ceiling).filter(|x| x.is_finite());
     table.column("share", "of ceiling", true, |i| share(of_ceiling(run(i))));
     table.column("loss", "loss", true, |i| number(Some(run(i).summary.loss), decimals(4)));
+    parameters(&mut table, run);
     table.column("seconds", "time", true, |i| number(Some(run(i).summary.seconds), seconds));
     table.column("tokens_per_s", "tokens/s", true, |i| number(Some(run(i).summary.tokens_per_s), count));
     table.column("device", "device", false, |i| word(&*run(i).summary.device));
@@ -210,12 +209,11 @@ pub fn settings(data: &Data) -> Table {
     let first = |i: usize| &data.runs[data.chosen(&data.settings[i]).runs[0]];
     let over = |i: usize, value: fn(&Run) -> f64| data.over_seeds(&data.settings[i], value);
     describe(&mut table, data, |i| i, first);
-    parameters(&mut table, first);
     let accuracy = |i: usize| data.chosen(&data.settings[i]).accuracy;
     let validation = |i: usize| data.chosen(&data.settings[i]).validation;
-    table.column("candidates", "candidates", true, |i| word(data.settings[i].groups.len().to_string()));
+    let complete = |i: usize| !data.chosen(&data.settings[i]).incomplete;
+    table.column("complete", "seeds", false, |i| word(if complete(i) { "" } else { "fewer than others" }));
     table.column("n", "n", true, |i| word(data.chosen(&data.settings[i]).runs.len().to_string()));
-    table.column("validation", "validation", true, |i| share(validation(i).map(|v| v.mean)));
     table.column("accuracy", "accuracy", true, |i| share(accuracy(i).map(|a| a.mean)));
     table.column("sd", "sd", true, |i| share(accuracy(i).and_then(|a| a.sd)));
     table.column("ci95", "95 % ±", true, |i| share(accuracy(i).and_then(|a| a.interval())));
@@ -225,13 +223,14 @@ pub fn settings(data: &Data) -> Table {
     table.column("loss", "loss", true, |i| {
         number(over(i, |run| run.summary.loss).map(|l| l.mean), decimals(4))
     });
+    table.column("validation", "validation", true, |i| share(validation(i).map(|v| v.mean)));
+    table.column("candidates", "candidates", true, |i| word(data.settings[i].groups.len().to_string()));
+    parameters(&mut table, first);
     table.column("seconds", "time", true, |i| {
         number(over(i, |run| run.summary.seconds).map(|s| s.mean), seconds)
     });
     let speed = |i| over(i, |run| run.summary.tokens_per_s).map(|s| s.mean);
     table.column("tokens_per_s", "tokens/s", true, |i| number(speed(i), count));
-    let complete = |i: usize| !data.chosen(&data.settings[i]).incomplete;
-    table.column("complete", "seeds", false, |i| word(if complete(i) { "" } else { "fewer than others" }));
     table
 }
 
