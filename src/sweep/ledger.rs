@@ -191,9 +191,8 @@ impl Ledger {
 
     /// Looks at the whole ledger.
     pub fn look(&mut self) -> Result<Snapshot> {
-        let entries = std::fs::read_dir(&self.dir).with_context(|| {
-            format!("cannot read the ledger {}: was the folder of the sweep removed?", self.dir.display())
-        })?;
+        let entries = std::fs::read_dir(&self.dir)
+            .with_context(|| format!("cannot read the ledger {}", self.dir.display()))?;
         let mut snapshot = Snapshot::default();
         for name in entries.flatten().map(|entry| entry.file_name()) {
             let name = name.to_string_lossy();

@@ -112,10 +112,16 @@ pub fn work(plan: &Plan, options: &Options) -> Result<Outcome> {
     if result.is_err() {
         worker.abandon();
     }
-    result.context(
-        "the sweep stopped; finished runs stay and the others go on where they were saved: mend the cause and give the \
-         same command again",
-    )
+    result.with_context(|| {
+        let gone = match plan.dir.join("ledger").is_dir() {
+            true => String::new(),
+            false => format!(": the folder {} is gone", plan.dir.display()),
+        };
+        format!(
+            "the sweep stopped{gone}; finished runs stay and the others go on where they were saved: mend the cause \
+             and give the same command again"
+        )
+    })
 }
 
 /// Puts runs back that are said to be done but have no result any more, and, on request, those that failed.
