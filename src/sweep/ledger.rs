@@ -140,20 +140,18 @@ impl Owner {
     /// This process.
     fn this() -> Self {
         let pid = std::process::id();
-        Self { host: host_name(), pid, machine: machine(), began: began(pid).unwrap_or(0) }
+        Self {
+            host: gethostname::gethostname().to_string_lossy().into_owned(),
+            pid,
+            machine: machine(),
+            began: began(pid).unwrap_or(0),
+        }
     }
 
     /// Whether the process is gone, as far as can be told from here.
     fn is_dead(&self, here: &Owner) -> bool {
         !self.machine.is_empty() && self.machine == here.machine && began(self.pid) != Some(self.began)
     }
-}
-
-/// The name of this machine.
-pub fn host_name() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let name = read("/proc/sys/kernel/hostname").or_else(|| std::env::var("HOSTNAME").ok());
-    name.map(|name| name.trim().to_string()).filter(|name| !name.is_empty()).unwrap_or("this machine".into())
 }
 
 /// This boot of this machine, and the namespace of its process numbers: containers have their own.
