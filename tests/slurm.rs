@@ -258,6 +258,9 @@ fn a_sweep_on_slurm_survives_what_slurm_does() {
     assert_eq!(sweep.end(launcher), 130, "{}", sweep.story());
     assert!(sweep.story().contains("the jobs were cancelled"), "{}", sweep.story());
     assert_eq!((sweep.claims(), sweep.submitted()), (vec![], 3));
+    // What Slurm refuses is said in its words.
+    assert_eq!(sweep.end(sweep.launch(&["--slurm", "partition=nowhere"])), 1);
+    assert!(sweep.story().contains("sbatch says: sbatch: error: invalid partition specified: nowhere"));
     // Left alone, and taken up again: nothing is submitted twice.
     assert_eq!(sweep.end(sweep.launch(&["--detach"])), 0);
     assert_eq!(sweep.submitted(), 6);

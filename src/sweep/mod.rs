@@ -1,7 +1,7 @@
 //! Many runs from one file: each exactly once, by any number of processes on any number of machines that share
 //! a folder, without a server.
 //!
-//! * [`file`] reads what is to be run, [`wandb`] the sweep files of the released code;
+//! * [`mod@file`] reads what is to be run, `wandb` the sweep files of the released code;
 //! * [`plan`] gives every run its identity: a hash of what can change its result;
 //! * [`ledger`] keeps, in files, what is pending, running, done and failed, and who runs what;
 //! * [`worker`] carries out runs as child processes, one after the other on each device;

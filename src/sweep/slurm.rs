@@ -43,19 +43,8 @@ use crate::{bad_input, bail_input, files};
 /// Settings that are options of `sbatch` under the same name, with dashes.
 const OPTIONS: [&str; 7] = ["partition", "time", "gres", "cpus_per_task", "mem", "account", "qos"];
 
-const KEYS: [&str; 11] = [
-    "partition",
-    "time",
-    "gres",
-    "cpus_per_task",
-    "mem",
-    "account",
-    "qos",
-    "workers",
-    "notice",
-    "setup",
-    "options",
-];
+/// The other settings.
+const OTHERS: [&str; 4] = ["workers", "notice", "setup", "options"];
 
 /// Options that the launcher itself needs to be as they are.
 const OWN: [&str; 12] = [
@@ -92,24 +81,23 @@ pub struct Settings {
 impl Settings {
     /// Checks the settings in a sweep file that messages call `origin`, with `sets`, each `key=value`, over them.
     pub fn read(mapping: &Mapping, origin: &str, sets: &[String]) -> Result<Self> {
-        check_keys(mapping, &KEYS, origin, "slurm")?;
-        let mut all: BTreeMap<&str, (Value, String)> = BTreeMap::new();
-        for key in KEYS {
-            if let Some(value) = mapping.get(key).filter(|value| !value.is_null()) {
-                all.insert(key, (value.clone(), format!("{origin}: slurm.{key}")));
+        let known: Vec<&str> = OPTIONS.into_iter().chain(OTHERS).collect();
+        let mut all: BTreeMap<String, (Value, String)> = BTreeMap::new();
+        let mut lay = |mapping: &Mapping, origin: &str| -> Result<()> {
+            check_keys(mapping, &known, origin, "slurm")?;
+            for (key, value) in mapping.iter().filter(|(_, value)| !value.is_null()) {
+                let key = key.as_str().unwrap_or_default();
+                all.insert(key.to_string(), (value.clone(), format!("{origin}: slurm.{key}")));
             }
-        }
+            Ok(())
+        };
+        lay(mapping, origin)?;
         for set in sets {
             let place = format!("--slurm {set}");
             let Some((key, value)) = set.split_once('=') else {
                 bail_input!("{place}: write key=value, for example --slurm partition=gpu")
             };
-            let one = Mapping::from_iter([(key.trim().into(), document(value, &place)?)]);
-            check_keys(&one, &KEYS, &place, "slurm")?;
-            let known = KEYS.into_iter().find(|known| *known == key.trim());
-            if let (Some(known), Some(value)) = (known, one.into_iter().next().map(|(_, value)| value)) {
-                all.insert(known, (value, format!("{place}: {known}")));
-            }
+            lay(&Mapping::from_iter([(key.trim().into(), document(value, &place)?)]), &place)?;
         }
 
         let mut options = Vec::new();
@@ -137,19 +125,17 @@ impl Settings {
             }
             options.push(option);
         }
-        let count = |key: &str, default: usize, least: usize| match all.get(key) {
+        let count = |key: &str, default: usize| match all.get(key) {
             None => Ok(default),
             Some((value, place)) => match value.as_u64() {
-                Some(n) if (least..=1_000_000).contains(&(n as usize)) => Ok(n as usize),
-                _ => {
-                    Err(bad_input!("{place} is {}; it must be a whole number from {least} on", shown(value)))
-                }
+                Some(n @ 1..=1_000_000) => Ok(n as usize),
+                _ => Err(bad_input!("{place} is {}; it must be a whole number from 1 on", shown(value))),
             },
         };
         Ok(Self {
             options,
-            workers: count("workers", MOST_WORKERS, 1)?,
-            notice: count("notice", 60, 1)?,
+            workers: count("workers", MOST_WORKERS)?,
+            notice: count("notice", 60)?,
             setup: lines("setup")?,
         })
     }
@@ -463,6 +449,9 @@ exit "$code"
             };
             *jobs.entry(id).or_default().entry(state).or_default() += 1;
         }
+        if jobs.is_empty() {
+            return "no job".into();
+        }
         let job = |(id, states): (&str, BTreeMap<String, usize>)| {
             let states: Vec<String> = states.into_iter().map(|(state, n)| format!("{n} {state}")).collect();
             format!("job {id}: {}", states.join(", "))
@@ -480,7 +469,7 @@ exit "$code"
     /// Cancels all tasks and waits until they are gone: running ones save their runs first.
     fn cancel(&mut self) -> Result<()> {
         let sent = self.scancel(&self.jobs, &[]);
-        self.wait_until_gone(Duration::from_secs(300))?;
+        self.wait_until_gone(Duration::from_secs(300));
         match self.active() {
             0 => Ok(()),
             left => sent.and_then(|()| {
@@ -498,13 +487,13 @@ exit "$code"
     }
 
     /// Waits until no task is left, but no longer than `most`.
-    fn wait_until_gone(&mut self, most: Duration) -> Result<()> {
+    fn wait_until_gone(&mut self, most: Duration) {
         let begin = Instant::now();
         while self.active() > 0 && begin.elapsed() < most {
             std::thread::sleep(interval(begin.elapsed()));
-            self.refresh()?;
+            // A controller that does not answer is asked again.
+            let _ = self.refresh();
         }
-        Ok(())
     }
 
     fn scancel(&self, jobs: &[Job], only: &[&str]) -> Result<()> {
@@ -536,6 +525,9 @@ fn interval(elapsed: Duration) -> Duration {
 /// What a command of Slurm prints; its own words where it fails.
 fn call(command: &mut Command) -> Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
+    // Ctrl-C is for this process: a submission that it broke off could leave a job that nobody knows.
+    #[cfg(unix)]
+    std::os::unix::process::CommandExt::process_group(command, 0);
     let Output { status, stdout, stderr } = match command.stdin(Stdio::null()).output() {
         Err(error) if error.kind() == ErrorKind::NotFound => bail_input!(
             "--launcher slurm needs {program}, which is not in PATH; give the command on a machine that submits to \
@@ -612,7 +604,9 @@ pub fn launch(plan: &Plan, workers: Workers, options: &Options) -> Result<Option
     let mut launcher =
         Launcher { plan, options, ledger, board, array: Array::open(workers)?, counts, interrupted };
     if options.detach {
-        launcher.submit(counts.pending)?;
+        if launcher.submit(counts.pending)? == 0 {
+            launcher.board.line(&format!("nothing to submit: {counts}; {}", launcher.array.describe()));
+        }
         return Ok(None);
     }
     let outcome = launcher.follow();
@@ -674,7 +668,7 @@ impl Launcher<'_> {
             }
             if pending + running == 0 {
                 self.array.cancel_waiting();
-                self.array.wait_until_gone(Duration::from_secs(30))?;
+                self.array.wait_until_gone(Duration::from_secs(30));
                 return self.end(false);
             }
             let lost = self.array.lost();
