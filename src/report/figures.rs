@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 
 use super::data::{Data, MODEL_ORDER, Setting, labels, place, without};
 use super::facts::Facts;
-use super::read::{ByDistance, Fields, Run, Share};
+use super::read::{Fields, Run};
 use super::stats::Stats;
+use crate::train::breakdown::{AtDistance, Breakdown, Tally};
 
 /// One figure, with a panel for every task that has the data for it.
 pub struct Figure {
@@ -246,33 +247,37 @@ fn complexity_keys(data: &Data) -> Vec<&'static str> {
         .collect()
 }
 
-fn share(share: Share) -> Option<f64> {
-    (share.elements > 0).then(|| share.right as f64 / share.elements as f64)
+fn share(tally: Tally) -> Option<f64> {
+    (tally.elements > 0).then(|| tally.accuracy())
+}
+
+/// What the tests of a run say about kinds of elements, the main test first.
+fn breakdowns(run: &Run) -> impl Iterator<Item = &Breakdown> {
+    run.summary.tests.iter().filter_map(|test| test.evaluation.breakdown.as_ref())
 }
 
 fn by_gap(run: &Run) -> Series {
-    let mut by: BTreeMap<u64, Share> = BTreeMap::new();
-    for one in run.breakdowns.iter().flatten().flat_map(|breakdown| &breakdown.by_gap) {
-        let sum = by.entry(one.gap.to_bits()).or_default();
-        *sum = Share { right: sum.right + one.share.right, elements: sum.elements + one.share.elements };
+    let mut by: BTreeMap<u32, Tally> = BTreeMap::new();
+    for one in breakdowns(run).flat_map(|breakdown| &breakdown.by_gap) {
+        by.entry(one.gap).or_default().add(one.tally);
     }
-    by.into_iter().filter_map(|(gap, sum)| Some((f64::from_bits(gap), share(sum)?, None))).collect()
+    by.into_iter().filter_map(|(gap, sum)| Some((f64::from(gap), share(sum)?, None))).collect()
 }
 
 /// Bins stand at their geometric middle.
-fn bins(bins: &[ByDistance]) -> Series {
-    let middle = |bin: &ByDistance| ((bin.from.max(1) * bin.to.max(1)) as f64).sqrt();
-    bins.iter().filter_map(|bin| Some((middle(bin), share(bin.share)?, None))).collect()
+fn bins(bins: &[AtDistance]) -> Series {
+    let middle = |bin: &AtDistance| ((bin.from.max(1) * bin.to.max(1)) as f64).sqrt();
+    bins.iter().filter_map(|bin| Some((middle(bin), share(bin.tally)?, None))).collect()
 }
 
 /// Of the main test.
 fn by_distance(run: &Run) -> Series {
-    run.breakdowns.first().and_then(Option::as_ref).map_or(vec![], |breakdown| bins(&breakdown.by_distance))
+    breakdowns(run).next().map_or(vec![], |breakdown| bins(&breakdown.by_distance))
 }
 
 /// Of the main test.
 fn after_distractor(run: &Run) -> Series {
-    let main = run.breakdowns.first().and_then(Option::as_ref);
+    let main = breakdowns(run).next();
     let Some(distractor) = main.and_then(|breakdown| breakdown.distractor.as_ref()) else { return vec![] };
     let on = share(distractor.on).map(|on| (0.0, on, None));
     on.into_iter().chain(bins(&distractor.after)).collect()
@@ -455,8 +460,10 @@ pub fn named(axis: Axis, panel: &Panel) -> Vec<f64> {
 mod tests {
     use super::super::data::tests::data;
     use super::super::read::tests::made_up;
-    use super::super::read::{Breakdown, ByGap};
     use super::*;
+    use crate::train::Test;
+    use crate::train::breakdown::AtGap;
+    use crate::train::evaluate::Evaluation;
 
     fn ids(figures: &[Figure]) -> Vec<&str> {
         figures.iter().map(|figure| figure.id).collect()
@@ -505,11 +512,17 @@ mod tests {
 
     #[test]
     fn breakdowns_add_up_over_the_tests_of_a_run() {
-        let by = |gap, right, elements| ByGap { gap, share: Share { right, elements } };
+        let by = |gap, right, elements| AtGap { gap, tally: Tally { right, elements } };
         let mut run = sized("gla", 32, 1, 0.5);
-        let first = Breakdown { by_gap: vec![by(1.0, 1, 2), by(3.0, 1, 4)], ..Default::default() };
-        let second = Breakdown { by_gap: vec![by(3.0, 3, 4), by(9.0, 0, 0)], ..Default::default() };
-        run.breakdowns = vec![Some(first), None, Some(second)];
+        let first = Breakdown { by_gap: vec![by(1, 1, 2), by(3, 1, 4)], ..Default::default() };
+        let second = Breakdown { by_gap: vec![by(3, 3, 4), by(9, 0, 0)], ..Default::default() };
+        let test = run.summary.tests[0].clone();
+        run.summary.tests = [Some(first), None, Some(second)]
+            .map(|breakdown| {
+                let evaluation = Evaluation { breakdown, ..test.evaluation.clone() };
+                Test { evaluation, ..test.clone() }
+            })
+            .into();
         assert_eq!(by_gap(&run), [(1.0, 0.5, None), (3.0, 0.5, None)]);
         let figures = of(vec![run]);
         assert_eq!(ids(&figures), ["learning_curves", "accuracy_by_gap_before"]);

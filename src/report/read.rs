@@ -6,12 +6,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use serde::Deserialize;
 use serde_json::Value;
 
+use crate::bad_input;
 use crate::config::{self, Config, Emulate};
 use crate::train::Summary;
-use crate::{bad_input, files};
 
 /// The fields of a configuration as text, by their paths (`train.lr`).
 pub type Fields = BTreeMap<String, String>;
@@ -27,8 +26,6 @@ pub struct Run {
     pub summary: Summary,
     /// At every evaluation, in the order of the samples seen.
     pub validation: Vec<Evaluated>,
-    /// One for each of the summary's tests.
-    pub breakdowns: Vec<Option<Breakdown>>,
     /// `run.json`, of runs that have one.
     pub provenance: Option<Value>,
 }
@@ -39,49 +36,6 @@ pub struct Evaluated {
     pub samples: f64,
     pub accuracy: f64,
     pub loss: f64,
-}
-
-/// Right answers among elements.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-pub struct Share {
-    pub right: u64,
-    pub elements: u64,
-}
-
-/// Elements after a gap of so many timesteps.
-#[derive(Clone, Debug, Deserialize)]
-pub struct ByGap {
-    pub gap: f64,
-    #[serde(flatten)]
-    pub share: Share,
-}
-
-/// Elements at distances `from` to `to`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct ByDistance {
-    pub from: u64,
-    pub to: u64,
-    #[serde(flatten)]
-    pub share: Share,
-}
-
-/// Elements with distractors in their own window, and after the last such window.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Distractor {
-    pub on: Share,
-    #[serde(default)]
-    pub after: Vec<ByDistance>,
-}
-
-/// What a test says about kinds of elements.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Breakdown {
-    #[serde(default)]
-    pub by_gap: Vec<ByGap>,
-    #[serde(default)]
-    pub by_distance: Vec<ByDistance>,
-    #[serde(default)]
-    pub distractor: Option<Distractor>,
 }
 
 /// A run of a sweep that ended without a result.
@@ -191,15 +145,6 @@ impl Run {
     pub fn open(dir: &Path, notes: &mut Vec<String>) -> Result<Self> {
         let summary = Summary::open(dir)?;
         let config = config::load::load(&dir.join("config.yaml"), &[])?;
-        let value: Value = serde_json::from_slice(&files::read(&dir.join("summary.json"), "the summary")?)?;
-        let tests = value["tests"].as_array().map_or(&[][..], |tests| tests);
-        let mut breakdown = |test: &Value| match &test["breakdown"] {
-            Value::Null => None,
-            value => serde_json::from_value(value.clone())
-                .map_err(|error| notes.push(format!("{}: a breakdown is left out: {error}", dir.display())))
-                .ok(),
-        };
-        let breakdowns = tests.iter().map(&mut breakdown).collect();
         let fields = fields(&config);
         let mut run = Self {
             dir: dir.to_path_buf(),
@@ -208,7 +153,6 @@ impl Run {
             config,
             summary,
             validation: vec![],
-            breakdowns,
             provenance: std::fs::read(dir.join("run.json"))
                 .ok()
                 .and_then(|bytes| serde_json::from_slice(&bytes).ok()),
@@ -339,7 +283,6 @@ pub(super) mod tests {
                 Evaluated { samples: 3200.0, accuracy: validation / 2.0, loss: 1.0 },
                 Evaluated { samples: 6400.0, accuracy: validation, loss: 0.3 },
             ],
-            breakdowns: vec![None],
             provenance: None,
         }
     }
@@ -387,16 +330,5 @@ not json
         newer.summary.version = "0.2.0".into();
         assert_ne!(other.identity(), base.identity());
         assert_ne!(newer.identity(), base.identity());
-    }
-
-    #[test]
-    fn a_breakdown_may_be_partial() {
-        let text = r#"{"by_gap": [{"gap": 3, "right": 120, "elements": 150}], "distractor":
-            {"on": {"right": 1, "elements": 2}, "after": [{"from": 1, "to": 2, "right": 3, "elements": 4}]}}"#;
-        let breakdown: Breakdown = serde_json::from_str(text).unwrap();
-        assert_eq!((breakdown.by_gap[0].gap, breakdown.by_gap[0].share.elements), (3.0, 150));
-        let distractor = breakdown.distractor.unwrap();
-        assert_eq!((distractor.on.right, distractor.after[0].to, distractor.after[0].share.right), (1, 2, 3));
-        assert!(breakdown.by_distance.is_empty());
     }
 }

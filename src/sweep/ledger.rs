@@ -457,7 +457,7 @@ mod tests {
         assert_eq!(mine.look().unwrap().state("c"), State::Done);
         std::fs::remove_dir_all(dir.path().join("ledger")).unwrap();
         let error = format!("{:#}", mine.look().err().unwrap());
-        assert!(error.contains("was the folder of the sweep removed?"), "{error}");
+        assert!(error.contains("cannot read the ledger"), "{error}");
     }
 
     /// Many processes, some of which die with a claim in their hands: nobody ever holds what somebody else holds,

@@ -105,7 +105,6 @@ pub fn work(plan: &Plan, options: &Options) -> Result<Outcome> {
         slots,
         program: std::env::current_exe().context("cannot find this program's own file")?,
         stopping: false,
-        failures: 0,
     };
     let result = worker.work();
     worker.board.finish();
@@ -153,8 +152,6 @@ struct Worker<'a> {
     slots: Vec<Slot>,
     program: PathBuf,
     stopping: bool,
-    /// Runs that failed here.
-    failures: usize,
 }
 
 impl Worker<'_> {
@@ -397,7 +394,6 @@ impl Worker<'_> {
         let name = self.plan.runs[job.run].folder();
         self.board.line(&format!("{name} failed: {reason}"));
         self.ledger.failed(job.claim, &name, reason)?;
-        self.failures += 1;
         if self.options.fail_fast && !self.stopping {
             self.board.line("--fail-fast: the other runs save their state and stop…");
             self.stopping = true;

@@ -28,7 +28,8 @@ impl Tally {
         self.elements += 1;
     }
 
-    fn add(&mut self, other: Tally) {
+    /// Counts those of `other` too.
+    pub fn add(&mut self, other: Tally) {
         self.right += other.right;
         self.elements += other.elements;
     }
