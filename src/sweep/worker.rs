@@ -485,3 +485,33 @@ fn device_is_lost(device: &str, message: &str) -> bool {
     ];
     device.starts_with("cuda") && SIGNS.iter().any(|sign| message.contains(sign))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_is_the_last_error_of_the_log() {
+        let log = "error: an older one\nstep 3\nerror: disk full\nstack backtrace:\nnote: more\n\n";
+        assert_eq!(last_message(log), "disk full");
+        assert_eq!(last_message("step 3\nstopped somewhere\n"), "stopped somewhere");
+        assert_eq!(last_message("\n"), "it ended without a message");
+    }
+
+    #[test]
+    fn a_gpu_that_is_gone_is_no_fault_of_the_run() {
+        for message in [
+            "the run stopped after update 7: DriverError(CUDA_ERROR_ECC_UNCORRECTABLE, \"uncorrectable ECC error\")",
+            "--device is `cuda:1`, but there is no such GPU",
+        ] {
+            assert!(device_is_lost("cuda:1", message), "{message}");
+        }
+        for (device, message) in [
+            ("cuda:1", "update 3 would not be finite: the weights layers.0.a_log are not finite"),
+            ("cuda:1", "cannot write metrics.jsonl: No space left on device"),
+            ("cpu", "DriverError(CUDA_ERROR_NO_DEVICE)"),
+        ] {
+            assert!(!device_is_lost(device, message), "{message}");
+        }
+    }
+}
