@@ -479,6 +479,13 @@
     }
   }
 
+  function drawAll() {
+    for (const box of [...waiting]) {
+      waiting.delete(box);
+      drawFigure(box, Number(box.dataset.figure));
+    }
+  }
+
   // ---- details ----
 
   const dialog = $("#detail");
@@ -633,6 +640,12 @@
   $$("table.sortable").forEach(makeSortable);
   apply();
   follow();
+  // An address within the page: figures above it must have their heights first.
+  const part = document.getElementById(location.hash.slice(1));
+  if (part) {
+    drawAll();
+    part.scrollIntoView();
+  }
   let width = innerWidth;
   let timer;
   addEventListener("resize", () => {
@@ -642,10 +655,5 @@
     }, 150);
   });
   // On paper all figures are needed.
-  addEventListener("beforeprint", () => {
-    for (const box of [...waiting]) {
-      waiting.delete(box);
-      drawFigure(box, Number(box.dataset.figure));
-    }
-  });
+  addEventListener("beforeprint", drawAll);
 })();

@@ -244,7 +244,11 @@ def main(page, shots):
                 use(browser, name, shots)
                 quiet(browser, page)
                 loads += 1
-                # A link to a run works from elsewhere.
+                # Links to a part and to a run work from elsewhere.
+                browser.post("/url", url="about:blank")
+                browser.post("/url", url=page + "#settings")
+                browser.wait("return Math.abs(document.querySelector('#settings').getBoundingClientRect().top) < 200",
+                             "a link to the settings")
                 browser.post("/url", url="about:blank")
                 browser.post("/url", url=page + "#run-0")
                 browser.wait("return document.querySelector('dialog')?.open", "a link to a run")
