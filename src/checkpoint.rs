@@ -107,7 +107,7 @@ impl Checkpoint {
         if (task.features(), task.classes()) != (self.features, self.classes) {
             bail_input!(
                 "{} takes {} input features and tells {} classes apart, but its task has {} symbols and {} \
-                 states: it was trained on another one",
+                 classes: it was trained on another one",
                 path.display(),
                 self.features,
                 self.classes,

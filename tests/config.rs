@@ -630,6 +630,7 @@ fn survives(text: &str, sets: &[String]) {
 prop_compose! {
     fn task_config()(
         preset in proptest::sample::select(TaskPreset::ALL.to_vec()),
+        objective in proptest::sample::select(vec![Objective::Classify, Objective::Predict]),
         (ambiguities, extra, depth) in (0..=52usize, 1..10usize, 1..=100usize),
         density in 1e-6..2.0f64,
         start_states in 1..2usize,
@@ -644,6 +645,7 @@ prop_compose! {
     ) -> TaskConfig {
         TaskConfig {
             preset,
+            objective,
             vocab: Auto::Value(ambiguities + extra + 1),
             ambiguities,
             depth: Auto::Value(depth),

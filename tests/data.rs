@@ -1,7 +1,6 @@
 //! The as-released profile against what the authors' generator really drew, and the metrics against what
 //! their evaluation computed.
 //!
-//! The two `predict*` entries of the golden files are about next-symbol prediction, which is not built.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,11 +8,12 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use selectivbench::config::{
-    Auto, Config, GapConfig, GapKind, GapLaw, Split, StringConfig, TaskConfig, TaskPreset,
+    Auto, Config, GapConfig, GapKind, GapLaw, Objective, Split, StringConfig, TaskConfig, TaskPreset,
 };
 use selectivbench::ops::head::{Targets, loss_and_votes};
 use selectivbench::task::batch::{Delay, GapRule, GapStream, Noise, NoiseStream};
 use selectivbench::task::grammar::{Grammar, GrammarConfig};
+use selectivbench::task::next::{self, Divergence};
 use selectivbench::task::rng::{Mt19937, Pcg64, SeedSequence};
 use selectivbench::task::{Batch, PAD, Part, Sample, Samples, Task};
 use serde_json::Value;
@@ -459,11 +459,8 @@ fn task(grammar: &GrammarConfig, config: TaskConfig) -> Task {
 fn batches_are_the_authors() {
     for entry in list(&json("batches.json")["batches"]) {
         let name = text(&entry["name"]);
-        if name.starts_with("predict") {
-            // next-symbol prediction is not built
-            continue;
-        }
         let params = &entry["params"];
+        let predict = !params["classify"].as_bool().unwrap_or(true);
         let number = |key: &str| params[key].as_u64().unwrap() as usize;
         let grammar = grammar_config(params);
         let delay = match params["fixed"].as_f64() {
@@ -492,6 +489,7 @@ fn batches_are_the_authors() {
                 ..task_config(&grammar).gap
             },
             noise,
+            objective: if predict { Objective::Predict } else { Objective::Classify },
             ..task_config(&grammar)
         };
         let task = task(&grammar, config);
@@ -514,7 +512,12 @@ fn batches_are_the_authors() {
             };
             let seed = numpy_base.map_or(grammar.seed * index, |base| base + k);
             let mut stream = GapStream::AsReleased { chance, numpy: Mt19937::from_u32(seed as u32) };
-            samples.push(Sample::draw(task.grammar(), states, &rule, &mut stream));
+            let mut sample = Sample::draw(task.grammar(), states, &rule, &mut stream);
+            if predict {
+                // The symbol that would follow bears on nothing here.
+                sample.predict(Split::AsReleased, 1);
+            }
+            samples.push(sample);
             let GapStream::AsReleased { chance: after, .. } = stream else { unreachable!() };
             chance = after;
         }
@@ -524,19 +527,21 @@ fn batches_are_the_authors() {
                 .map(|k| NoiseStream::AsReleased(Mt19937::from_u32((base + k) as u32)))
                 .collect(),
         });
-        let set = Samples::new(task.sampler().grammar().clone(), samples, grammar.vocab, indices[0], noise);
+        let set = Samples::new(samples, grammar.vocab, indices[0], noise);
         let want = tensors(text(&entry["file"]));
-        compare(name, &set.into_batch(), &want);
+        let states: Vec<Vec<u32>> = set.as_slice().iter().map(|sample| sample.states.clone()).collect();
+        compare(name, &set.into_batch(), &want, &task, &states);
 
         // Where the golden run seeds its generators as the program does: the same through the task.
         let consecutive = (0..).zip(&indices).all(|(k, &index)| k == index);
         if consecutive && combined && numpy_base.is_none() && torch_base.is_none() {
-            compare(name, &task.batch(Part::Train, 0, indices.len(), None).unwrap(), &want);
+            let batch = task.batch(Part::Train, 0, indices.len(), None).unwrap();
+            compare(name, &batch, &want, &task, &states);
         }
     }
 }
 
-fn compare(name: &str, batch: &Batch, want: &HashMap<String, Tensor>) {
+fn compare(name: &str, batch: &Batch, want: &HashMap<String, Tensor>, task: &Task, states: &[Vec<u32>]) {
     let f32s = |key: &str| want[key].flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let integers = |key: &str| want[key].flatten_all().unwrap().to_vec1::<i64>().unwrap();
     assert_eq!(want["data"].dims(), [batch.batch, batch.steps, batch.features], "{name}");
@@ -551,6 +556,22 @@ fn compare(name: &str, batch: &Batch, want: &HashMap<String, Tensor>) {
     assert_eq!(lens, integers("lens"), "{name}");
     assert_eq!(batch.valid_steps() as f32, mask.iter().sum::<f32>(), "{name}");
 
+    let grammar = task.grammar();
+    if let Some(targets) = want.get("target_probs") {
+        assert!(mask == f32s("gap_mask"), "{name}: gap_mask");
+        let classes = task.classes();
+        assert_eq!(targets.dims(), [batch.batch, batch.steps, classes], "{name}");
+        let of_step = |(i, &element): (usize, &u32)| match element {
+            PAD => vec![0.0; classes],
+            element => next::after(task, states[i / batch.steps][element as usize]),
+        };
+        let targets: Vec<f32> =
+            batch.element.iter().enumerate().flat_map(of_step).map(|p| p as f32).collect();
+        assert!(targets == f32s("target_probs"), "{name}: target_probs");
+        let ids = states.iter().flatten().map(|&state| grammar.label(state) as f32);
+        assert_eq!(ids.collect::<Vec<f32>>(), f32s("debug_class_seq"));
+        return;
+    }
     let (b, e, t) = want["gap_mask"].dims3().unwrap();
     assert_eq!((b, e, t), (batch.batch, batch.elements, batch.steps), "{name}");
     let mut windows = vec![0.0; b * e * t];
@@ -644,21 +665,66 @@ fn metrics_are_the_authors() {
     }
 }
 
+/// The divergence and the cross-entropy of next-symbol prediction.
+#[test]
+fn divergences_are_the_authors() {
+    let cases = json("metrics.json");
+    let cases: Vec<&Value> =
+        list(&cases["cases"]).iter().filter(|case| text(&case["kind"]) == "predict").collect();
+    assert_eq!(cases.len(), 2);
+    for case in cases {
+        let name = text(&case["name"]);
+        let want = tensors(text(&case["file"]));
+        let (batch, steps, classes) = want["logits"].dims3().unwrap();
+        let valid: Vec<f32> = want["gap_mask"].flatten_all().unwrap().to_vec1().unwrap();
+        let element = valid.iter().map(|&valid| if valid == 1.0 { 0 } else { PAD }).collect();
+        let labels = want["labels"].to_dtype(DType::U32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let targets = Targets { labels, element, batch, steps, elements: 1 };
+        let count = f64::from(valid.iter().sum::<f32>());
+        let (loss, _) = loss_and_votes(&want["logits"], &targets).unwrap();
+        let near = |got: f64, key: &str| {
+            let want = f64_of(&case[key]);
+            assert!(
+                (got / count - want).abs() < 1e-12 * want,
+                "{name}: {key} {}, expected {want}",
+                got / count
+            );
+        };
+        near(loss, "ce_over_gap_mask");
+        let rows = |key: &str| want[key].flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let (logits, probabilities) = (rows("logits"), rows("target_probs"));
+        let kl = |epsilon: f64| -> f64 {
+            let rows = logits.chunks(classes).zip(probabilities.chunks(classes)).zip(&valid);
+            rows.filter(|(_, valid)| **valid == 1.0)
+                .map(|((logits, target), _)| next::divergence(&next::smoothed(target, epsilon), logits))
+                .sum()
+        };
+        near(kl(0.0), "kl_train");
+        near(kl(next::EPSILON), "kl_test_eps1e-6");
+    }
+}
+
 /// Their whole test loop over a stub model, logits = data · W; all samples are equally long, so that the
 /// loss does not depend on the shuffle.
 #[test]
 fn evaluation_is_the_authors() {
     for case in list(&json("metrics.json")["cases"]) {
         let name = text(&case["name"]);
-        if !name.starts_with("eval_classify") {
+        if text(&case["kind"]) != "eval" {
             continue;
         }
+        let predict = name.starts_with("eval_predict");
+        let objective = if predict { Objective::Predict } else { Objective::Classify };
         let params = &case["params"];
         let grammar = grammar_config(params);
         let length = params["L"].as_u64().unwrap() as usize;
-        let task = task(&grammar, TaskConfig { length, ..task_config(&grammar) });
+        let task = task(&grammar, TaskConfig { length, objective, ..task_config(&grammar) });
         let count = case["test_size"].as_u64().unwrap() as usize;
-        let batch = task.batch(Part::Test, 0, count, None).unwrap();
+        let samples = task.samples(Part::Test, 0, count, None).unwrap();
+        let divergence =
+            next::Targets::new(&task, None).map(|next| Divergence::new(&next, samples.as_slice()));
+        assert_eq!(divergence.is_some(), predict);
+        let batch = samples.into_batch();
         let w = tensors(text(&case["file"]));
         let [w] = w.values().collect::<Vec<_>>()[..] else { panic!("{name}: one tensor") };
         let data = Tensor::from_vec(batch.dense(), (batch.batch * batch.steps, batch.features), &Device::Cpu);
@@ -667,12 +733,24 @@ fn evaluation_is_the_authors() {
         let targets = Targets { labels, element, batch: batch.batch, steps, elements };
         let (loss, votes) = loss_and_votes(&logits, &targets).unwrap();
         let loss = loss / batch.valid_steps() as f64;
-        let accuracy = accuracy(&votes, &window_labels(&targets), true);
+        let performance = match divergence {
+            None => accuracy(&votes, &window_labels(&targets), true),
+            Some(mut divergence) => {
+                // In pieces, as an evaluation does.
+                for from in (0..steps).step_by(7) {
+                    let piece = logits.narrow(1, from, 7.min(steps - from)).unwrap();
+                    divergence.add(&piece.flatten_all().unwrap().to_vec1().unwrap());
+                }
+                let (sum, steps) = divergence.finish();
+                assert_eq!(steps, batch.valid_steps());
+                sum / steps as f64
+            }
+        };
         for shuffle in 0..2 {
             let want = case["loss_two_shuffles"][shuffle].as_f64().unwrap();
             assert!((loss - want).abs() < 1e-5, "{name}: loss {loss}, expected {want}");
             let want = case["perf_two_shuffles"][shuffle].as_f64().unwrap();
-            assert!((accuracy - want).abs() < 1e-6, "{name}: accuracy {accuracy}, expected {want}");
+            assert!((performance - want).abs() < 1e-6, "{name}: {performance}, expected {want}");
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use selectivbench::config::{Auto, Config, GapConfig, GapKind, Split, TaskConfig, TaskPreset};
+use selectivbench::config::{Auto, Config, GapConfig, GapKind, Objective, Split, TaskConfig, TaskPreset};
+use selectivbench::task::next::{Divergence, Targets};
 use selectivbench::task::{Part, Task, oracle};
 use serde_json::Value;
 
@@ -86,6 +87,71 @@ fn observers_are_calibrated_among_distractors() {
         assert!((ceiling.accuracy - ceiling.hits).abs() < 3e-3, "{ceiling:?}");
         assert!(ceiling.accuracy < 0.999, "something is uncertain: {ceiling:?}");
         assert_ne!(task.ceiling(0.5).unwrap(), task.ceiling(gap).unwrap());
+    }
+}
+
+/// The ideal's probabilities of the next symbol are the frequencies that come true, its own divergence is 0, and
+/// what knows less diverges.
+#[test]
+fn the_ideal_predicts_the_next_symbol() {
+    for (kind, split) in [
+        (GapKind::Blank, Split::HeldOut),
+        (GapKind::Distractor, Split::HeldOut),
+        (GapKind::Blank, Split::AsReleased),
+    ] {
+        let mut config = config(6);
+        config.objective = Objective::Predict;
+        (config.length, config.string.max) = (30, Auto::AUTO);
+        config.gap = GapConfig { kind, probability: 0.4, ..config.gap };
+        (config.test_gap, config.split, config.samples.test) = (0.2, split, 2000);
+        let task = Task::new(&config, 2).unwrap();
+        let ceiling = oracle::ceiling(&task, None).unwrap();
+        assert!((ceiling.accuracy - ceiling.hits).abs() < 6e-3, "{kind:?}, {split:?}: {ceiling:?}");
+        assert!(ceiling.accuracy < 0.9, "{ceiling:?}");
+
+        let targets = Targets::new(&task, None).unwrap();
+        let samples = task.samples(Part::Test, 0, 2000, None).unwrap();
+        let mean = |logits: &dyn Fn(&[f64]) -> Vec<f32>| {
+            let mut divergence = Divergence::new(&targets, samples.as_slice());
+            let steps = samples.steps();
+            let each = samples.as_slice().iter().flat_map(|sample| {
+                let of = targets.of(sample);
+                let rows: Vec<Vec<f32>> = (0..of.steps()).map(|step| logits(of.at(step))).collect();
+                let padding = vec![0.0; (steps - of.steps()) * task.classes()];
+                rows.concat().into_iter().chain(padding).collect::<Vec<f32>>()
+            });
+            divergence.add(&each.collect::<Vec<f32>>());
+            let (sum, count) = divergence.finish();
+            assert_eq!(count, samples.valid_steps());
+            sum / count as f64
+        };
+        let ideal = mean(&|target| target.iter().map(|p| p.max(1e-30).ln() as f32).collect());
+        assert!(ideal.abs() < 1e-6, "{ideal}");
+        let blunt = mean(&|target| target.iter().map(|p| (p + 0.1).ln() as f32).collect());
+        assert!(blunt > 0.05, "{blunt}");
+        if split == Split::AsReleased {
+            continue;
+        }
+
+        // The cross-entropy with what came is the entropy, in expectation.
+        let (mut loss, mut elements) = (0.0, 0.0);
+        for sample in samples.as_slice() {
+            let (of, mut step) = (targets.of(sample), 0);
+            for (&label, &gap) in sample.labels.iter().zip(&sample.gaps) {
+                // At the end of its window; with distractors the observer does not know that it is the end.
+                step += gap as usize;
+                loss -= of.at(step)[label as usize].ln();
+                elements += 1.0;
+                step += 1;
+            }
+        }
+        let (loss, blank) = (loss / elements, kind == GapKind::Blank);
+        assert!(!blank || (loss - ceiling.entropy).abs() < 0.01, "{loss}, {ceiling:?}");
+        assert!(blank || loss > ceiling.entropy + 0.02, "{loss}, {ceiling:?}");
+        // Blanks are no news; all that was seen is in a window as long as the sample.
+        let whole = oracle::window_curve(&task, &[1, 31]).unwrap();
+        assert!(whole[0] < whole[1], "{whole:?}");
+        assert!(!blank || (whole[1] - ceiling.hits).abs() < 2e-3, "{whole:?}, {ceiling:?}");
     }
 }
 

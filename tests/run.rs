@@ -105,6 +105,74 @@ fn an_interrupted_run_saves_and_says_how_to_go_on() {
 }
 
 #[test]
+fn next_symbol_prediction_from_training_to_report() {
+    let place = Place::new(&TINY.replace("preset: task2", "preset: task2\n  objective: predict"));
+    place.ok(&["train", "tiny.yaml", "--out", "whole", "--set", "task.eval_gaps=[0.5]"]);
+    let mut child = place
+        .command(&["train", "tiny.yaml", "--out", "killed", "--set", "task.eval_gaps=[0.5]"])
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    place.wait_for_state("killed", &mut child);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    place.ok(&["train", "killed/config.yaml", "--out", "killed", "--resume"]);
+    same_end(&place.path("whole"), &place.path("killed"));
+
+    // The model comes nearer to the ideal, and cannot do better.
+    let lines = metrics(&place.path("whole"));
+    let kl = |split: &str| {
+        let of_split = lines.iter().filter(|line| line["split"] == split);
+        of_split.map(|line| line["kl"].as_f64()).collect::<Vec<_>>()
+    };
+    let validation: Vec<f64> = kl("validation").into_iter().map(|kl| kl.expect("a divergence")).collect();
+    assert!(validation.iter().all(|&kl| kl > 0.0) && kl("train").iter().all(Option::is_none));
+    assert!(validation[validation.len() - 1] < 0.7 * validation[0], "{validation:?}");
+    let number =
+        |value: &Value, field: &str| value[field].as_f64().unwrap_or_else(|| panic!("{field} of {value}"));
+    let end = summary(&place.path("whole"));
+    assert_eq!(end["kl"], end["tests"][0]["kl"]);
+    assert!(number(&end, "ceiling") < 0.95 && number(&end, "accuracy") < number(&end, "ceiling") + 0.1);
+
+    // On 40 samples the loss is about the entropy of the next symbol and the divergence.
+    let stats = place.ok(&["data", "stats", "tiny.yaml", "--json"]);
+    let stats: Value = serde_json::from_str(&stats).unwrap();
+    assert_eq!((&stats["objective"], &stats["classes"]), (&"predict".into(), &5.into()));
+    let least = number(&stats, "next_symbol_entropy");
+    assert!((number(&end, "loss") - number(&end, "kl") - least).abs() < 0.15, "{end}, {least}");
+    assert!(place.ok(&["data", "show", "tiny.yaml"]).contains("the symbol to predict"));
+    assert!(place.ok(&["inspect", "whole"]).contains("the symbol to predict"));
+    place.ok(&["inspect", "whole", "--text", "A0. B0. #."]);
+    place.refuses(&["inspect", "whole", "--text", "A0."], "at least two");
+
+    // Pieces that cut windows change nothing.
+    for (chunk, file) in [("4096", "whole.json"), ("7", "pieces.json")] {
+        let table = place.ok(&["eval", "whole", "--gap", "0.2,0.5", "--json", file, "--chunk", chunk]);
+        assert!(table.contains("KL") && table.contains("predict"), "{table}");
+    }
+    let read =
+        |name: &str| -> Vec<Value> { serde_json::from_slice(&fs::read(place.path(name)).unwrap()).unwrap() };
+    for ((whole, pieces), test) in
+        read("whole.json").iter().zip(&read("pieces.json")).zip(end["tests"].as_array().unwrap())
+    {
+        assert_eq!(whole["accuracy"], pieces["accuracy"]);
+        assert!((number(whole, "kl") - number(pieces, "kl")).abs() < 1e-6);
+        assert!((number(whole, "kl") - number(test, "kl")).abs() < 1e-6);
+    }
+
+    // As released the samples and the targets are others; the report keeps all apart.
+    place.ok(&["train", "tiny.yaml", "--out", "released", "--set", "task.split=as-released"]);
+    assert!(summary(&place.path("released"))["kl"].as_f64().unwrap() > 0.0);
+    place.ok(&["train", "tiny.yaml", "--out", "named", "--set", "task.objective=classify"]);
+    assert!(summary(&place.path("named")).get("kl").is_none());
+    place.ok(&["report", "whole", "released", "named", "--out", "report"]);
+    let text = fs::read_to_string(place.path("report/report.md")).unwrap();
+    assert!(text.contains("objective classify") && text.contains("objective predict"), "{text}");
+    assert!(text.contains("KL"), "{text}");
+}
+
+#[test]
 fn evaluation_at_several_gaps_and_in_pieces() {
     let place = Place::new(TINY);
     place.ok(&["train", "tiny.yaml", "--out", "run", "--set", "task.eval_gaps=[0.2, 0.5]"]);

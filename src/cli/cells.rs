@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::io::IsTerminal;
 
+use crate::config::Objective;
 use crate::task::grammar::letter;
 use crate::task::{Sample, Task};
 
@@ -44,13 +45,13 @@ pub(super) struct Cell {
 }
 
 /// What an element's cell begins with: its symbol and the timesteps behind it.
-pub(super) fn symbols(task: &Task, sample: &Sample) -> Vec<Line> {
+pub(super) fn symbols(sample: &Sample) -> Vec<Line> {
     /// Blanks and distractors that are written out; more of them are counted.
     const WRITTEN: usize = 4;
     let mut distractors = sample.distractors.iter().map(|&class| letter(class));
-    let elements = sample.states.iter().zip(&sample.gaps);
+    let elements = sample.symbols.iter().zip(&sample.gaps);
     elements
-        .map(|(&state, &gap)| {
+        .map(|(&symbol, &gap)| {
             let gap = gap as usize;
             let (behind, role) = match gap {
                 _ if !sample.distractors.is_empty() => {
@@ -68,7 +69,7 @@ pub(super) fn symbols(task: &Task, sample: &Sample) -> Vec<Line> {
                 ..=WRITTEN => ("·".repeat(gap), Role::Gap),
                 _ => (format!("·×{gap}"), Role::Gap),
             };
-            vec![(letter(task.grammar().symbol(state)).to_string(), Role::Symbol), (behind, role)]
+            vec![(letter(symbol).to_string(), Role::Symbol), (behind, role)]
         })
         .collect()
 }
@@ -79,6 +80,14 @@ pub(super) fn legend(sample: &Sample) -> &'static str {
         "symbols, with · for a timestep without one"
     } else {
         "symbols, with distractors in ()"
+    }
+}
+
+/// What is asked of each element.
+pub(super) fn asked(task: &Task) -> &'static str {
+    match task.config().objective {
+        Objective::Classify => "the state to name",
+        Objective::Predict => "the symbol to predict, the next one",
     }
 }
 

@@ -184,12 +184,14 @@ impl Row {
             "task": config.task.preset,
             "seed": config.seed,
             "split": self.split(split),
+            "objective": config.task.objective,
             "gap": self.gap,
             "timesteps": self.evaluation.timesteps,
             "samples": self.evaluation.samples,
             "accuracy": self.evaluation.accuracy,
             "ceiling": self.ceiling,
             "loss": self.evaluation.loss,
+            "kl": self.evaluation.kl,
             "breakdown": self.evaluation.breakdown,
             "seconds": self.evaluation.seconds,
             "tokens_per_s": self.evaluation.tokens as f64 / self.evaluation.seconds,
@@ -204,6 +206,7 @@ fn table(rows: &[Row], split: Option<Split>) -> Table {
         &[
             "checkpoint",
             "model",
+            "objective",
             "split",
             "gap",
             "timesteps",
@@ -211,15 +214,17 @@ fn table(rows: &[Row], split: Option<Split>) -> Table {
             "accuracy",
             "ceiling",
             "loss",
+            "KL",
             "tokens/s",
         ],
-        3..10,
+        4..12,
     );
     for row in rows {
         let evaluation = &row.evaluation;
         table.add_row([
             row.path.display().to_string(),
             row.checkpoint.config.model.name.clone(),
+            row.checkpoint.config.task.objective.name().into(),
             row.split(split).into(),
             row.gap.to_string(),
             evaluation.timesteps.to_string(),
@@ -227,6 +232,7 @@ fn table(rows: &[Row], split: Option<Split>) -> Table {
             format!("{:.2} %", 100.0 * evaluation.accuracy),
             format!("{:.2} %", 100.0 * row.ceiling),
             format!("{:.4}", evaluation.loss),
+            evaluation.kl.map_or(String::new(), |kl| format!("{kl:.4}")),
             count(evaluation.tokens as f64 / evaluation.seconds),
         ]);
     }

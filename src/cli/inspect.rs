@@ -12,6 +12,7 @@ use crate::device::parse_device;
 use crate::inspect::{Inspection, figures, first_broken, inspect, parse, window};
 use crate::model::notes::Quantity;
 use crate::plot::{self, Format};
+use crate::task::grammar::letter;
 use crate::task::{Part, Sample, Samples, Task};
 use crate::train::split_name;
 use crate::{bail_input, files};
@@ -19,9 +20,9 @@ use crate::{bail_input, files};
 /// Show what a model did on a sample: its answer at every element and, as pictures, the decays, write strengths and
 /// gates of its layers over time
 ///
-/// Each cell is the window of one element: its symbol and the timesteps behind it, the state to name, and the
-/// model's answer with its share of the vote in percent. Where the answer is wrong (✗) it stands beside its share
-/// and that of the right state. A double bar ends a string.
+/// Each cell is the window of one element: its symbol and the timesteps behind it, the state to name (or the next
+/// symbol, with task.objective predict), and the model's answer with its share of the vote in percent. Where the
+/// answer is wrong (✗) it stands beside its share and that of the right one. A double bar ends a string.
 ///
 /// With --out there is one picture for every quantity that the layers tell, a panel per layer, as SVG and PNG.
 #[derive(clap::Args, Debug)]
@@ -138,7 +139,7 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
 fn samples(args: &InspectArgs, task: &Task) -> anyhow::Result<(Samples, String)> {
     if let Some(text) = &args.text {
         let sample = parse(task, text)?;
-        let samples = Samples::new(task.sampler().grammar().clone(), vec![sample], task.features(), 0, None);
+        let samples = Samples::new(vec![sample], task.features(), 0, None);
         return Ok((samples, "a sample of your own".into()));
     }
     let part = Part::from(args.part);
@@ -181,7 +182,7 @@ fn chosen(args: &InspectArgs, sample: &Sample) -> anyhow::Result<Range<usize>> {
 fn text(task: &Task, seen: &Inspection, width: usize, colour: bool) -> String {
     let grammar = task.grammar();
     let percent = |share: f64| format!("{:.0}", 100.0 * share);
-    let cells: Vec<Cell> = cells::symbols(task, &seen.sample)
+    let cells: Vec<Cell> = cells::symbols(&seen.sample)
         .into_iter()
         .zip(&seen.elements)
         .skip(seen.window.start)
@@ -190,17 +191,18 @@ fn text(task: &Task, seen: &Inspection, width: usize, colour: bool) -> String {
             let answer = if element.right() {
                 (format!("✓ {}", percent(element.confidence)), Role::Right)
             } else {
-                let (answer, share) = (grammar.name(element.answer), percent(element.confidence));
+                let (answer, share) = (task.class_name(element.answer), percent(element.confidence));
                 (format!("✗ {answer} {share}/{}", percent(element.right_share)), Role::Wrong)
             };
-            let state = (grammar.name(element.state).to_string(), Role::State);
+            let label = (task.class_name(element.label), Role::State);
             let bar = if element.state == grammar.end() { '║' } else { '│' };
-            Cell { lines: vec![symbol, vec![state], vec![answer]], bar }
+            Cell { lines: vec![symbol, vec![label], vec![answer]], bar }
         })
         .collect();
     format!(
-        "{}; below them the state to name, and\n✓ its share of the vote in %, or ✗ the wrong answer and its share / that of the right state\n\n{}",
+        "{}; below them {}, and\n✓ its share of the vote in %, or ✗ the wrong answer and its share / that of the right one\n\n{}",
         cells::legend(&seen.sample),
+        cells::asked(task),
         cells::lay_out(&cells, seen.window.start, width, colour)
     )
 }
@@ -211,9 +213,10 @@ fn elements(task: &Task, seen: &Inspection) -> Vec<Value> {
         json!({
             "element": i,
             "timestep": element.first,
-            "symbol": crate::task::grammar::letter(grammar.symbol(element.state)),
+            "symbol": letter(seen.sample.symbols[i]),
             "state": grammar.name(element.state),
-            "answer": grammar.name(element.answer),
+            "label": task.class_name(element.label),
+            "answer": task.class_name(element.answer),
             "right": element.right(),
             "confidence": element.confidence,
             "right_share": element.right_share,

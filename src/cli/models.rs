@@ -44,7 +44,7 @@ pub fn run(args: ModelsArgs) -> anyhow::Result<()> {
         Some(path) => crate::config::load::load(path, &[])?,
         None => crate::config::load::defaults(),
     };
-    let (features, classes) = (config.task.vocab(), config.task.states());
+    let (features, classes) = (config.task.vocab(), config.task.classes());
     let base = ModelConfig {
         width: args.width.unwrap_or(config.model.width),
         layers: args.layers.unwrap_or(config.model.layers),

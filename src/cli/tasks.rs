@@ -34,7 +34,7 @@ pub fn run(args: TasksArgs) -> anyhow::Result<()> {
                     "name": task.preset,
                     "varies": varies(task.preset),
                     "symbols": task.vocab(),
-                    "classes": task.states(),
+                    "classes": task.classes(),
                     "train_steps": train_steps(task),
                     "test_steps": test_steps(task),
                     "noise": task.noise,

@@ -62,7 +62,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         _ => String::new(),
     };
     print(format_args!(
-        "accuracy {:.2} %, {:.1} % of the Bayes ceiling {:.2} % ({}, {} test samples), after {:.0} s
+        "accuracy {:.2} %, {:.1} % of the Bayes ceiling {:.2} %{} ({}, {} test samples), after {:.0} s
 run directory: {out}
 next:
   selectivbench eval {out}{next_gap}
@@ -71,6 +71,7 @@ next:
         100.0 * summary.accuracy,
         100.0 * summary.accuracy / summary.ceiling,
         100.0 * summary.ceiling,
+        summary.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}")),
         train::split_name(summary.split),
         summary.tests[0].evaluation.samples,
         summary.seconds,

@@ -29,7 +29,7 @@ impl Config {
     /// Fails on the first field that cannot be used. `train.precision` is left to the device.
     pub fn check(&self) -> anyhow::Result<()> {
         self.task.check()?;
-        self.model.check(self.task.vocab(), self.task.states())?;
+        self.model.check(self.task.vocab(), self.task.classes())?;
         self.train.check()?;
         if self.train.emulate == Emulate::Authors && self.task.split != Split::AsReleased {
             bail_input!(
@@ -67,9 +67,17 @@ impl TaskConfig {
         self.vocab().saturating_sub(1).min(LETTERS)
     }
 
-    /// States of the grammar, `#` included: the classes to tell apart.
+    /// States of the grammar, `#` included.
     pub fn states(&self) -> usize {
         self.letters() - self.ambiguities + self.ambiguities * self.depth() + 1
+    }
+
+    /// Classes to tell apart: states, or the symbols that may come next.
+    pub fn classes(&self) -> usize {
+        match self.objective {
+            Objective::Classify => self.states(),
+            Objective::Predict => self.vocab(),
+        }
     }
 
     fn check(&self) -> anyhow::Result<()> {

@@ -54,6 +54,7 @@ impl TaskConfig {
         };
         let base = Self {
             preset,
+            objective: Objective::Classify,
             vocab: Auto::AUTO,
             ambiguities: 40,
             depth: Auto::AUTO,

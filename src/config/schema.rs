@@ -61,6 +61,7 @@ pub enum TaskPreset {
 #[serde(deny_unknown_fields)]
 pub struct TaskConfig {
     pub preset: TaskPreset,
+    pub objective: Objective,
     /// Symbols, `#` included; the width of the input. `auto`: ambiguities + 1.
     pub vocab: Auto,
     /// Symbols that stand for several states.
@@ -82,6 +83,26 @@ pub struct TaskConfig {
     pub noise: f64,
     pub split: Split,
     pub samples: SampleCounts,
+}
+
+/// What is asked of a model at every timestep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Objective {
+    /// The state of the element that the timestep belongs to.
+    Classify,
+    /// The symbol of the element behind it.
+    Predict,
+}
+
+impl Objective {
+    /// The name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Objective::Classify => "classify",
+            Objective::Predict => "predict",
+        }
+    }
 }
 
 /// Accepted lengths of one string, `#` included.

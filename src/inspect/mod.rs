@@ -22,13 +22,14 @@ const CHUNK: usize = 256;
 /// One element and the model's answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Element {
-    /// The state to name.
     pub state: u32,
-    /// The state that the window votes for.
+    /// What the window should vote for: the class of the state, or the next symbol.
+    pub label: u32,
+    /// The class that it votes for.
     pub answer: u32,
     /// Share of the vote of the answer: its probability, mean over the steps of the window.
     pub confidence: f64,
-    /// Share of the vote of the right state.
+    /// Share of the vote of the label.
     pub right_share: f64,
     pub place: Place,
     /// Timestep at which the symbol is shown.
@@ -39,7 +40,7 @@ pub struct Element {
 
 impl Element {
     pub fn right(&self) -> bool {
-        self.answer == self.state
+        self.answer == self.label
     }
 }
 
@@ -83,18 +84,16 @@ pub fn inspect(net: &RecNet, task: &Task, mut samples: Samples, window: Range<us
     let (sample, grammar, classes) = (sample.clone(), task.grammar(), net.classes());
     let mut first = 0;
     let mut elements: Vec<Element> = places(grammar, &sample)
-        .zip(sample.states.iter().zip(&sample.gaps))
-        .map(|(place, (&state, &gap))| {
+        .zip(sample.states.iter().zip(&sample.labels).zip(&sample.gaps))
+        .map(|(place, ((&state, &label), &gap))| {
             let steps = 1 + gap as usize;
             first += steps;
             let (answer, confidence, right_share) = (0, 0.0, 0.0);
-            Element { state, answer, confidence, right_share, place, first: first - steps, steps }
+            Element { state, label, answer, confidence, right_share, place, first: first - steps, steps }
         })
         .collect();
     let empty = Inspection { sample, elements: elements.clone(), window, quantities: vec![] };
 
-    let mut by_label = vec![0; classes];
-    (0..grammar.states() as u32).for_each(|state| by_label[grammar.label(state) as usize] = state);
     let device = net.params().value().device();
     let mut notes = Notes::new(empty.steps());
     let mut context = Context::streaming();
@@ -108,8 +107,8 @@ pub fn inspect(net: &RecNet, task: &Task, mut samples: Samples, window: Range<us
             }
         }
         let share = |label: usize| votes[label] / e.steps as f64;
-        (e.confidence, e.right_share) = (share(best), share(grammar.label(e.state) as usize));
-        e.answer = by_label[best];
+        (e.confidence, e.right_share) = (share(best), share(e.label as usize));
+        e.answer = best as u32;
         votes.fill(0.0);
     };
     while let Some(piece) = samples.next_window(CHUNK) {

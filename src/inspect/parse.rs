@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use crate::bail_input;
+use crate::config::Objective;
 use crate::task::grammar::letter;
 use crate::task::{Sample, Task};
 
@@ -10,10 +11,10 @@ use crate::task::{Sample, Task};
 const MOST: usize = 100_000;
 
 /// Reads a sample as `A3.. B1 #.×10 C0(AB)`: states by name, each with the gap behind it, which is a dot a timestep
-/// or distractors in brackets.
+/// or distractors in brackets. Where the next symbol is to be predicted, the last state is only what comes next.
 pub fn parse(task: &Task, text: &str) -> Result<Sample> {
     let grammar = task.grammar();
-    let mut sample = Sample::default();
+    let (mut states, mut gaps, mut distractors) = (vec![], vec![], vec![]);
     let mut blanks = false;
     for (i, word) in text.split_whitespace().enumerate() {
         let end = word.find(['.', '·', '(']).unwrap_or(word.len());
@@ -40,7 +41,7 @@ pub fn parse(task: &Task, text: &str) -> Result<Sample> {
                             "--text holds the distractor {symbol:?}, which is no symbol of the grammar"
                         )
                     };
-                    sample.distractors.push(class);
+                    distractors.push(class);
                 }
                 shown.chars().count()
             }
@@ -50,18 +51,31 @@ pub fn parse(task: &Task, text: &str) -> Result<Sample> {
             ),
         };
         blanks |= shown.is_none() && steps > 0;
-        sample.states.push(state);
-        sample.gaps.push(steps as u32);
+        states.push(state);
+        gaps.push(steps as u32);
         if i >= MOST {
             bail_input!("--text holds more than {MOST} elements")
         }
     }
-    if sample.states.is_empty() {
+    if states.is_empty() {
         bail_input!("--text is empty; it must hold states, as in `{} #`", grammar.name(grammar.starts()[0]))
     }
-    if blanks && !sample.distractors.is_empty() {
+    if blanks && !distractors.is_empty() {
         bail_input!("--text holds blank timesteps and distractors; a sample has the one or the other")
     }
+    let config = task.config();
+    if config.objective == Objective::Classify {
+        return Ok(Sample::new(grammar, states, gaps, distractors));
+    }
+    let (Some(next), true) = (states.pop(), states.len() > 1) else {
+        bail_input!(
+            "--text holds one state; where the next symbol is to be predicted it must hold at least two"
+        )
+    };
+    let behind = gaps.pop().map_or(0, |gap| gap as usize);
+    distractors.truncate(distractors.len().saturating_sub(behind));
+    let mut sample = Sample::new(grammar, states, gaps, distractors);
+    sample.predict(config.split, grammar.symbol(next));
     Ok(sample)
 }
 
@@ -111,7 +125,7 @@ mod tests {
         let config = crate::config::load::parse(text, "test", &[]).unwrap();
         let task = Task::new(&config.task, 1).unwrap();
         let states = task.states(Part::Test, 0).unwrap();
-        let mut sample = Sample { gaps: vec![0; 30], states, distractors: vec![] };
+        let mut sample = Sample::new(task.grammar(), states, vec![0; 30], vec![]);
         assert_eq!(first_broken(&task, &sample), None);
         // Some element that is not the first of its string, replaced by one that cannot follow there.
         let inside = |i: &usize| sample.states[*i - 1] != task.grammar().end();

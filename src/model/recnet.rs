@@ -221,7 +221,8 @@ impl RecNet {
         self.decode(&self.layers(input, context, |_, _| Ok(()), Some(notes))?)
     }
 
-    fn decode(&self, hidden: &Tensor) -> Result<Tensor> {
+    /// The logits [B, T, classes] of [`RecNet::hidden`].
+    pub fn decode(&self, hidden: &Tensor) -> Result<Tensor> {
         let (weight, bias) = &self.decoder;
         linear::linear(hidden, weight, Some(Arg::from(bias)))
     }

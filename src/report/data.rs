@@ -350,8 +350,9 @@ pub fn without(fields: &Fields, leave_out: impl Fn(&str) -> bool) -> Fields {
 }
 
 /// What tells tasks apart, the most telling first.
-pub const TASK_ORDER: [&str; 10] = [
+pub const TASK_ORDER: [&str; 11] = [
     "task.preset",
+    "task.objective",
     "task.ambiguities",
     "task.split",
     "train.emulate",

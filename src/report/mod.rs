@@ -34,7 +34,10 @@ const METHOD: &str = "Accuracy is that of the final weights on the test samples,
     of seeds. Among runs that differ only in the tuned hyper-parameters those with the highest mean validation \
     accuracy at the end of training stand for all; the test chooses nothing. The ceiling is what an observer reaches \
     that knows the grammar and has seen everything so far; \"last k\" is one that has seen only the last k elements. \
-    Runs of different split, emulation, number format or version are never averaged or ranked together.";
+    Where the next symbol is predicted (objective predict), accuracy and ceiling are those of the next symbol, and KL \
+    is the mean divergence from its target distribution in nats: the ideal observer's on held-out samples, the \
+    grammar's own as released. Runs of different objective, split, emulation, number format or version are never \
+    averaged or ranked together.";
 
 /// A report that can be written.
 pub struct Report<'a> {

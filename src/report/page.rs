@@ -17,6 +17,7 @@ use super::stats::student;
 use super::style::{DARK, marker};
 use super::tables::{self, Table, percent, seconds};
 use super::{METHOD, Report, chart, file_name, findings, said};
+use crate::config::Objective;
 use crate::plot::{self, COLOURS};
 use crate::train::{count, split_name};
 
@@ -230,10 +231,11 @@ fn card(data: &Data, task: &TaskGroup) -> String {
     let summary = &run.summary;
     let emulated = if summary.emulate.is_empty() { "" } else { ", as the released code" };
     format!(
-        "<article class=\"card\"><h3>{} <small>{} states · {}{emulated} · {} · version {}</small></h3>\n<p>{}</p>\n\
+        "<article class=\"card\"><h3>{} <small>{} states · {}{}{emulated} · {} · version {}</small></h3>\n<p>{}</p>\n\
          <ol class=\"rank\">{rows}</ol></article>\n",
         escape(&task.label),
         run.config.task.states(),
+        if run.config.task.objective == Objective::Predict { "next symbol · " } else { "" },
         split_name(summary.split),
         escape(&summary.precision),
         escape(&summary.version),
@@ -509,6 +511,7 @@ fn provenance(run: &Run) -> Fields {
         ("version", summary.version.clone()),
         ("device", summary.device.clone()),
         ("precision", summary.precision.clone()),
+        ("objective", run.config.task.objective.name().into()),
         ("split", split_name(summary.split).into()),
         ("emulated", summary.emulate.join("; ")),
         ("data", summary.data.clone()),

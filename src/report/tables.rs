@@ -147,13 +147,21 @@ fn describe<'a>(
     let task = |i: usize| &data.tasks[data.settings[setting(i)].task];
     table.column("model", "model", false, |i| word(&*run(i).summary.model));
     table.column("task", "task", false, |i| word(&*task(i).label));
+    table.column("objective", "objective", false, |i| word(run(i).config.task.objective.name()));
     table.column("split", "split", false, |i| mode(run(i)));
     table.column("precision", "precision", false, |i| word(&*run(i).summary.precision));
     table.column("version", "version", false, |i| word(&*run(i).summary.version));
     table.column("states", "states", true, |i| number(Some(run(i).config.task.states() as f64), decimals(0)));
     table.column("width", "width", true, |i| word(&*run(i).fields["model.width"]));
-    const SHOWN: [&str; 6] =
-        ["task.split", "train.emulate", "train.precision", "version", "model.name", "model.width"];
+    const SHOWN: [&str; 7] = [
+        "task.objective",
+        "task.split",
+        "train.emulate",
+        "train.precision",
+        "version",
+        "model.name",
+        "model.width",
+    ];
     for key in data.varying().into_iter().filter(|key| !SHOWN.contains(key)) {
         let value = |i: usize| run(i).fields.get(key).map_or("", String::as_str);
         let numbers = table.about.iter().all(|&i| value(i).parse::<f64>().is_ok());
@@ -165,6 +173,11 @@ fn describe<'a>(
     for key in &data.tuned {
         table.column(key, short(key), true, |i| word(&*run(i).fields[key]));
     }
+}
+
+/// Whether any run has a divergence to show.
+fn predicts(data: &Data) -> bool {
+    data.runs.iter().any(|run| run.summary.kl.is_some())
 }
 
 fn parameters<'a>(table: &mut Table, run: impl Fn(usize) -> &'a Run + Copy) {
@@ -190,6 +203,9 @@ pub fn runs(data: &Data) -> Table {
     let of_ceiling = |run: &Run| Some(run.summary.accuracy / run.summary.ceiling).filter(|x| x.is_finite());
     table.column("share", "of ceiling", true, |i| share(of_ceiling(run(i))));
     table.column("loss", "loss", true, |i| number(Some(run(i).summary.loss), decimals(4)));
+    if predicts(data) {
+        table.column("kl", "KL", true, |i| number(run(i).summary.kl, decimals(4)));
+    }
     parameters(&mut table, run);
     table.column("seconds", "time", true, |i| number(Some(run(i).summary.seconds), seconds));
     table.column("tokens_per_s", "tokens/s", true, |i| number(Some(run(i).summary.tokens_per_s), count));
@@ -223,6 +239,10 @@ pub fn settings(data: &Data) -> Table {
     table.column("loss", "loss", true, |i| {
         number(over(i, |run| run.summary.loss).map(|l| l.mean), decimals(4))
     });
+    if predicts(data) {
+        let kl = |i| over(i, |run| run.summary.kl.unwrap_or(f64::NAN)).map(|kl| kl.mean);
+        table.column("kl", "KL", true, |i| number(kl(i).filter(|kl| kl.is_finite()), decimals(4)));
+    }
     table.column("validation", "validation", true, |i| share(validation(i).map(|v| v.mean)));
     table.column("candidates", "candidates", true, |i| word(data.settings[i].groups.len().to_string()));
     parameters(&mut table, first);

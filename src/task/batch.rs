@@ -4,8 +4,6 @@
 //! spreads a set of them over timesteps, a window at a time, so that sequences of any length can be
 //! walked through in memory that does not grow with them.
 
-use std::sync::Arc;
-
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
@@ -117,7 +115,12 @@ fn rounded(x: f64) -> f64 {
 /// One sample: its elements and what stands between them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
+    /// The state of each element.
     pub states: Vec<u32>,
+    /// Class id of the symbol shown for each element.
+    pub symbols: Vec<u32>,
+    /// What a model should say of each element.
+    pub labels: Vec<u32>,
     /// Timesteps behind each element.
     pub gaps: Vec<u32>,
     /// Class ids shown in the gaps, gap after gap; empty where gaps are blank.
@@ -125,6 +128,13 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// Elements `states` that are shown as their symbols, each to be named.
+    pub fn new(grammar: &Grammar, states: Vec<u32>, gaps: Vec<u32>, distractors: Vec<u32>) -> Self {
+        let symbols = states.iter().map(|&state| grammar.symbol(state)).collect();
+        let labels = states.iter().map(|&state| grammar.label(state)).collect();
+        Self { states, symbols, labels, gaps, distractors }
+    }
+
     /// Draws the gaps behind the elements `states`.
     pub fn draw(grammar: &Grammar, states: Vec<u32>, rule: &GapRule, stream: &mut GapStream) -> Self {
         let mut gaps = Vec::with_capacity(states.len());
@@ -149,7 +159,7 @@ impl Sample {
             }
             gaps.push(steps);
         }
-        Self { states, gaps, distractors }
+        Self::new(grammar, states, gaps, distractors)
     }
 
     /// Timesteps of all elements and gaps.
@@ -222,7 +232,6 @@ struct Cursor {
 
 /// Several samples of a part, to be spread over timesteps window by window.
 pub struct Samples {
-    grammar: Arc<Grammar>,
     samples: Vec<Sample>,
     features: usize,
     first: u64,
@@ -234,17 +243,11 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// `samples` of a grammar, the first with index `first`; `features` is the width of the input.
-    pub fn new(
-        grammar: Arc<Grammar>,
-        samples: Vec<Sample>,
-        features: usize,
-        first: u64,
-        noise: Option<Noise>,
-    ) -> Self {
+    /// `samples`, the first with index `first`; `features` is the width of the input.
+    pub fn new(samples: Vec<Sample>, features: usize, first: u64, noise: Option<Noise>) -> Self {
         let lengths = samples.iter().map(Sample::steps).collect();
         let cursors = vec![Cursor::default(); samples.len()];
-        Self { grammar, samples, features, first, noise, lengths, cursors, at: 0 }
+        Self { samples, features, first, noise, lengths, cursors, at: 0 }
     }
 
     pub fn as_slice(&self) -> &[Sample] {
@@ -286,7 +289,7 @@ impl Samples {
 
     /// The samples packed for a GPU, which spreads them over timesteps from the first one on.
     pub fn compact(self) -> Result<Compact> {
-        let Self { grammar, samples, features, first, noise, lengths, .. } = self;
+        let Self { samples, features, first, noise, lengths, .. } = self;
         let position = |i: usize| match noise.as_ref().map(|noise| &noise.streams[i]) {
             Some(&NoiseStream::HeldOut { key, index }) => Some((key, index)),
             _ => None,
@@ -294,8 +297,9 @@ impl Samples {
         let sequences: Vec<Sequence> = samples
             .iter()
             .enumerate()
-            .map(|(i, Sample { states, gaps, distractors })| Sequence {
-                states,
+            .map(|(i, Sample { symbols, labels, gaps, distractors, .. })| Sequence {
+                symbols,
+                labels,
                 gaps,
                 distractors,
                 noise: position(i).unwrap_or_default(),
@@ -316,8 +320,7 @@ impl Samples {
                 }))
             }
         };
-        let (label, symbol) = (|state| grammar.label(state), |state| grammar.symbol(state));
-        Compact::pack(&sequences, label, symbol, features, first, noise)
+        Compact::pack(&sequences, features, first, noise)
     }
 
     fn window(&mut self, steps: usize) -> Batch {
@@ -343,7 +346,6 @@ impl Samples {
         if size == 0 {
             return out;
         }
-        let grammar = &self.grammar;
         let rows = out.symbols.par_chunks_mut(steps).zip(out.labels.par_chunks_mut(steps));
         let rows = rows.zip(out.element.par_chunks_mut(steps)).zip(out.distractor.par_chunks_mut(steps));
         rows.zip(&mut self.cursors).zip(&self.samples).zip(&out.lengths).for_each(
@@ -351,13 +353,12 @@ impl Samples {
                 let mut t = 0;
                 while t < length {
                     let Cursor { element, inside, .. } = *cursor;
-                    let state = sample.states[element];
                     let window = 1 + sample.gaps[element] as usize;
                     let end = length.min(t + window - inside);
-                    labels[t..end].fill(grammar.label(state));
+                    labels[t..end].fill(sample.labels[element]);
                     elements[t..end].fill(element as u32);
                     let gap = if inside == 0 {
-                        symbols[t] = grammar.symbol(state);
+                        symbols[t] = sample.symbols[element];
                         t + 1..end
                     } else {
                         t..end

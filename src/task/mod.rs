@@ -21,6 +21,7 @@
 
 pub mod batch;
 pub mod grammar;
+pub mod next;
 pub mod oracle;
 pub mod rng;
 pub mod sampler;
@@ -35,9 +36,9 @@ pub use batch::{BLANK, Batch, PAD, Sample, Samples};
 pub use grammar::Grammar;
 
 use crate::bail_input;
-use crate::config::{GapConfig, GapKind, GapLaw, Split, TaskConfig};
+use crate::config::{GapConfig, GapKind, GapLaw, Objective, Split, TaskConfig};
 use batch::{Delay, GapRule, GapStream, Noise, NoiseStream};
-use grammar::GrammarConfig;
+use grammar::{GrammarConfig, letter};
 use rng::{Mt19937, Pcg64, SeedSequence};
 use sampler::Sampler;
 
@@ -130,18 +131,37 @@ impl Task {
         self.config.vocab()
     }
 
-    /// Number of states to tell apart.
+    /// Number of classes to tell apart: states, or the symbols that may come next.
     pub fn classes(&self) -> usize {
-        self.grammar().states()
+        self.config.classes()
+    }
+
+    /// What a class stands for: the name of a state, or a symbol.
+    pub fn class_name(&self, class: u32) -> String {
+        let grammar = self.grammar();
+        match self.config.objective {
+            // A vocabulary may be larger than the alphabet.
+            Objective::Predict if class as usize >= grammar.alphabet() => "?".into(),
+            Objective::Predict => letter(class).to_string(),
+            Objective::Classify => {
+                let state = (0..grammar.states() as u32).find(|&state| grammar.label(state) == class);
+                state.map_or(String::new(), |state| grammar.name(state).into())
+            }
+        }
     }
 
     /// The states of sample `index`.
     pub fn states(&self, part: Part, index: u64) -> anyhow::Result<Vec<u32>> {
+        self.elements(part, index, self.config.length)
+    }
+
+    /// The states of the first `count` elements of sample `index`, and of those that would follow.
+    fn elements(&self, part: Part, index: u64, count: usize) -> anyhow::Result<Vec<u32>> {
         let mut rng = match self.config.split {
             Split::AsReleased => Pcg64::new(u128::from(self.seed) * u128::from(index)),
             Split::HeldOut => Pcg64::from_words(&held_out_words(self.seed, part, Purpose::Strings, index)),
         };
-        self.sampler.sample(&mut rng)
+        self.sampler.elements(&mut rng, count)
     }
 
     /// A sample's line in the authors' `train` and `test` files: class ids, state names and length.
@@ -221,12 +241,16 @@ impl Task {
         let samples = (first..first + count as u64)
             .into_par_iter()
             .map(|index| {
-                let states = self.states(part, index)?;
-                Ok(Sample::draw(self.grammar(), states, &rule, &mut self.gap_stream(part, index)))
+                let (states, next) = self.states_and_next(part, index)?;
+                let stream = &mut self.gap_stream(part, index);
+                let mut sample = Sample::draw(self.grammar(), states, &rule, stream);
+                if let Some(next) = next {
+                    sample.predict(self.config.split, next);
+                }
+                Ok(sample)
             })
             .collect::<anyhow::Result<_>>()?;
-        let noise = self.noise(part, first, count);
-        Ok(Samples::new(self.sampler.grammar().clone(), samples, self.features(), first, noise))
+        Ok(Samples::new(samples, self.features(), first, self.noise(part, first, count)))
     }
 
     /// [`Task::samples`], spread over all their timesteps.

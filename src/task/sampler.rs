@@ -152,13 +152,13 @@ impl Sampler {
         )
     }
 
-    /// The states of one sample.
-    pub fn sample(&self, rng: &mut Pcg64) -> anyhow::Result<Vec<u32>> {
-        let mut out = Vec::with_capacity(self.length + self.max + 1);
-        while out.len() < self.length {
+    /// The states of a sample's first `count` elements; with more than its length, those that would follow.
+    pub fn elements(&self, rng: &mut Pcg64, count: usize) -> anyhow::Result<Vec<u32>> {
+        let mut out = Vec::with_capacity(count + self.max + 1);
+        while out.len() < count {
             self.string(rng, &mut out)?;
         }
-        out.truncate(self.length);
+        out.truncate(count);
         Ok(out)
     }
 }

@@ -144,9 +144,9 @@ impl<'a> Counter<'a> {
     pub fn add(&mut self, samples: &[Sample], votes: &[u32]) {
         let elements = votes.len() / samples.len().max(1);
         for (sample, votes) in samples.iter().zip(votes.chunks_exact(elements.max(1))) {
-            let states = sample.states.iter().zip(votes);
-            for ((&state, &vote), place) in states.zip(places(self.grammar, sample)) {
-                let right = vote == self.grammar.label(state);
+            let labels = sample.labels.iter().zip(votes);
+            for ((label, vote), place) in labels.zip(places(self.grammar, sample)) {
+                let right = vote == label;
                 self.by_gap.entry(place.gap).or_default().count(right);
                 self.by_distance.entry(bin(place.distance)).or_default().count(right);
                 let Some((on, after)) = &mut self.distractor else { continue };
@@ -255,8 +255,8 @@ task: {preset: task2, ambiguities: 4, depth: 3, length: 40, string: {max: 20}}";
         let grammar = task.grammar();
         let (end, other) = (grammar.end(), grammar.starts()[0]);
         let states = vec![other, other, end, other, end, other];
-        let first = Sample { states: states.clone(), gaps: vec![2, 0, 5, 0, 0, 2], distractors: vec![1; 9] };
-        let plain = Sample { states: states[..2].to_vec(), gaps: vec![0, 0], distractors: vec![] };
+        let first = Sample::new(grammar, states.clone(), vec![2, 0, 5, 0, 0, 2], vec![1; 9]);
+        let plain = Sample::new(grammar, states[..2].to_vec(), vec![0, 0], vec![]);
         let (yes, no) = (|state| grammar.label(state), u32::MAX);
         let votes = [
             [yes(other), no, yes(end), no, yes(end), yes(other)],

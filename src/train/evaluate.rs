@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::breakdown::{Breakdown, Counter};
 use crate::model::{Context, Input, RecNet};
-use crate::ops::head::{Targets, Vote};
+use crate::ops::head::{self, Vote};
 use crate::ops::no_grad;
+use crate::task::next::{Divergence, Targets};
 use crate::task::{Batch, PAD, Part, Task};
 
 /// What is evaluated, and in which portions.
@@ -27,10 +28,14 @@ pub struct EvalPlan {
 /// What came out.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Share of the elements whose window voted for the right state.
+    /// Share of the elements whose window voted for the right state, or the right next symbol.
     pub accuracy: f64,
     /// Mean cross-entropy over all steps, in nats.
     pub loss: f64,
+    /// Where the next symbol is predicted: mean over all steps of the divergence of the model's distribution from
+    /// the target's ([`crate::task::next`]), in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
     pub samples: usize,
     /// Timesteps of the longest sample.
     pub timesteps: usize,
@@ -43,8 +48,8 @@ pub struct Evaluation {
 }
 
 /// The steps of a batch as the head wants them.
-pub fn targets(batch: &Batch) -> Targets {
-    Targets {
+pub fn targets(batch: &Batch) -> head::Targets {
+    head::Targets {
         labels: batch.labels.clone(),
         element: batch.element.clone(),
         batch: batch.batch,
@@ -73,6 +78,31 @@ impl ElementLabels {
         let right = self.0.iter().zip(votes).filter(|(label, vote)| **label != PAD && label == vote).count();
         (right, elements)
     }
+}
+
+/// The divergence from the targets of a whole evaluation.
+#[derive(Default)]
+pub(super) struct MeanDivergence {
+    sum: f64,
+    steps: usize,
+}
+
+impl MeanDivergence {
+    /// Adds that of a batch.
+    pub(super) fn add(&mut self, batch: Option<Divergence>) {
+        let Some((sum, steps)) = batch.map(Divergence::finish) else { return };
+        self.sum += sum;
+        self.steps += steps;
+    }
+
+    pub(super) fn finish(self) -> Option<f64> {
+        (self.steps > 0).then(|| self.sum / self.steps as f64)
+    }
+}
+
+/// The targets of what a plan evaluates, if there are any: gaps of the training part are not fixed.
+pub(super) fn next_targets<'a>(task: &'a Task, plan: &EvalPlan) -> Option<Targets<'a>> {
+    if plan.part == Part::Train { None } else { Targets::new(task, plan.gap) }
 }
 
 /// What a model sees of a batch: ids where that is all, numbers where noise is added.
@@ -110,10 +140,12 @@ pub fn evaluate(
     let device = net.params().value().device();
     let (mut right, mut elements, mut loss, mut tokens, mut timesteps) = (0, 0, 0.0, 0, 0);
     let mut counter = Counter::new(task);
+    let (next, mut kl) = (next_targets(task, plan), MeanDivergence::default());
     for first in (0..plan.samples).step_by(plan.batch) {
         let count = plan.batch.min(plan.samples - first);
         let mut samples = task.samples(plan.part, first as u64, count, plan.gap)?;
         timesteps = timesteps.max(samples.steps());
+        let mut divergence = next.as_ref().map(|next| Divergence::new(next, samples.as_slice()));
         let mut context = Context::streaming();
         let mut vote = Vote::new(count, net.classes());
         let mut labels = ElementLabels::default();
@@ -124,10 +156,14 @@ pub fn evaluate(
             labels.take(&piece);
             no_grad(|| {
                 let hidden = with_input(&piece, device, |input| net.hidden(input, &mut context))?;
+                if let Some(divergence) = &mut divergence {
+                    divergence.add(&net.decode(&hidden)?.flatten_all()?.to_vec1()?);
+                }
                 vote.feed(&hidden, &weight.value(), &bias.value(), &targets(&piece))
             })?;
         }
         let (votes, sum, steps) = vote.finish();
+        kl.add(divergence);
         counter.add(samples.as_slice(), &votes);
         let (r, e) = labels.count(&votes);
         (right, elements, loss, tokens) = (right + r, elements + e, loss + sum, tokens + steps);
@@ -138,6 +174,7 @@ pub fn evaluate(
     Ok(Some(Evaluation {
         accuracy: right as f64 / elements as f64,
         loss: loss / tokens as f64,
+        kl: kl.finish(),
         samples: plan.samples,
         timesteps,
         tokens,

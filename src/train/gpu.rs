@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::{DType, Tensor};
 
 use super::breakdown::Counter;
-use super::evaluate::{EvalPlan, Evaluation};
+use super::evaluate::{EvalPlan, Evaluation, MeanDivergence, next_targets};
 use super::trainer::{StepStats, Trainer};
 use crate::config::{Emulate, OptimizerKind};
 use crate::cuda::Gpu;
@@ -16,10 +16,13 @@ use crate::model::{Context, DropoutKey, Input, RecNet};
 use crate::ops::expand::{Compact, DeviceBatch, DeviceSamples};
 use crate::ops::head::cuda::{DeviceTargets, Totals, valid_scale};
 use crate::ops::head::device::{DeviceVote, head_cross_entropy};
+use crate::ops::linear::linear;
 use crate::ops::no_grad;
 use crate::ops::optim::AdamStep;
 use crate::ops::optim::cuda::{DeviceAdam, Flat, sum_of_squares};
+use crate::ops::tape::Arg;
 use crate::task::Task;
+use crate::task::next::Divergence;
 use crate::trace;
 
 /// What a model sees of a batch.
@@ -169,6 +172,7 @@ pub(super) fn evaluate(
     let gpu = Gpu::new(device)?;
     let mut sums = Sums::default();
     let mut counter = Counter::new(task);
+    let (next, mut kl) = (next_targets(task, plan), MeanDivergence::default());
     let mut timesteps = 0;
     for first in (0..plan.samples).step_by(plan.batch) {
         let count = plan.batch.min(plan.samples - first);
@@ -178,6 +182,7 @@ pub(super) fn evaluate(
         timesteps = timesteps.max(compact.steps());
         let elements = compact.elements();
         let mut samples = DeviceSamples::upload(compact, net.dtype(), device)?;
+        let mut divergence = next.as_ref().map(|next| Divergence::new(next, &known));
         let mut context = Context::streaming();
         let mut vote = DeviceVote::new(&gpu, count, elements, net.classes())?;
         while let Some(piece) = samples.next_window(plan.chunk)? {
@@ -187,10 +192,17 @@ pub(super) fn evaluate(
             no_grad(|| {
                 let hidden = net.hidden(input(&piece), &mut context)?;
                 let targets = targets(&piece).map_err(candle_core::Error::wrap)?;
+                if let Some(divergence) = &mut divergence {
+                    // The classes are few: their logits are read back, in f32 whatever the layers compute in.
+                    let hidden = hidden.to_dtype(DType::F32)?;
+                    let logits = linear(&hidden, &weight.value(), Some(Arg::from(&bias.value())))?;
+                    divergence.add(&logits.flatten_all()?.to_vec1()?);
+                }
                 vote.feed(&hidden, &weight.weight(), &bias.value(), &targets)
             })?;
         }
         let totals = vote.finish()?;
+        kl.add(divergence);
         sums.add(&totals)?;
         counter.add(&known, &totals.votes.flatten_all()?.to_vec1()?);
     }
@@ -200,6 +212,7 @@ pub(super) fn evaluate(
     Ok(Some(Evaluation {
         accuracy: sums.right as f64 / sums.elements as f64,
         loss: sums.loss / sums.steps as f64,
+        kl: kl.finish(),
         samples: plan.samples,
         timesteps,
         tokens: sums.steps,

@@ -36,6 +36,9 @@ pub struct Record {
     pub gap: Option<f64>,
     pub loss: f64,
     pub accuracy: f64,
+    /// Of an evaluation of next-symbol prediction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -114,7 +117,7 @@ impl Metrics {
         let at = self.start + number("seconds").unwrap_or(0.0);
         let step = record["step"].as_i64().unwrap_or(0);
         let gap = number("gap").map_or(String::new(), |gap| format!("_gap_{gap}"));
-        let scalars = ["loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "peak_memory"]
+        let scalars = ["loss", "accuracy", "kl", "lr", "grad_norm", "tokens_per_s", "peak_memory"]
             .into_iter()
             .filter_map(|name| Some((format!("{split}{gap}/{name}"), number(name)? as f32)));
         let shares = members(&record["accuracy_by"]).flat_map(|(group, shares)| {

@@ -71,6 +71,9 @@ pub struct Summary {
     /// What an observer that knows the grammar reaches.
     pub ceiling: f64,
     pub loss: f64,
+    /// Where the next symbol was predicted: divergence from the target distribution, in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
     pub steps: usize,
     pub samples: usize,
     pub parameters: usize,
@@ -292,14 +295,15 @@ impl Run<'_> {
     fn announce(&self, resumed: bool) {
         let (config, net) = (self.config, self.trainer.net());
         eprintln!(
-            "{} of {} parameters on {} ({}), {} threads: {} states behind {} symbols, split {}, seed {}",
+            "{} of {} parameters on {} ({}), {} threads: {} states behind {} symbols, objective {}, split {}, seed {}",
             config.model.name,
             count(net.params().count() as f64),
             device_name(&self.options.device),
             self.precision.name(),
             rayon::current_num_threads(),
-            self.task.classes(),
+            self.task.grammar().states(),
             self.task.grammar().alphabet(),
+            config.task.objective.name(),
             split_name(config.task.split),
             config.seed,
         );
@@ -351,6 +355,7 @@ impl Run<'_> {
                     gap: None,
                     loss: stats.loss,
                     accuracy: stats.accuracy,
+                    kl: None,
                     lr: Some(stats.lr),
                     grad_norm: Some(stats.grad_norm),
                     tokens_per_s: self.tokens_per_s(),
@@ -429,6 +434,7 @@ impl Run<'_> {
             gap,
             loss: evaluation.loss,
             accuracy: evaluation.accuracy,
+            kl: evaluation.kl,
             lr: None,
             grad_norm: None,
             tokens_per_s: evaluation.tokens as f64 / evaluation.seconds,
@@ -443,10 +449,11 @@ impl Run<'_> {
     fn validate(&mut self, progress: &Progress) -> Result<bool> {
         let Some(evaluation) = self.evaluate(Part::Validation, None, progress)? else { return Ok(false) };
         progress.line(&format!(
-            "after {} samples: validation accuracy {:.2} %, loss {:.4}",
+            "after {} samples: validation accuracy {:.2} %, loss {:.4}{}",
             self.samples(),
             100.0 * evaluation.accuracy,
-            evaluation.loss
+            evaluation.loss,
+            kl(&evaluation)
         ));
         Ok(true)
     }
@@ -462,11 +469,12 @@ impl Run<'_> {
             };
             let ceiling = self.task.ceiling(gap)?;
             progress.line(&format!(
-                "test at gap {gap}: accuracy {:.2} % ({:.1} % of the ceiling {:.2} %), loss {:.4}",
+                "test at gap {gap}: accuracy {:.2} % ({:.1} % of the ceiling {:.2} %), loss {:.4}{}",
                 100.0 * evaluation.accuracy,
                 100.0 * evaluation.accuracy / ceiling,
                 100.0 * ceiling,
-                evaluation.loss
+                evaluation.loss,
+                kl(&evaluation)
             ));
             tests.push(Test { gap, ceiling, evaluation });
         }
@@ -477,6 +485,7 @@ impl Run<'_> {
             accuracy: tests[0].evaluation.accuracy,
             ceiling: tests[0].ceiling,
             loss: tests[0].evaluation.loss,
+            kl: tests[0].evaluation.kl,
             steps: self.trainer.step(),
             samples: self.samples(),
             parameters: net.params().count(),
@@ -535,6 +544,11 @@ impl Run<'_> {
         };
         error.context(format!("the run stopped after update {step} of {}; {state}", self.trainer.total()))
     }
+}
+
+/// `, KL …` where there is one.
+fn kl(evaluation: &Evaluation) -> String {
+    evaluation.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}"))
 }
 
 /// The name of a split in configurations.

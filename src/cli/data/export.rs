@@ -25,12 +25,15 @@ use crate::{bail_input, files};
 /// --format safetensors writes train.safetensors, validation.safetensors and test.safetensors, for N
 /// samples of L elements with D distractors in all:
 ///   symbols [N, L] u8        class id of each element: 0 for #, then A..Z, a..z
-///   labels [N, L] i32        the state to name
+///   labels [N, L] i32        the state to name, or with task.objective predict the next symbol
 ///   gaps [N, L] i32          timesteps behind each element
 ///   distractors \[D\] u8       class ids shown in the gaps, gap after gap; empty where gaps are blank
 ///   distractor_first [N+1] i64   where each sample's distractors begin; the last is D
-/// The metadata hold the seed, the split, the names of the symbols and, by label, of the states. Noise is
-/// not written.
+/// The metadata hold the seed, the split, the objective, the names of the symbols and, by number, of the
+/// states. Noise is not written.
+///
+/// The authors' files are the same for both objectives: their code makes next-symbol samples when it reads
+/// them. The tensors are what a model is shown and asked.
 #[derive(clap::Args, Debug)]
 #[command(
     verbatim_doc_comment,
@@ -154,22 +157,21 @@ fn write_tensors(
     let mut gaps = Tensor { file, at: labels.at + 4 * size };
     let mut symbols = Tensor { file, at: gaps.at + 4 * size };
     let mut distractors = Tensor { file, at: symbols.at + size };
-    let grammar = task.grammar();
     let mut total = 0u64;
     for (first, count) in chunks(count) {
         let samples = task.samples(part, first, count, None)?;
         let samples = samples.as_slice();
-        let states = || samples.iter().flat_map(|sample| &sample.states);
         let before = |sample: &Sample| {
             let first = total;
             total += sample.distractors.len() as u64;
             first as i64
         };
         firsts.append(samples.iter().map(before).flat_map(i64::to_le_bytes))?;
-        labels.append(states().flat_map(|&state| (grammar.label(state) as i32).to_le_bytes()))?;
+        let of_labels = samples.iter().flat_map(|sample| &sample.labels);
+        labels.append(of_labels.flat_map(|&label| (label as i32).to_le_bytes()))?;
         let of_gaps = samples.iter().flat_map(|sample| &sample.gaps);
         gaps.append(of_gaps.flat_map(|&gap| (gap as i32).to_le_bytes()))?;
-        symbols.append(states().map(|&state| grammar.symbol(state) as u8))?;
+        symbols.append(samples.iter().flat_map(|sample| &sample.symbols).map(|&class| class as u8))?;
         distractors
             .append(samples.iter().flat_map(|sample| &sample.distractors).map(|&class| class as u8))?;
         bar.inc(count as u64);
@@ -201,7 +203,7 @@ impl Tensor<'_> {
 fn header(task: &Task, part: Part, count: usize, distractors: u64) -> String {
     let grammar = task.grammar();
     let length = task.sampler().length();
-    let mut names = vec![""; task.classes()];
+    let mut names = vec![""; grammar.states()];
     for state in 0..grammar.states() as u32 {
         names[grammar.label(state) as usize] = grammar.name(state);
     }
@@ -210,6 +212,7 @@ fn header(task: &Task, part: Part, count: usize, distractors: u64) -> String {
     let metadata = json!({
         "seed": task.seed().to_string(),
         "split": split_name(task.config().split),
+        "objective": task.config().objective,
         "part": part.name(),
         "symbols": symbols,
         "states": names.join(" "),

@@ -1,10 +1,11 @@
-//! A sample drawn: which symbol is shown when, what stands in the gaps, and the states to name.
+//! A sample drawn: which symbol is shown when, what stands in the gaps, and what to name.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::FontTransform;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::config::Objective;
 use crate::plot::{COLOURS, Drawn, INK, Picture, centred, font};
 use crate::task::batch::BLANK;
 use crate::task::grammar::letter;
@@ -15,7 +16,7 @@ const DISTRACTOR: RGBColor = COLOURS[1];
 const GAP: RGBColor = RGBColor(232, 232, 232);
 const FRAME: RGBColor = RGBColor(190, 190, 190);
 
-/// The picture: strips of timesteps below one another, each with the symbols and a band of states.
+/// The picture: strips of timesteps below one another, each with the symbols and a band of what to name.
 pub(super) struct Scene<'a> {
     task: &'a Task,
     sample: &'a Sample,
@@ -33,7 +34,7 @@ const RIGHT: i32 = 20;
 const TOP: i32 = 66;
 /// Width of a full strip.
 const WIDTH: i32 = 1300;
-/// Height of the band of states, and of the ticks below it.
+/// Height of that band, and of the ticks below it.
 const BAND: i32 = 40;
 const TICKS: i32 = 36;
 /// Space for the name of the axis.
@@ -68,7 +69,11 @@ impl<'a> Scene<'a> {
         if distractors {
             entries.push((DISTRACTOR, "distractor".into()));
         }
-        entries.push((GAP, "gap: the state before it is still to be named".into()));
+        let asked = match self.task.config().objective {
+            Objective::Classify => "the state before it is still to be named",
+            Objective::Predict => "the symbol behind it is still to be predicted",
+        };
+        entries.push((GAP, format!("gap: {asked}")));
         if self.task.config().noise != 0.0 {
             entries.push((
                 WHITE,
@@ -111,17 +116,17 @@ impl<'a> Scene<'a> {
                 let edge = vec![(at(end), top), (at(end), bottom)];
                 root.draw(&PathElement::new(edge, FRAME))?;
             }
-            let state = self.sample.states[window[0] as usize];
+            let label = self.sample.labels[window[0] as usize];
             if wide >= 10 {
                 let upright = if wide < 30 { FontTransform::Rotate270 } else { FontTransform::None };
                 let name = centred(12).transform(upright);
                 root.draw_text(
-                    grammar.name(state),
+                    &self.task.class_name(label),
                     &name,
                     ((at(begin) + at(end)) / 2, (middle + bottom) / 2),
                 )?;
             } else {
-                let share = f64::from(grammar.label(state)) / self.task.classes() as f64;
+                let share = f64::from(label) / self.task.classes() as f64;
                 let y = bottom - 3 - (share * f64::from(BAND - 5)) as i32;
                 root.draw(&Rectangle::new(
                     [(at(begin), y), (at(end).max(at(begin) + 1), y + 1)],
@@ -149,7 +154,11 @@ impl<'a> Scene<'a> {
         }
         let upright = centred(14).transform(FontTransform::Rotate270);
         root.draw_text("symbol", &upright, (LEFT - 40, (top + middle) / 2))?;
-        root.draw_text("state", &upright, (LEFT - 40, (middle + bottom) / 2))?;
+        let asked = match self.task.config().objective {
+            Objective::Classify => "state",
+            Objective::Predict => "next",
+        };
+        root.draw_text(asked, &upright, (LEFT - 40, (middle + bottom) / 2))?;
         let every = tick(self.strip);
         for t in (first..last).filter(|t| t.is_multiple_of(every)) {
             let x = (at(t) + at(t + 1)) / 2;

@@ -14,7 +14,7 @@ use crate::{bail_input, files};
 /// Show one sample in the terminal, and with --picture as a picture
 ///
 /// Each cell is the window of one element: its symbol and the timesteps behind it, and below it the
-/// state that a model has to name during all of them.
+/// state that a model has to name during all of them, or with task.objective predict the next symbol.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   selectivbench data show configs/quickstart.yaml
@@ -76,14 +76,15 @@ pub(super) fn run(args: ShowArgs) -> anyhow::Result<()> {
 
 /// The sample in cells, as many to a line as fit.
 fn text(task: &Task, sample: &Sample, width: usize, colour: bool) -> String {
-    let name = |&state: &u32| (task.grammar().name(state).to_string(), Role::State);
-    let cells: Vec<Cell> = cells::symbols(task, sample)
+    let name = |&label: &u32| (task.class_name(label), Role::State);
+    let cells: Vec<Cell> = cells::symbols(sample)
         .into_iter()
-        .zip(&sample.states)
-        .map(|(symbol, state)| Cell { lines: vec![symbol, vec![name(state)]], bar: '│' })
+        .zip(&sample.labels)
+        .map(|(symbol, label)| Cell { lines: vec![symbol, vec![name(label)]], bar: '│' })
         .collect();
     let legend = cells::legend(sample);
-    format!("{legend}, above the states to name\n\n{}", cells::lay_out(&cells, 0, width, colour))
+    let asked = cells::asked(task);
+    format!("{legend}; below them {asked}\n\n{}", cells::lay_out(&cells, 0, width, colour))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::Source;
 use crate::cli::models::grouped;
 use crate::cli::print;
+use crate::config::Objective;
 use crate::task::oracle::{self, Ceiling};
 use crate::train::split_name;
 
@@ -15,7 +16,8 @@ use crate::train::split_name;
 ///
 /// The Bayes ceiling is the accuracy of an observer that knows the grammar and has seen everything so
 /// far; the window curve is the accuracy of one that has seen only the last k elements. Both look at the
-/// test part; its size is task.samples.test.
+/// test part; its size is task.samples.test. With task.objective predict they name the next symbol, whose
+/// mean entropy is the least cross-entropy that any model can expect.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   selectivbench data stats configs/quickstart.yaml
@@ -44,7 +46,8 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
     let starts: Vec<&str> = grammar.starts().iter().map(|&state| grammar.name(state)).collect();
     let entropy = grammar.topological_entropy();
     let census = oracle::census(&task)?;
-    let Ceiling { accuracy: ceiling, hits, .. } = oracle::ceiling(&task, None)?;
+    let Ceiling { accuracy: ceiling, hits, entropy: next_entropy, .. } = oracle::ceiling(&task, None)?;
+    let predict = task.config().objective == Objective::Predict;
     let curve = oracle::window_curve(&task, &WINDOWS)?;
     let split = split_name(task.config().split);
 
@@ -56,6 +59,7 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
         let all = json!({
             "seed": task.seed(),
             "split": split,
+            "objective": task.config().objective,
             "symbols": grammar.alphabet(),
             "features": task.features(),
             "classes": task.classes(),
@@ -70,6 +74,7 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
             "topological_entropy": entropy,
             "ceiling": ceiling,
             "ceiling_hits": hits,
+            "next_symbol_entropy": predict.then_some(next_entropy),
             "majority": census.majority,
             "window_curve": curve,
         });
@@ -82,7 +87,8 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
         ("seed", task.seed().to_string()),
         ("attempts until valid", grammar.attempts().to_string()),
         ("symbols, # included", grammar.alphabet().to_string()),
-        ("states, # included (classes to tell apart)", grouped(grammar.states())),
+        ("states, # included", grouped(grammar.states())),
+        ("classes to tell apart", grouped(task.classes())),
         ("transitions", grouped(grammar.transitions())),
         ("out-degree, least / mean / most", format!("{least} / {mean:.2} / {most}")),
         ("start states", starts.join(" ")),
@@ -93,9 +99,15 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
         ("test part", split.to_string()),
         ("Bayes ceiling, expected", percent(ceiling)),
         ("  and on these samples", percent(hits)),
-        ("always the most frequent state", percent(census.majority)),
+        (
+            if predict { "always the most frequent symbol" } else { "always the most frequent state" },
+            percent(census.majority),
+        ),
     ] {
         facts.add_row([name, &value]);
+    }
+    if predict {
+        facts.add_row(["entropy of the next symbol, in nats", &format!("{next_entropy:.4}")]);
     }
     let mut out = format!("{}\n\nout-degrees\n", facts.trim_fmt());
     // about ten rows, each for as many degrees as that takes

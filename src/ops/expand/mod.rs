@@ -36,7 +36,10 @@ pub enum Noise {
 
 /// A sample, as its parts lie in memory.
 pub struct Sequence<'a> {
-    pub states: &'a [u32],
+    /// Symbol shown for each element.
+    pub symbols: &'a [u32],
+    /// What the steps of each element should give.
+    pub labels: &'a [u32],
     /// Timesteps behind each element.
     pub gaps: &'a [u32],
     /// Symbols shown in the gaps, gap after gap; empty where gaps are blank.
@@ -61,18 +64,10 @@ pub struct Compact {
 }
 
 impl Compact {
-    /// Packs `samples`, the first with index `first`; `label` and `symbol` are those of a state, `features` is
-    /// the width of the input.
-    pub fn pack(
-        samples: &[Sequence],
-        label: impl Fn(u32) -> u32,
-        symbol: impl Fn(u32) -> u32,
-        features: usize,
-        first: u64,
-        noise: Noise,
-    ) -> Result<Self> {
-        let total = samples.iter().map(|sample| sample.states.len()).sum::<usize>();
-        let elements = samples.iter().map(|sample| sample.states.len()).max().unwrap_or(0);
+    /// Packs `samples`, the first with index `first`; `features` is the width of the input.
+    pub fn pack(samples: &[Sequence], features: usize, first: u64, noise: Noise) -> Result<Self> {
+        let total = samples.iter().map(|sample| sample.symbols.len()).sum::<usize>();
+        let elements = samples.iter().map(|sample| sample.symbols.len()).max().unwrap_or(0);
         let shown: usize = samples.iter().map(|sample| sample.distractors.len()).sum();
         let size = META * samples.len() + 3 * total + shown;
         if i32::try_from(size).is_err() {
@@ -83,20 +78,23 @@ impl Compact {
         let (mut element, mut distractor) = (0, META * samples.len() + 3 * total);
         for sample in samples {
             let gaps: u64 = sample.gaps.iter().map(|&gap| u64::from(gap)).sum();
-            let Ok(length) = u32::try_from(sample.states.len() as u64 + gaps) else {
+            let Ok(length) = u32::try_from(sample.symbols.len() as u64 + gaps) else {
                 candle_core::bail!("expand: a sample is longer than {} timesteps", u32::MAX)
             };
-            if sample.gaps.len() != sample.states.len()
+            if sample.gaps.len() != sample.symbols.len()
+                || sample.labels.len() != sample.symbols.len()
                 || !(sample.distractors.is_empty() || sample.distractors.len() as u64 == gaps)
             {
-                candle_core::bail!("expand: the gaps of a sample fit neither its states nor its distractors")
+                candle_core::bail!(
+                    "expand: the labels, gaps and distractors of a sample do not fit its symbols"
+                )
             }
             let shown = if sample.distractors.is_empty() { NONE } else { distractor as u32 };
             let ([key_low, key_high], index) = sample.noise;
-            words.extend([element as u32, sample.states.len() as u32, length, shown]);
+            words.extend([element as u32, sample.symbols.len() as u32, length, shown]);
             words.extend([key_low, key_high, index as u32, (index >> 32) as u32]);
             lengths.push(length as usize);
-            element += sample.states.len();
+            element += sample.symbols.len();
             distractor += sample.distractors.len();
         }
         for sample in samples {
@@ -107,9 +105,8 @@ impl Compact {
                 at += 1 + gap;
             }
         }
-        let states = || samples.iter().flat_map(|sample| sample.states);
-        words.extend(states().map(|&state| label(state)));
-        words.extend(states().map(|&state| symbol(state)));
+        samples.iter().for_each(|sample| words.extend(sample.labels));
+        samples.iter().for_each(|sample| words.extend(sample.symbols));
         samples.iter().for_each(|sample| words.extend(sample.distractors));
         Ok(Self { words, total, elements, lengths, features, first, noise })
     }
