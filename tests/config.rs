@@ -186,7 +186,7 @@ fn refuses_texts() {
         (
             "model: mamba2",
             "c.yaml: model is `mamba2`; it must be a mapping with the keys name, layers, width, state, heads, dropout, \
-             conv, householders, rope_base, as in `model: {name: …}`",
+             conv, householders, rope_base, decay, output_gate, short_conv, negative_eigenvalues, as in `model: {name: …}`",
         ),
         (
             "task:\n  gap: 0.1",
@@ -679,6 +679,7 @@ prop_compose! {
             conv,
             householders,
             rope_base,
+            ..Config::of(TaskPreset::Task1ModelSize).model
         }
     }
 }

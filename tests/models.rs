@@ -12,10 +12,11 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use common::{Golden, relative_rms};
-use selectivbench::config::{Auto, ModelConfig};
+use selectivbench::config::load::defaults;
+use selectivbench::config::{Auto, ModelConfig, Switch};
 use selectivbench::model::{
-    Builder, Call, Context, Dims, DropoutKey, Input, MODELS, ParamStore, RecNet, count_parameters, find,
-    width_for_budget,
+    Builder, Call, Context, Dims, DropoutKey, Grain, Input, MODELS, Mixer, Model, Notes, ParamStore, Part,
+    RecNet, count_parameters, find, width_for_budget,
 };
 use selectivbench::ops::head::{Targets, head_cross_entropy};
 use selectivbench::ops::no_grad;
@@ -31,6 +32,7 @@ fn config(name: &str, width: usize, layers: usize, state: usize) -> ModelConfig 
         conv: 4,
         householders: 4,
         rope_base: 1000.0,
+        ..defaults().model
     }
 }
 
@@ -61,7 +63,7 @@ fn layers_agree_with_the_pytorch_layers() -> Result<()> {
         for dtype in [DType::F64, DType::F32] {
             let what = format!("{} in {dtype:?}", model.name);
             let builder = Builder::new();
-            let dims = Dims::new(&config(model.name, 64, 1, 16)).unwrap();
+            let dims = Dims::new(model, &config(model.name, 64, 1, 16)).unwrap();
             let mixer = (model.build)(&dims, &builder).unwrap();
             let store = builder.finish(1, dtype, &Device::Cpu)?;
             store.load(&params_of(&golden)).unwrap();
@@ -126,6 +128,286 @@ fn stacks_agree_with_the_pytorch_models() -> Result<()> {
     Ok(())
 }
 
+type Field = fn(&mut ModelConfig) -> &mut Switch;
+
+/// The switches by name: whether a model has the part, and where a configuration sets it.
+const SWITCHES: [(&str, fn(&Model) -> Part, Field); 4] = [
+    ("decay", |model| model.decay, |config| &mut config.decay),
+    ("output_gate", |model| model.output_gate, |config| &mut config.output_gate),
+    ("short_conv", |model| model.short_conv, |config| &mut config.short_conv),
+    ("negative_eigenvalues", |model| model.negative_eigenvalues, |config| &mut config.negative_eigenvalues),
+];
+
+/// A small configuration of the model, by itself and with every combination of its switches.
+fn settings(model: &Model) -> Vec<ModelConfig> {
+    let mut all = vec![ModelConfig { householders: 2, ..config(model.name, 16, 2, 8) }];
+    for (_, part, field) in SWITCHES {
+        let other = match part(model) {
+            Part::Never => continue,
+            Part::Off => Switch::On,
+            Part::On => Switch::Off,
+        };
+        for i in 0..all.len() {
+            let mut switched = all[i].clone();
+            *field(&mut switched) = other;
+            all.push(switched);
+        }
+    }
+    all
+}
+
+/// The name of the model and its switches.
+fn shown(config: &ModelConfig) -> String {
+    let mut config = config.clone();
+    let switches = SWITCHES.map(|(name, _, field)| format!("{name} {}", *field(&mut config)));
+    format!("{} with {}", config.name, switches.join(", "))
+}
+
+/// One layer in f64.
+fn layer(config: &ModelConfig) -> Result<(Box<dyn Mixer>, ParamStore)> {
+    let builder = Builder::new();
+    let model = find(&config.name).unwrap();
+    let mixer = (model.build)(&Dims::new(model, config).unwrap(), &builder).unwrap();
+    Ok((mixer, builder.finish(3, DType::F64, &Device::Cpu)?))
+}
+
+fn values_of(store: &ParamStore) -> Result<HashMap<String, Tensor>> {
+    store.named().map(|param| Ok((param.name().to_string(), param.value().copy()?))).collect()
+}
+
+/// A layer without a part does what the whole layer does with weights that make the part do nothing.
+#[test]
+fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
+    // silu(NEUTRAL) is 1.
+    const NEUTRAL: f64 = 1.278_464_542_761_073_8;
+    let (width, inner) = (16, 32);
+    // The first channel of the input is always 1: a weight for it alone is a bias.
+    let x = Tensor::randn(0f64, 1.0, (2, 9, width - 1), &Device::Cpu)?;
+    let x = Tensor::cat(&[&Tensor::ones((2, 9, 1), DType::F64, &Device::Cpu)?, &x], 2)?;
+    let bias = |rows: usize, value: f64| -> Result<Tensor> {
+        let first = Tensor::full(value, (rows, 1), &Device::Cpu)?;
+        Tensor::cat(&[first, Tensor::zeros((rows, width - 1), DType::F64, &Device::Cpu)?], 1)
+    };
+    let mut compared = 0;
+    for model in MODELS {
+        for (name, part, field) in &SWITCHES[..3] {
+            if part(model) == Part::Never {
+                continue;
+            }
+            let mut whole = ModelConfig { householders: 2, ..config(model.name, width, 1, 8) };
+            *field(&mut whole) = Switch::On;
+            let mut without = whole.clone();
+            *field(&mut without) = Switch::Off;
+            let ((whole, store), (without, rest)) = (layer(&whole)?, layer(&without)?);
+            let mut weights = values_of(&store)?;
+            // Leaves of the part, as values that do nothing; and what the layer without it holds instead.
+            let mut kept = weights.clone();
+            for (tensor, value) in weights.iter_mut() {
+                let neutral = match (*name, model.name, tensor.as_str()) {
+                    ("decay", "mamba" | "mamba2", "A_log") => Some(value.affine(0.0, -1000.0)?),
+                    ("decay", "gla", "gk_proj.1.bias") => Some(value.affine(0.0, 1e6)?),
+                    ("decay", "gla", "gk_proj.0.weight" | "gk_proj.1.weight") => None,
+                    ("decay", _, "dt_bias") if model.name.contains("delta") => Some(value.affine(0.0, -1e6)?),
+                    ("decay", _, "a_proj.weight" | "A_log") => None,
+                    ("output_gate", "mamba", "in_proj.weight") => {
+                        kept.insert(tensor.clone(), value.narrow(0, 0, inner)?);
+                        Some(Tensor::cat(&[value.narrow(0, 0, inner)?, bias(inner, NEUTRAL)?], 0)?)
+                    }
+                    ("output_gate", "mamba2", "in_proj.weight") => {
+                        let rest = value.narrow(0, inner, value.dim(0)? - inner)?;
+                        kept.insert(tensor.clone(), rest.clone());
+                        Some(Tensor::cat(&[bias(inner, NEUTRAL)?, rest], 0)?)
+                    }
+                    ("output_gate", _, "g_proj.weight") => Some(bias(inner, NEUTRAL)?),
+                    ("output_gate", _, "g_norm_swish_gate.weight") => {
+                        kept.insert("g_norm.weight".into(), value.clone());
+                        kept.remove(tensor);
+                        continue;
+                    }
+                    ("short_conv", _, conv) if conv.ends_with("conv1d.weight") => {
+                        let (channels, _, taps) = value.dims3()?;
+                        let before = Tensor::zeros((channels, 1, taps - 1), DType::F64, &Device::Cpu)?;
+                        let now = Tensor::ones((channels, 1, 1), DType::F64, &Device::Cpu)?;
+                        Some(Tensor::cat(&[before, now], 2)?)
+                    }
+                    ("short_conv", _, "conv1d.bias") => Some(value.zeros_like()?),
+                    _ => continue,
+                };
+                *value = neutral.unwrap_or(value.clone());
+                // A fused projection keeps the rows that are not the part's.
+                if tensor != "in_proj.weight" {
+                    kept.remove(tensor);
+                }
+            }
+            store.load(&weights).unwrap();
+            rest.load(&kept).unwrap();
+            let run = |mixer: &dyn Mixer| no_grad(|| mixer.forward(&x, &mut Call::new(None, None)));
+            let (want, got) = (run(whole.as_ref())?, run(without.as_ref())?);
+            let error = relative_rms(&got, &want);
+            assert!(error < 1e-12, "{} without {name} is off by {error:.1e}", model.name);
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 18);
+    Ok(())
+}
+
+/// The parts of Gated DeltaNet that DeltaNet lacks make the one the other, both ways.
+#[test]
+fn delta_net_and_gated_delta_net_are_one_layer() -> Result<()> {
+    let golden = Golden::open("layer_gated_delta_net");
+    let on = ModelConfig { decay: Switch::On, output_gate: Switch::On, ..config("delta_net", 64, 1, 16) };
+    let (mixer, store) = layer(&on)?;
+    store.load(&params_of(&golden)).unwrap();
+    let y = mixer.forward(&golden.f64("x"), &mut Call::new(None, None))?;
+    assert!(relative_rms(&y, &golden.f64("y")) < 1e-6);
+
+    let golden = Golden::open("layer_delta_net");
+    let off =
+        ModelConfig { decay: Switch::Off, output_gate: Switch::Off, ..config("gated_delta_net", 64, 1, 16) };
+    let (mixer, store) = layer(&off)?;
+    store.load(&params_of(&golden)).unwrap();
+    let y = mixer.forward(&golden.f64("x"), &mut Call::new(None, None))?;
+    assert!(relative_rms(&y, &golden.f64("y")) < 1e-6);
+    Ok(())
+}
+
+/// The taxonomy, the notes and the parameters of every setting tell of the same parts.
+#[test]
+fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
+    let steps = 40;
+    let ids = symbols(1, steps, 7)?;
+    for config in MODELS.iter().flat_map(settings) {
+        let what = shown(&config);
+        let model = find(&config.name).unwrap();
+        let dims = Dims::new(model, &config).unwrap();
+        let taxonomy = model.taxonomy(&dims);
+        let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+
+        let size = |param: &selectivbench::model::Param| param.shape().iter().product::<usize>();
+        let sizes: usize = net.params().params().iter().map(size).sum();
+        assert_eq!(count_parameters(&config, 7, 13).unwrap(), sizes, "{what}");
+        assert_eq!(net.params().count(), sizes, "{what}");
+        let has = |part: &str| net.params().named().any(|param| param.name().contains(part));
+        assert_eq!(has("conv1d"), taxonomy.short_conv, "{what}");
+        assert_eq!(has("A_log") || has("gk_proj"), taxonomy.decay.is_some(), "{what}");
+        assert_eq!(has("b_proj"), taxonomy.delta_rule, "{what}");
+
+        let mut notes = Notes::new(0..steps);
+        no_grad(|| net.inspect(Input::Ids(&ids), &mut Context::default(), &mut notes))?;
+        let notes = notes.finish();
+        let told = |names: &[&str]| notes.iter().any(|note| names.contains(&note.kind.name));
+        assert_eq!(told(&["decay", "alpha"]), taxonomy.decay.is_some(), "{what}");
+        assert_eq!(told(&["output_gate"]), taxonomy.output_gate, "{what}");
+        assert_eq!(told(&["beta"]), taxonomy.delta_rule, "{what}");
+        let Some([low, high]) = taxonomy.eigenvalues else {
+            assert_eq!(config.name, "transformer");
+            continue;
+        };
+        assert_eq!(high, 1.0, "{what}");
+        let identity = taxonomy.decay.is_none() && !taxonomy.delta_rule;
+        assert_eq!((low == 1.0, taxonomy.transition == "identity"), (identity, identity), "{what}");
+        for note in notes.iter().filter(|note| ["decay", "alpha"].contains(&note.kind.name)) {
+            assert!(note.values.iter().all(|a| (0.0..=1.0).contains(a)), "{what}");
+            assert!(note.values.iter().any(|a| *a < 0.9999), "{what}");
+        }
+        // 1 − β is the eigenvalue along a key.
+        let most = |beta: f32| {
+            notes.iter().filter(|n| n.kind.name == "beta").all(|n| n.values.iter().all(|b| *b <= beta))
+        };
+        assert!(most(1.0 - low as f32), "{what}");
+        assert_eq!(low == -1.0, taxonomy.delta_rule && !most(1.0), "{what}");
+    }
+    Ok(())
+}
+
+/// Write strengths are doubled, and nothing else.
+#[test]
+fn negative_eigenvalues_double_the_write_strength() -> Result<()> {
+    for model in MODELS.iter().filter(|model| model.negative_eigenvalues != Part::Never) {
+        let betas = |switch| -> Result<Vec<f32>> {
+            let config = ModelConfig { negative_eigenvalues: switch, ..config(model.name, 16, 1, 8) };
+            let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+            let mut notes = Notes::new(0..20);
+            no_grad(|| net.inspect(Input::Ids(&symbols(1, 20, 7)?), &mut Context::default(), &mut notes))?;
+            Ok(notes.finish().into_iter().find(|note| note.kind.name == "beta").unwrap().values)
+        };
+        let doubled: Vec<f32> = betas(Switch::Off)?.iter().map(|beta| 2.0 * beta).collect();
+        assert_eq!(betas(Switch::On)?, doubled, "{}", model.name);
+    }
+    Ok(())
+}
+
+/// The paper's dissection.
+#[test]
+fn the_taxonomy_is_that_of_the_literature() {
+    let of = |name: &str| {
+        let model = find(name).unwrap();
+        model.taxonomy(&Dims::new(model, &config(name, 64, 1, 16)).unwrap())
+    };
+    for (name, transition, decay, delta, gate, eigenvalues, state) in [
+        ("transformer", "key-value cache", None, false, false, None, None),
+        ("mamba", "diagonal", Some(Grain::State), false, true, Some([0.0, 1.0]), Some(128 * 16)),
+        ("mamba2", "scalar", Some(Grain::Head), false, true, Some([0.0, 1.0]), Some(128 * 16)),
+        ("gla", "diagonal", Some(Grain::KeyChannel), false, true, Some([0.0, 1.0]), Some(64 * 32)),
+        ("delta_net", "Householder", None, true, false, Some([0.0, 1.0]), Some(64 * 32)),
+        (
+            "gated_delta_net",
+            "scalar x Householder",
+            Some(Grain::Head),
+            true,
+            true,
+            Some([0.0, 1.0]),
+            Some(64 * 32),
+        ),
+        (
+            "gated_delta_product",
+            "scalar x 4 Householders",
+            Some(Grain::Head),
+            true,
+            true,
+            Some([-1.0, 1.0]),
+            Some(64 * 32),
+        ),
+    ] {
+        let taxonomy = of(name);
+        assert_eq!((taxonomy.transition.as_str(), taxonomy.decay), (transition, decay), "{name}");
+        assert_eq!(taxonomy.input_dependent_decay, decay.is_some(), "{name}");
+        assert_eq!((taxonomy.delta_rule, taxonomy.channel_mixing), (delta, delta), "{name}");
+        assert_eq!((taxonomy.output_gate, taxonomy.eigenvalues), (gate, eigenvalues), "{name}");
+        assert_eq!(taxonomy.state_per_layer, state, "{name}");
+    }
+}
+
+#[test]
+fn a_switch_without_a_part_is_refused() {
+    for (name, _, field) in SWITCHES {
+        for model in MODELS {
+            for switch in [Switch::On, Switch::Off] {
+                let mut config = config(model.name, 16, 1, 8);
+                *field(&mut config) = switch;
+                let part = SWITCHES.iter().find(|(other, ..)| *other == name).unwrap().1(model);
+                match count_parameters(&config, 7, 13) {
+                    Ok(_) => assert_ne!(part, Part::Never, "{} {name}", model.name),
+                    Err(error) => {
+                        let start = format!("model.{name} is {switch}, but {} has no such part", model.name);
+                        assert!(error.to_string().starts_with(&start), "{error}");
+                        assert_eq!(selectivbench::error::exit_code(&error), 2);
+                        assert_eq!(part, Part::Never, "{} {name}", model.name);
+                    }
+                }
+            }
+        }
+    }
+    let mut mamba = config("mamba", 16, 1, 8);
+    mamba.negative_eigenvalues = Switch::On;
+    assert_eq!(
+        count_parameters(&mamba, 7, 13).unwrap_err().to_string(),
+        "model.negative_eigenvalues is on, but mamba has no such part; leave it at auto, or use one of delta_net, \
+         gated_delta_net, gated_delta_product"
+    );
+}
+
 /// Symbols with blank runs between them, as the tasks have.
 fn symbols(batch: usize, steps: usize, vocab: u32) -> Result<Tensor> {
     let ids: Vec<u32> = (0..batch * steps)
@@ -138,8 +420,8 @@ fn symbols(batch: usize, steps: usize, vocab: u32) -> Result<Tensor> {
 #[test]
 fn every_parameter_gets_a_gradient() -> Result<()> {
     let (batch, steps) = (3, 30);
-    for model in MODELS {
-        let net = RecNet::new(&config(model.name, 32, 2, 8), 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+    for config in MODELS.iter().flat_map(settings) {
+        let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
         let targets = Targets {
             labels: (0..batch * steps).map(|i| (i % 13) as u32).collect(),
             element: (0..batch * steps).map(|i| (i % steps / 3) as u32).collect(),
@@ -155,7 +437,12 @@ fn every_parameter_gets_a_gradient() -> Result<()> {
         out.loss.backward()?;
         for param in net.params().params() {
             let norm = param.grad().sqr()?.sum_all()?.to_scalar::<f32>()?;
-            assert!(norm > 0.0 && norm.is_finite(), "{}: gradient of {} is {norm}", model.name, param.name());
+            assert!(
+                norm > 0.0 && norm.is_finite(),
+                "{}: gradient of {} is {norm}",
+                shown(&config),
+                param.name()
+            );
         }
     }
     Ok(())
@@ -164,8 +451,8 @@ fn every_parameter_gets_a_gradient() -> Result<()> {
 #[test]
 fn pieces_give_what_the_whole_gives() -> Result<()> {
     let (batch, steps) = (2, 61);
-    for model in MODELS {
-        let net = RecNet::new(&config(model.name, 32, 2, 8), 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+    for config in MODELS.iter().flat_map(settings) {
+        let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
         let ids = symbols(batch, steps, 7)?;
         let whole = no_grad(|| net.logits(Input::Ids(&ids), &mut Context::default()))?;
         let mut context = Context::streaming();
@@ -178,7 +465,7 @@ fn pieces_give_what_the_whole_gives() -> Result<()> {
         }
         assert_eq!(start, steps);
         let error = relative_rms(&Tensor::cat(&pieces, 1)?, &whole.to_dtype(DType::F64)?);
-        assert!(error < 1e-6, "{}: pieces differ from the whole by {error:.1e}", model.name);
+        assert!(error < 1e-6, "{}: pieces differ from the whole by {error:.1e}", shown(&config));
     }
     Ok(())
 }

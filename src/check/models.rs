@@ -70,7 +70,7 @@ fn model_config(name: &str) -> ModelConfig {
         dropout: 0.2,
         conv: 4,
         householders: 2,
-        rope_base: 1000.0,
+        ..crate::config::load::defaults().model
     }
 }
 

@@ -23,6 +23,10 @@ impl Config {
                 conv: 4,
                 householders: 4,
                 rope_base: 1000.0,
+                decay: Switch::Auto,
+                output_gate: Switch::Auto,
+                short_conv: Switch::Auto,
+                negative_eigenvalues: Switch::Auto,
             },
             train: TrainConfig::paper(),
         }

@@ -33,6 +33,26 @@ impl Auto {
     }
 }
 
+/// Whether a model has a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    /// As the model has it by itself.
+    Auto,
+    On,
+    Off,
+}
+
+impl std::fmt::Display for Switch {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            Switch::Auto => "auto",
+            Switch::On => "on",
+            Switch::Off => "off",
+        })
+    }
+}
+
 /// One run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -191,6 +211,14 @@ pub struct ModelConfig {
     pub householders: usize,
     /// Base of the transformer's rotary embedding.
     pub rope_base: f64,
+    /// Decay of the state; off: nothing is forgotten but by the delta rule.
+    pub decay: Switch,
+    /// Gate on what is read from the state.
+    pub output_gate: Switch,
+    /// Short convolution before the recurrence; off: its SiLU alone.
+    pub short_conv: Switch,
+    /// Write strengths of the delta rule: up to 2 if on, up to 1 if off.
+    pub negative_eigenvalues: Switch,
 }
 
 impl ModelConfig {

@@ -6,20 +6,27 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale, ShortConv};
+use super::output::{gate, norm_and_gate};
+use super::{Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConv};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::gates::{decay_gate, sigmoid};
 use crate::ops::l2norm::l2norm;
 use crate::ops::linear::linear;
-use crate::ops::norms::{GateOrder, gated_rms_norm};
 use crate::ops::{Arg, view};
 
 pub(super) const MODEL: Model = Model {
     name: "gated_delta_net",
-    recurrence: "S = a (I - beta k^T k) S + beta k^T v",
+    recurrence: super::delta_net::MODEL.recurrence,
     reference: "Yang et al. 2024, arXiv 2412.06464",
-    build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, 1, 1.0))),
+    build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, 1))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
+    grain: Some(Grain::Head),
+    input_dependent_decay: true,
+    householders: |_| 1,
+    decay: Part::On,
+    output_gate: Part::On,
+    short_conv: Part::On,
+    negative_eigenvalues: Part::Off,
 };
 
 const ALPHA: Kind =
@@ -30,14 +37,8 @@ const BETA: Kind = Kind {
     scale: Scale::Linear,
     rows: Rows::Head,
 };
-const OUTPUT_GATE: Kind = Kind {
-    name: "output_gate",
-    about: "silu(gate), what the output is multiplied with",
-    scale: Scale::Linear,
-    rows: Rows::Layer,
-};
-
-/// The layer of both Gated DeltaNet (one Householder step a token, beta up to 1) and Gated DeltaProduct.
+/// The layer of DeltaNet (without decay and output gate), Gated DeltaNet, and Gated DeltaProduct (several
+/// Householder steps a token).
 pub(super) struct GatedDelta {
     heads: usize,
     head_dim: usize,
@@ -49,16 +50,21 @@ pub(super) struct GatedDelta {
     k: ShortConv,
     v: ShortConv,
     beta: Param,
-    decay: Param,
-    a_log: Param,
-    dt_bias: Param,
-    gate: Param,
+    decay: Option<Decay>,
+    gate: Option<Param>,
     norm: Param,
     out: Param,
 }
 
+/// Where the log decay comes from.
+struct Decay {
+    proj: Param,
+    a_log: Param,
+    dt_bias: Param,
+}
+
 impl GatedDelta {
-    pub(super) fn new(dims: &Dims, builder: &Builder, steps: usize, beta_scale: f64) -> Self {
+    pub(super) fn new(dims: &Dims, builder: &Builder, steps: usize) -> Self {
         let (width, heads) = (dims.width, dims.heads);
         let weight = |name: &str, rows: usize, columns: usize| {
             builder.push(name).param("weight", &[rows, columns], Init::linear(columns))
@@ -67,15 +73,17 @@ impl GatedDelta {
             heads,
             head_dim: dims.head_dim(),
             steps,
-            beta_scale,
+            beta_scale: if dims.parts.negative_eigenvalues { 2.0 } else { 1.0 },
             q: ShortConv::new(builder, "q", dims, width),
             k: ShortConv::new(builder, "k", dims, steps * width),
             v: ShortConv::new(builder, "v", dims, 2 * steps * width),
             beta: weight("b_proj", steps * heads, width),
-            decay: weight("a_proj", heads, width),
-            a_log: builder.param("A_log", &[heads], Init::LogUniform(0.0, 16.0)),
-            dt_bias: builder.param("dt_bias", &[heads], Init::step_size()),
-            gate: weight("g_proj", 2 * width, width),
+            decay: dims.parts.decay.then(|| Decay {
+                proj: weight("a_proj", heads, width),
+                a_log: builder.param("A_log", &[heads], Init::LogUniform(0.0, 16.0)),
+                dt_bias: builder.param("dt_bias", &[heads], Init::step_size()),
+            }),
+            gate: gate(dims, builder),
             norm: builder.push("o_norm").param("weight", &[2 * dims.head_dim()], Init::Const(1.0)),
             out: weight("o_proj", width, 2 * width),
         }
@@ -84,7 +92,7 @@ impl GatedDelta {
 
 impl Mixer for GatedDelta {
     fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
-        let (batch, t, width) = x.dims3()?;
+        let (batch, t, _) = x.dims3()?;
         let (heads, k_dim, n) = (self.heads, self.head_dim, self.steps);
         // A token's Householder steps stand one after the other: [B, T, n, H, ..] is [B, T n, H, ..].
         let q = l2norm(view(&self.q.forward(x, 0, call)?, (batch, t, heads, k_dim)))?;
@@ -92,15 +100,18 @@ impl Mixer for GatedDelta {
         let v = view(&self.v.forward(x, 2, call)?, (batch, t * n, heads, 2 * k_dim));
         let beta = linear(x, &self.beta, None)?;
         let beta = sigmoid(view(&beta, (batch, t * n, heads)), self.beta_scale)?;
-        let g = decay_gate(&linear(x, &self.decay, None)?, &self.a_log, &self.dt_bias)?;
-        call.note(&ALPHA, t, [&g], |[g]| g.exp())?;
+        let g = match &self.decay {
+            None => None,
+            Some(Decay { proj, a_log, dt_bias }) => {
+                let g = decay_gate(&linear(x, proj, None)?, a_log, dt_bias)?;
+                call.note(&ALPHA, t, [&g], |[g]| g.exp())?;
+                Some(g)
+            }
+        };
         call.note(&BETA, t, [&beta], |[beta]| beta.reshape((batch, t, n, heads))?.transpose(2, 3))?;
         let scale = (k_dim as f64).powf(-0.5);
-        let (o, state) = gated_delta_rule(&q, &k, v, &beta, Some(Arg::from(&g)), scale, call.recall_arg(3))?;
+        let (o, state) = gated_delta_rule(&q, &k, v, &beta, g.map(Arg::Tensor), scale, call.recall_arg(3))?;
         call.keep(3, state);
-        let o = view(&o, (batch, t, 2 * width));
-        let gate = linear(x, &self.gate, None)?;
-        call.note(&OUTPUT_GATE, t, [&gate], |[gate]| gate.silu()?.unsqueeze(2))?;
-        linear(&gated_rms_norm(o, &gate, &self.norm, 1e-5, GateOrder::AfterNorm)?, &self.out, None)
+        linear(&norm_and_gate(&o, x, &self.norm, self.gate.as_ref(), call)?, &self.out, None)
     }
 }

@@ -4,13 +4,23 @@
 //! arXiv 2502.10297, section 3. Parameters are those of `fla.layers.GatedDeltaProduct` with
 //! `expand_v = 2`; as there, beta reaches 2 (negative eigenvalues).
 
-use super::Model;
 use super::gated_delta_net::GatedDelta;
+use super::{Grain, Model, Part};
 
 pub(super) const MODEL: Model = Model {
     name: "gated_delta_product",
-    recurrence: "S = a prod_j (I - beta_j k_j^T k_j) S + ..",
+    recurrence: |parts| match parts.decay {
+        true => "S = a prod_j (I - beta_j k_j^T k_j) S + ..",
+        false => "S = prod_j (I - beta_j k_j^T k_j) S + ..",
+    },
     reference: "Siems et al. 2025, arXiv 2502.10297",
-    build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, dims.householders, 2.0))),
+    build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, dims.householders))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
+    grain: Some(Grain::Head),
+    input_dependent_decay: true,
+    householders: |dims| dims.householders,
+    decay: Part::On,
+    output_gate: Part::On,
+    short_conv: Part::On,
+    negative_eigenvalues: Part::On,
 };

@@ -5,20 +5,30 @@
 
 use candle_core::{Result, Tensor};
 
+use super::mamba::NO_DECAY;
 use super::notes::softplus;
-use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale};
-use crate::ops::causal_conv1d::causal_conv1d_silu;
+use super::{Builder, Call, Conv, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale};
 use crate::ops::linear::linear;
-use crate::ops::norms::{GateOrder, gated_rms_norm};
+use crate::ops::norms::{GateOrder, RmsEps, gated_rms_norm, rms_norm};
 use crate::ops::ssd::ssd;
-use crate::ops::{Arg, view};
+use crate::ops::view;
 
 pub(super) const MODEL: Model = Model {
     name: "mamba2",
-    recurrence: "S = exp(dt a) S + dt B^T x",
+    recurrence: |parts| match parts.decay {
+        true => "S = exp(dt a) S + dt B^T x",
+        false => "S = S + dt B^T x",
+    },
     reference: "Dao and Gu 2024, arXiv 2405.21060",
     build: |dims, builder| Ok(Box::new(Mamba2::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.state),
+    grain: Some(Grain::Head),
+    input_dependent_decay: true,
+    householders: |_| 0,
+    decay: Part::On,
+    output_gate: Part::On,
+    short_conv: Part::On,
+    negative_eigenvalues: Part::Never,
 };
 
 const DT: Kind = Kind { name: "dt", about: "step size of each head", scale: Scale::Log, rows: Rows::Head };
@@ -32,20 +42,19 @@ const OUTPUT_GATE: Kind = Kind {
 };
 
 /// One part of the fused input projection with its share of the convolution.
-struct Part {
+struct Convolved {
     proj: Param,
-    conv_weight: Param,
-    conv_bias: Param,
+    conv: Conv,
 }
 
 struct Mamba2 {
     heads: usize,
     head_dim: usize,
     state: usize,
-    z: Param,
-    x: Part,
-    b: Part,
-    c: Part,
+    z: Option<Param>,
+    x: Convolved,
+    b: Convolved,
+    c: Convolved,
     dt: Param,
     dt_bias: Param,
     a_log: Param,
@@ -59,27 +68,28 @@ impl Mamba2 {
         let (width, n, inner) = (dims.width, dims.state, 2 * dims.width);
         let heads = 2 * dims.heads;
         let in_proj = builder.push("in_proj");
-        let in_proj = in_proj.param("weight", &[2 * inner + 2 * n + heads, width], Init::linear(width));
-        let conv = builder.push("conv1d");
-        let conv_weight = conv.param("weight", &[inner + 2 * n, 1, dims.conv], Init::linear(dims.conv));
-        let conv_bias = conv.param("bias", &[inner + 2 * n], Init::linear(dims.conv));
-        // The convolution is depthwise: each part can have its own rows of it.
-        let part = |start: usize, len: usize| Part {
-            proj: in_proj.rows(inner + start, len),
-            conv_weight: conv_weight.rows(start, len),
-            conv_bias: conv_bias.rows(start, len),
+        // The rows of the gate come first.
+        let gate = if dims.parts.output_gate { inner } else { 0 };
+        let in_proj = in_proj.param("weight", &[gate + inner + 2 * n + heads, width], Init::linear(width));
+        let conv = Conv::new(&builder.push("conv1d"), dims, inner + 2 * n, true);
+        let part = |start: usize, len: usize| Convolved {
+            proj: in_proj.rows(gate + start, len),
+            conv: conv.rows(start, len),
         };
         Self {
             heads,
             head_dim: dims.head_dim(),
             state: n,
-            z: in_proj.rows(0, inner),
+            z: dims.parts.output_gate.then(|| in_proj.rows(0, inner)),
             x: part(0, inner),
             b: part(inner, n),
             c: part(inner + n, n),
-            dt: in_proj.rows(2 * inner + 2 * n, heads),
+            dt: in_proj.rows(gate + inner + 2 * n, heads),
             dt_bias: builder.param("dt_bias", &[heads], Init::step_size()),
-            a_log: builder.param("A_log", &[heads], Init::LogUniform(1.0, 16.0)),
+            a_log: match dims.parts.decay {
+                true => builder.param("A_log", &[heads], Init::LogUniform(1.0, 16.0)),
+                false => builder.constant("A_log", &[heads], NO_DECAY),
+            },
             d: builder.param("D", &[heads], Init::Const(1.0)),
             norm: builder.push("norm").param("weight", &[inner], Init::Const(1.0)),
             out: builder.push("out_proj").param("weight", &[width, inner], Init::linear(inner)),
@@ -90,15 +100,8 @@ impl Mamba2 {
 impl Mixer for Mamba2 {
     fn forward(&self, u: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, width) = u.dims3()?;
-        let mut part = |slot: usize, part: &Part| -> Result<Tensor> {
-            let (y, tail) = causal_conv1d_silu(
-                &linear(u, &part.proj, None)?,
-                &part.conv_weight,
-                Some(Arg::from(&part.conv_bias)),
-                call.recall_arg(slot),
-            )?;
-            call.keep(slot, tail);
-            Ok(y)
+        let mut part = |slot: usize, part: &Convolved| -> Result<Tensor> {
+            part.conv.forward(&linear(u, &part.proj, None)?, slot, call)
         };
         let x = view(&part(0, &self.x)?, (batch, steps, self.heads, self.head_dim));
         let b = view(&part(1, &self.b)?, (batch, steps, 1, self.state));
@@ -107,15 +110,22 @@ impl Mixer for Mamba2 {
         let (bias, a_log) = (self.dt_bias.value(), self.a_log.value());
         let step = |dt: &Tensor, bias: &Tensor| softplus(&dt.broadcast_add(bias)?);
         call.note(&DT, steps, [&dt, &bias], |[dt, bias]| step(&dt, &bias))?;
-        call.note(&DECAY, steps, [&dt, &bias, &a_log], |[dt, bias, a_log]| {
-            step(&dt, &bias)?.broadcast_mul(&a_log.exp()?)?.neg()?.exp()
-        })?;
+        if self.a_log.trained() {
+            call.note(&DECAY, steps, [&dt, &bias, &a_log], |[dt, bias, a_log]| {
+                step(&dt, &bias)?.broadcast_mul(&a_log.exp()?)?.neg()?.exp()
+            })?;
+        }
         let (y, state) = ssd(x, &dt, &self.a_log, b, c, &self.d, &self.dt_bias, call.recall_arg(3))?;
         call.keep(3, state);
         let y = view(&y, (batch, steps, 2 * width));
-        let z = linear(u, &self.z, None)?;
-        call.note(&OUTPUT_GATE, steps, [&z], |[z]| z.silu()?.unsqueeze(2))?;
-        let y = gated_rms_norm(y, &z, &self.norm, 1e-5, GateOrder::BeforeNorm)?;
+        let y = match &self.z {
+            None => rms_norm(y, &self.norm, 1e-5, RmsEps::Inside)?,
+            Some(z) => {
+                let z = linear(u, z, None)?;
+                call.note(&OUTPUT_GATE, steps, [&z], |[z]| z.silu()?.unsqueeze(2))?;
+                gated_rms_norm(y, &z, &self.norm, 1e-5, GateOrder::BeforeNorm)?
+            }
+        };
         linear(&y, &self.out, None)
     }
 }

@@ -1,11 +1,13 @@
 //! Models: the stack around every mixer, and one file per mixer.
 //!
-//! To add a model, write one file beside the others and one line in [`MODELS`]. What is worth looking at inside of
-//! it (a decay, a gate) becomes a picture of `selectivbench inspect` with one [`Call::note`].
+//! To add a model, write one file beside the others and one line in [`MODELS`]. Its entry also says what the model is
+//! made of ([`taxonomy`]). What is worth looking at inside of it (a decay, a gate) becomes a picture of
+//! `selectivbench inspect` with one [`Call::note`].
 
 pub mod notes;
 pub mod param;
 pub mod recnet;
+pub mod taxonomy;
 
 mod delta_net;
 mod gated_delta_net;
@@ -13,6 +15,7 @@ mod gated_delta_product;
 mod gla;
 mod mamba;
 mod mamba2;
+mod output;
 mod short_conv;
 mod transformer;
 
@@ -28,7 +31,8 @@ use crate::{bad_input, bail_input};
 pub use notes::{Kind, Notes, Rows, Scale};
 pub use param::{Builder, Init, Param, ParamStore};
 pub use recnet::{Context, DropoutKey, Input, RecNet};
-pub use short_conv::ShortConv;
+pub use short_conv::{Conv, ShortConv};
+pub use taxonomy::{Grain, Part, Parts, Taxonomy};
 
 /// Every model that a configuration can name.
 pub const MODELS: &[Model] = &[
@@ -57,7 +61,7 @@ pub struct Model {
     /// The name in configurations.
     pub name: &'static str,
     /// How the state moves from one step to the next, in one line of ASCII maths.
-    pub recurrence: &'static str,
+    pub recurrence: fn(&Parts) -> &'static str,
     /// Where it was published.
     pub reference: &'static str,
     /// Declares the parameters of one layer. Names are those of the PyTorch layer.
@@ -65,6 +69,16 @@ pub struct Model {
     /// Floats of state that one layer carries per sequence from step to step; `None` if it grows with
     /// the sequence.
     pub state_size: fn(&Dims) -> Option<usize>,
+    /// What has a decay of its own, where there is one.
+    pub grain: Option<Grain>,
+    pub input_dependent_decay: bool,
+    /// Steps of the delta rule at each token; 0: a write erases nothing.
+    pub householders: fn(&Dims) -> usize,
+    pub decay: Part,
+    pub output_gate: Part,
+    pub short_conv: Part,
+    /// Write strengths of the delta rule up to 2.
+    pub negative_eigenvalues: Part,
 }
 
 /// One layer's way of letting timesteps speak to each other.
@@ -91,10 +105,13 @@ pub struct Dims {
     /// Householder steps per token.
     pub householders: usize,
     pub rope_base: f64,
+    pub parts: Parts,
 }
 
 impl Dims {
-    pub fn new(config: &ModelConfig) -> anyhow::Result<Self> {
+    /// Fails if the width cannot be cut into the heads, or on a part that `model` cannot have.
+    pub fn new(model: &Model, config: &ModelConfig) -> anyhow::Result<Self> {
+        let parts = model.parts(config)?;
         let heads = config.heads();
         if heads == 0 || !divides(config) {
             let width = config.width;
@@ -118,6 +135,7 @@ impl Dims {
             conv: config.conv,
             householders: config.householders,
             rope_base: config.rope_base,
+            parts,
         })
     }
 

@@ -69,11 +69,20 @@ struct Placed {
     shadow: Option<Tensor>,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Trained,
+    /// In checkpoints, but not trained.
+    Buffer,
+    /// Neither: it is never anything else.
+    Constant,
+}
+
 struct Spec {
     name: String,
     shape: Vec<usize>,
     init: Init,
-    trained: bool,
+    role: Role,
     placed: OnceLock<Placed>,
 }
 
@@ -115,7 +124,7 @@ impl Param {
 
     /// False for buffers that a checkpoint holds but training leaves alone.
     pub fn trained(&self) -> bool {
-        self.spec.trained
+        self.spec.role == Role::Trained
     }
 
     /// A view of the current value, outside the graph.
@@ -223,17 +232,22 @@ impl Builder {
 
     /// Declares a trained parameter.
     pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Param {
-        self.add(name, shape, init, true)
+        self.add(name, shape, init, Role::Trained)
     }
 
     /// Declares values that a checkpoint holds but training leaves alone.
     pub fn buffer(&self, name: &str, shape: &[usize], init: Init) -> Param {
-        self.add(name, shape, init, false)
+        self.add(name, shape, init, Role::Buffer)
     }
 
-    fn add(&self, name: &str, shape: &[usize], init: Init, trained: bool) -> Param {
+    /// Declares values that stand in for a parameter which the model does not have; no checkpoint holds them.
+    pub fn constant(&self, name: &str, shape: &[usize], value: f64) -> Param {
+        self.add(name, shape, Init::Const(value), Role::Constant)
+    }
+
+    fn add(&self, name: &str, shape: &[usize], init: Init, role: Role) -> Param {
         let name = format!("{}{name}", self.prefix);
-        let spec = Spec { name, shape: shape.to_vec(), init, trained, placed: OnceLock::new() };
+        let spec = Spec { name, shape: shape.to_vec(), init, role, placed: OnceLock::new() };
         let param = Param { spec: Arc::new(spec), rows: None };
         self.specs.lock().unwrap().push(param.clone());
         param
@@ -247,7 +261,8 @@ impl Builder {
 
     /// Refuses weights that do not fit what was declared; nothing is allocated.
     pub fn check(&self, tensors: &HashMap<String, Tensor>) -> anyhow::Result<()> {
-        check(self.specs.lock().unwrap().iter(), tensors)
+        let specs = self.specs.lock().unwrap();
+        check(specs.iter().filter(|param| param.spec.role != Role::Constant), tensors)
     }
 
     /// Lays the declared parameters out, trained ones first, and draws their values from `seed`.
@@ -257,7 +272,7 @@ impl Builder {
     /// adding one leaves the others' values.
     pub fn finish(self, seed: u64, dtype: DType, device: &Device) -> Result<ParamStore> {
         let params = std::mem::take(&mut *self.specs.lock().unwrap());
-        let (trained, buffers): (Vec<_>, Vec<_>) = params.into_iter().partition(Param::trained);
+        let (trained, mut buffers): (Vec<_>, Vec<_>) = params.into_iter().partition(Param::trained);
         let size = |param: &Param| param.spec.shape.iter().product::<usize>();
         let mut values = Vec::new();
         let mut offsets = Vec::new();
@@ -293,6 +308,7 @@ impl Builder {
         let gradient = grad.narrow(0, 0, end)?;
         let shadow = shadow.map(|shadow| shadow.narrow(0, 0, end)).transpose()?;
         let count = trained.iter().map(size).sum();
+        buffers.retain(|param| param.spec.role == Role::Buffer);
         Ok(ParamStore { params: trained, buffers, value, gradient, shadow, count })
     }
 }

@@ -76,7 +76,7 @@ pub(super) fn declare(
     classes: usize,
     builder: &Builder,
 ) -> anyhow::Result<Declared> {
-    let dims = Dims::new(config)?;
+    let dims = Dims::new(model, config)?;
     let width = dims.width;
     let affine = |name: &str, rows: usize, columns: usize| {
         let b = builder.push(name);

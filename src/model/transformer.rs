@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::notes::age;
-use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Rows, Scale};
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Part, Rows, Scale};
 use crate::bail_input;
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
@@ -20,10 +20,17 @@ use crate::ops::{Arg, view};
 
 pub(super) const MODEL: Model = Model {
     name: "transformer",
-    recurrence: "keeps every key and value",
+    recurrence: |_| "keeps every key and value",
     reference: "Vaswani et al. 2017, arXiv 1706.03762",
     build: |dims, builder| Ok(Box::new(Transformer::new(dims, builder)?)),
     state_size: |_| None,
+    grain: None,
+    input_dependent_decay: false,
+    householders: |_| 0,
+    decay: Part::Never,
+    output_gate: Part::Never,
+    short_conv: Part::Never,
+    negative_eigenvalues: Part::Never,
 };
 
 const ATTENTION: Kind = Kind {

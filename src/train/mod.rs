@@ -479,8 +479,8 @@ impl Run<'_> {
             tests.push(Test { gap, ceiling, evaluation });
         }
         let net = self.trainer.net();
-        let dims = model::Dims::new(&config.model)?;
-        let state = (model::find(&config.model.name)?.state_size)(&dims);
+        let model = model::find(&config.model.name)?;
+        let state = (model.state_size)(&model::Dims::new(model, &config.model)?);
         let summary = Summary {
             accuracy: tests[0].evaluation.accuracy,
             ceiling: tests[0].ceiling,

@@ -1,0 +1,136 @@
+//! What a layer is made of: the parts that a configuration can switch, and the words in which models are compared.
+//!
+//! Every registry entry states the parts of its model. A configuration can leave a part out, or add one that the model
+//! is known to work with: `--set model.decay=off`. [`Model::parts`] settles which are there, and
+//! [`Model::taxonomy`] says what the layer then is.
+
+use serde::Serialize;
+
+use super::{Dims, MODELS, Model};
+use crate::bail_input;
+use crate::config::{ModelConfig, Switch};
+
+/// Whether a model has a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// It has no place for it.
+    Never,
+    /// It can have it, but by itself does not.
+    Off,
+    /// It has it, and does without if the configuration says so.
+    On,
+}
+
+/// The parts that a configured layer has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// The state, or what it holds, decays.
+    pub decay: bool,
+    pub output_gate: bool,
+    /// A short convolution along time; its SiLU stays without it.
+    pub short_conv: bool,
+    /// Write strengths up to 2, which let an erased key change its sign.
+    pub negative_eigenvalues: bool,
+}
+
+/// What has a decay of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Grain {
+    /// The matrix state of a head: a scalar transition.
+    Head,
+    /// A key channel of a head, which is a row of its state: a diagonal transition.
+    KeyChannel,
+    /// A single state of a channel: a diagonal transition.
+    State,
+}
+
+/// A configured layer in the words in which models are compared.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Taxonomy {
+    /// What the state is multiplied with at each step, in a word or two.
+    pub transition: String,
+    /// What has a decay of its own; `None`: nothing decays.
+    pub decay: Option<Grain>,
+    /// Whether the input sets how much is kept.
+    pub input_dependent_decay: bool,
+    /// Whether the transition lets the channels of a state act on each other.
+    pub channel_mixing: bool,
+    /// Whether a write erases what its key held.
+    pub delta_rule: bool,
+    /// Factors I − β kᵀk of a transition: the steps of the delta rule at each token.
+    pub householders: usize,
+    pub output_gate: bool,
+    pub short_conv: bool,
+    /// Smallest and largest eigenvalue that a factor of the transition can have; a product of several can also have
+    /// complex ones, of a modulus up to 1. `None`: there is no transition.
+    pub eigenvalues: Option<[f64; 2]>,
+    /// Floats of state per sequence; `None` if it grows with the sequence.
+    pub state_per_layer: Option<usize>,
+}
+
+impl Model {
+    /// The parts of the configured layer.
+    ///
+    /// # Errors
+    /// A switch of a part for which the model has no place.
+    pub fn parts(&self, config: &ModelConfig) -> anyhow::Result<Parts> {
+        let part = |field: &str, of: fn(&Model) -> Part, switch: Switch| match (of(self), switch) {
+            (Part::Never, Switch::On | Switch::Off) => {
+                let have = MODELS.iter().filter(|model| of(model) != Part::Never);
+                let have: Vec<&str> = have.map(|model| model.name).collect();
+                bail_input!(
+                    "model.{field} is {switch}, but {} has no such part; leave it at auto, or use one of {}",
+                    self.name,
+                    have.join(", ")
+                )
+            }
+            (part, Switch::Auto) => Ok(part == Part::On),
+            (_, switch) => Ok(switch == Switch::On),
+        };
+        Ok(Parts {
+            decay: part("decay", |model| model.decay, config.decay)?,
+            output_gate: part("output_gate", |model| model.output_gate, config.output_gate)?,
+            short_conv: part("short_conv", |model| model.short_conv, config.short_conv)?,
+            negative_eigenvalues: part(
+                "negative_eigenvalues",
+                |model| model.negative_eigenvalues,
+                config.negative_eigenvalues,
+            )?,
+        })
+    }
+
+    /// What a layer of these sizes and parts is.
+    pub fn taxonomy(&self, dims: &Dims) -> Taxonomy {
+        let Parts { decay, output_gate, short_conv, negative_eigenvalues } = dims.parts;
+        let householders = (self.householders)(dims);
+        let state_per_layer = (self.state_size)(dims);
+        let grain = if decay { self.grain } else { None };
+        let kept = grain.map(|grain| if grain == Grain::Head { "scalar" } else { "diagonal" });
+        let erased = match householders {
+            0 => None,
+            1 => Some("Householder".to_string()),
+            n => Some(format!("{n} Householders")),
+        };
+        let (transition, eigenvalues) = match (state_per_layer, kept, erased) {
+            (None, ..) => ("key-value cache".into(), None),
+            (_, None, None) => ("identity".into(), Some([1.0, 1.0])),
+            (_, kept, erased) => {
+                let factors: Vec<String> = kept.map(String::from).into_iter().chain(erased).collect();
+                (factors.join(" x "), Some([if negative_eigenvalues { -1.0 } else { 0.0 }, 1.0]))
+            }
+        };
+        Taxonomy {
+            transition,
+            decay: grain,
+            input_dependent_decay: grain.is_some() && self.input_dependent_decay,
+            channel_mixing: householders > 0,
+            delta_rule: householders > 0,
+            householders,
+            output_gate,
+            short_conv,
+            eigenvalues,
+            state_per_layer,
+        }
+    }
+}
