@@ -10,6 +10,7 @@ use selectivbench::config::load::{defaults, load, parse};
 use selectivbench::config::*;
 use selectivbench::device::parse_device;
 use selectivbench::error::exit_code;
+use selectivbench::sweep::plan::Plan;
 
 fn read(text: &str, sets: &[&str]) -> anyhow::Result<Config> {
     let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
@@ -456,12 +457,43 @@ fn refuses_what_is_no_configuration_file() {
 fn every_file_in_configs_is_a_run() {
     for entry in std::fs::read_dir(configs()).unwrap() {
         let path = entry.unwrap().path();
+        if path.is_dir() {
+            continue;
+        }
         let config = load(&path, &[]).unwrap_or_else(|error| panic!("{error:#}"));
         let stem = path.file_stem().unwrap().to_str().unwrap();
         if let Some(preset) = TaskPreset::ALL.iter().find(|p| serde_yaml::to_value(p).unwrap() == stem) {
             assert_eq!(config, Config::of(*preset), "{stem} should spell out its preset");
         }
     }
+}
+
+#[test]
+fn every_file_in_configs_sweeps_is_a_sweep() {
+    for entry in std::fs::read_dir(configs().join("sweeps")).unwrap() {
+        let path = entry.unwrap().path();
+        let plan = Plan::open(&path, &[], None, |_| Ok(true)).unwrap_or_else(|error| panic!("{error:#}"));
+        // The numbers in the comments.
+        let text = std::fs::read_to_string(&path).unwrap();
+        let said = text.split(" runs").next().unwrap().rsplit([' ', '\n']).next().unwrap().replace(',', "");
+        if let Ok(said) = said.parse::<usize>() {
+            assert_eq!(plan.runs.len(), said, "{}", path.display());
+        }
+    }
+}
+
+/// Every combination of switches is a configuration, and none is twice.
+#[test]
+fn the_sweep_over_ablations_is_of_runs() {
+    let plan = Plan::open(&configs().join("sweeps/ablations.yaml"), &[], None, |_| Ok(false)).unwrap();
+    assert_eq!(plan.left_out, []);
+    for (name, runs) in
+        [("mamba", 16), ("mamba2", 16), ("gla", 16), ("gated_delta_net", 32), ("gated_delta_product", 32)]
+    {
+        let of_model = plan.runs.iter().filter(|run| run.config.model.name == name).count();
+        assert_eq!(of_model, runs, "{name}");
+    }
+    assert_eq!(plan.runs.len(), 112);
 }
 
 #[test]
@@ -513,6 +545,18 @@ fn selectivbench(args: &[&str]) -> (String, String, Option<i32>) {
 }
 
 #[test]
+fn switched_parts_are_fields_of_a_model() {
+    let text = "model: {name: gla, decay: off, output_gate: \"on\", short_conv: auto}";
+    let config = parse(text, "c.yaml", &[]).unwrap();
+    let model = &config.model;
+    assert_eq!((model.decay, model.output_gate, model.short_conv), (Switch::Off, Switch::On, Switch::Auto));
+    assert_eq!(parse(&config.to_yaml(), "again", &[]).unwrap(), config);
+    let sets = ["model.name=transformer".to_string()];
+    let error = parse(text, "c.yaml", &sets).unwrap_err().to_string();
+    assert!(error.starts_with("model.decay is off, but transformer has no such part; "), "{error}");
+}
+
+#[test]
 fn lists_of_models_tasks_and_devices() {
     let names = |json: &serde_json::Value| -> Vec<String> {
         json.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap().to_string()).collect()
@@ -540,6 +584,23 @@ fn lists_of_models_tasks_and_devices() {
     // mamba2: 2 · width · state of the configuration.
     assert_eq!(models[2]["state_per_layer"], 2 * 256 * 64);
 
+    // A switched part shows wherever a model can have it, whatever the configuration's own model is.
+    let models = json(&["models", "--json", "--set", "model.decay=off", "--budget", "1e6"]);
+    assert_eq!(
+        names(&models)[2..],
+        ["gla", "delta_net", "gated_delta_net", "gated_delta_product", "transformer"]
+    );
+    assert_eq!(
+        (&models[2]["transition"], &models[2]["decay"]),
+        (&"identity".into(), &serde_json::Value::Null)
+    );
+    assert_eq!(models[2]["recurrence"], "S = S + k^T v");
+    assert_eq!(models[4]["transition"], "Householder");
+    assert!(models[6]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no"));
+    let models = json(&["models", "--json", "--set", "model.negative_eigenvalues=on"]);
+    assert_eq!(names(&models)[..3], ["delta_net", "gated_delta_net", "gated_delta_product"]);
+    assert_eq!(models[0]["eigenvalues"], serde_json::json!([-1.0, 1.0]));
+
     for (command, says) in
         [("tasks", "task1_model_size"), ("devices", "cpu"), ("models", "gated_delta_product")]
     {
@@ -549,6 +610,10 @@ fn lists_of_models_tasks_and_devices() {
     }
     for (args, says) in [
         (["models", "--width", "0"], "error: --width is 0; it must be between 1 and 65536\n"),
+        (
+            ["models", "--set", "model.decay=of"],
+            "error: --set model.decay=of: model.decay is `of`; it must be one of auto, on, off; did you mean `off`?\n",
+        ),
         (["models", "--layers", "2000"], "error: --layers is 2000; it must be between 1 and 1024\n"),
         (["models", "--config", "none.yaml"], "error: none.yaml does not exist; give a configuration file\n"),
     ] {
