@@ -93,7 +93,7 @@ impl<'a> Targets<'a> {
     }
 }
 
-/// The grammar's own distribution of the symbol behind a state, [classes]; behind `#`, `#`.
+/// The grammar's own distribution of the symbol behind a state, `[classes]`; behind `#`, `#`.
 pub fn after(task: &Task, state: u32) -> Vec<f64> {
     let grammar = task.grammar();
     let successors = grammar.successors(state);
@@ -144,7 +144,7 @@ impl Distributions {
         self.steps
     }
 
-    /// The target at a timestep of the sample, [classes].
+    /// The target at a timestep of the sample, `[classes]`.
     pub fn at(&self, step: usize) -> &[f64] {
         let i = self.starts.partition_point(|&start| start <= step) - 1;
         &self.probabilities[i * self.classes..][..self.classes]
