@@ -144,7 +144,7 @@ fn settings(model: &Model) -> Vec<ModelConfig> {
     let mut all = vec![ModelConfig { householders: 2, ..config(model.name, 16, 2, 8) }];
     for (_, part, field) in SWITCHES {
         let other = match part(model) {
-            Part::Never => continue,
+            Part::Never | Part::Always => continue,
             Part::Off => Switch::On,
             Part::On => Switch::Off,
         };

@@ -19,6 +19,8 @@ pub enum Part {
     Off,
     /// It has it, and does without if the configuration says so.
     On,
+    /// It cannot do without.
+    Always,
 }
 
 /// The parts that a configured layer has.
@@ -85,7 +87,10 @@ impl Model {
                     have.join(", ")
                 )
             }
-            (part, Switch::Auto) => Ok(part == Part::On),
+            (Part::Always, Switch::Off) => {
+                bail_input!("model.{field} is off, but {} cannot do without; set it to auto", self.name)
+            }
+            (part, Switch::Auto) => Ok(matches!(part, Part::On | Part::Always)),
             (_, switch) => Ok(switch == Switch::On),
         };
         Ok(Parts {
