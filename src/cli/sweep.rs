@@ -363,25 +363,19 @@ fn dry_run(plan: &Plan, devices: &[String], per_device: usize) -> anyhow::Result
     let estimates = estimate::estimate(&plan.runs, &parse_device(&devices[0])?)?;
     let mut ledger = Ledger::open(&plan.dir, Duration::MAX);
     let snapshot = if plan.dir.join("ledger").is_dir() { ledger.look()? } else { Default::default() };
-    let state = |id: &str| match snapshot.state(id) {
-        State::Pending => "pending",
-        State::Running { .. } => "running",
-        State::Done => "done",
-        State::Failed => "failed",
-    };
     let own = ["run", "state", "parameters", "time", "memory"];
     let columns: Vec<&str> = own.into_iter().chain(plan.varying.iter().map(String::as_str)).collect();
     let mut table = table(&columns, 2..5);
     let (mut rest, mut most) = (0.0, 0.0f64);
     for (run, estimate) in plan.runs.iter().zip(&estimates) {
-        let state = state(&run.id);
-        if state != "done" {
+        let state = snapshot.state(&run.id);
+        if state != State::Done {
             rest += estimate.seconds;
         }
         most = most.max(estimate.memory.unwrap_or(0.0));
         let cells = [
             run.id[..8].to_string(),
-            state.to_string(),
+            state.name().to_string(),
             train::count(run.parameters as f64),
             span(Duration::from_secs_f64(estimate.seconds)),
             estimate.memory.map_or("?".into(), bytes),

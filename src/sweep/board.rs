@@ -229,21 +229,21 @@ pub fn write_status(plan: &Plan, ledger: &Ledger, snapshot: &Snapshot) -> Result
     let head = ["run", "state", "where", "reason", "accuracy", "parameters"].into_iter();
     csv.write_record(head.chain(plan.varying.iter().map(String::as_str)))?;
     for run in &plan.runs {
-        let (state, place, reason, accuracy) = match snapshot.state(&run.id) {
-            State::Pending => ("pending", String::new(), String::new(), String::new()),
-            State::Running { owner, device, .. } => {
-                ("running", format!("{device} {owner}"), String::new(), String::new())
-            }
+        let state = snapshot.state(&run.id);
+        let (mut place, mut reason, mut accuracy) = (String::new(), String::new(), String::new());
+        match &state {
+            State::Pending => {}
+            State::Running { owner, device, .. } => place = format!("{device} {owner}"),
             State::Done => {
-                let result = ledger.result(&run.id);
-                let accuracy = result.as_ref().map_or(String::new(), |done| format!("{:.6}", done.accuracy));
-                let place = result.map_or(String::new(), |done| format!("{} {}", done.device, done.host));
-                ("done", place, String::new(), accuracy)
+                if let Some(done) = ledger.result(&run.id) {
+                    place = format!("{} {}", done.device, done.host);
+                    accuracy = format!("{:.6}", done.accuracy);
+                }
             }
-            State::Failed => ("failed", String::new(), ledger.reason(&run.id), String::new()),
-        };
+            State::Failed => reason = ledger.reason(&run.id),
+        }
         let (folder, parameters) = (run.folder(), run.parameters.to_string());
-        let cells = [&folder, state, &place, &reason, &accuracy, &parameters].into_iter();
+        let cells = [&folder, state.name(), &place, &reason, &accuracy, &parameters].into_iter();
         csv.write_record(cells.chain(run.values.iter().map(String::as_str)))?;
     }
     let text = csv.into_inner()?;

@@ -102,6 +102,18 @@ pub enum State {
     Failed,
 }
 
+impl State {
+    /// In one word.
+    pub fn name(&self) -> &'static str {
+        match self {
+            State::Pending => "pending",
+            State::Running { .. } => "running",
+            State::Done => "done",
+            State::Failed => "failed",
+        }
+    }
+}
+
 /// The ledger as it was at one moment.
 #[derive(Default)]
 pub struct Snapshot {
