@@ -18,6 +18,7 @@
 //   head_scale             1 / number of valid steps: grid 1, block 1024
 //   head_loss              sum of losses and number of valid steps, added up in f64: grid 1, block 1024
 //   head_count             right votes, and all: grid 1, block 1024
+//   head_report            totals side by side: grid 1, block 1
 #include "common.cuh"
 
 constexpr uint32_t PAD = 0xffffffffu;
@@ -389,4 +390,12 @@ extern "C" __global__ void __launch_bounds__(MANY) head_count(const uint32_t* vo
         counts[0] = more ? counts[0] + right : right;
         counts[1] = more ? counts[1] + all : all;
     }
+}
+
+// report [5] f64: loss_sum, steps, right, windows (+)=; then `other`, if there is one. What a host reads at once.
+extern "C" __global__ void head_report(const double* loss_sum, const uint32_t* steps, const uint32_t* counts,
+                                       const double* other, double* report, int more) {
+    const double totals[4] = {*loss_sum, (double)*steps, (double)counts[0], (double)counts[1]};
+    for (int i = 0; i < 4; i++) report[i] = more ? report[i] + totals[i] : totals[i];
+    if (other) report[4] = *other;
 }

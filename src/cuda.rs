@@ -4,6 +4,7 @@
 //! only by what is launched later. Nothing here waits for the GPU.
 
 pub mod about;
+pub mod graph;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

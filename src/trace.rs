@@ -30,6 +30,12 @@ thread_local! {
     static WATCH: RefCell<Option<Box<dyn Watch>>> = const { RefCell::new(None) };
 }
 
+/// Whether ranges are watched.
+#[cfg(feature = "cuda")]
+pub fn watched() -> bool {
+    WATCHED.load(Ordering::Relaxed)
+}
+
 /// Runs `f` and tells `watch` the ranges that it enters on this thread.
 pub fn watching<T>(watch: impl Watch + 'static, f: impl FnOnce() -> T) -> T {
     struct Restore;

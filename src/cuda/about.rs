@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::Device;
 use cudarc::cublas::{self, CudaBlas};
 use cudarc::driver::result::{device, mem_pool};
-use cudarc::driver::sys::CUmemPool_attribute;
+use cudarc::driver::sys::{self, CUgraphMem_attribute, CUmemPool_attribute};
 use serde::Serialize;
 
 use super::{COMPILED_FOR, Gpu, TOOLKIT, driver_version};
@@ -61,26 +61,53 @@ pub fn driver() -> Option<String> {
     text.split_whitespace().find(is_version).map(String::from)
 }
 
+/// A number of the pool that buffers come from.
+fn pool_attribute(gpu: &Gpu, attribute: CUmemPool_attribute) -> Result<u64> {
+    let mut bytes = 0u64;
+    // SAFETY: the pool is the device's own; the attributes asked for give a u64.
+    unsafe {
+        let pool = device::get_default_mem_pool(gpu.stream().context().cu_device())?;
+        mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast())?;
+    }
+    Ok(bytes)
+}
+
 /// Forgets the highest use of memory.
 pub fn reset_peak(gpu: &Gpu) -> Result<()> {
     let mut zero = 0u64;
-    // SAFETY: the pool is the device's own; the attribute takes a u64.
+    let device = gpu.stream().context().cu_device();
+    // SAFETY: the pool is the device's own; both attributes take a u64.
     unsafe {
-        let pool = device::get_default_mem_pool(gpu.stream().context().cu_device())?;
+        let pool = device::get_default_mem_pool(device)?;
         let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
         mem_pool::set_attribute(pool, attribute, (&raw mut zero).cast())?;
+        let attribute = CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH;
+        sys::cuDeviceSetGraphMemAttribute(device, attribute, (&raw mut zero).cast()).result()?;
     }
     Ok(())
 }
 
-/// The highest use of memory by this process since it began or since [`reset_peak`], in bytes.
+/// The highest use of memory by this process since it began or since [`reset_peak`], in bytes: by kernels that were
+/// launched one by one, or by a captured update beside what is kept.
 pub fn peak(gpu: &Gpu) -> Result<u64> {
-    let mut bytes = 0u64;
-    // SAFETY: the pool is the device's own; the attribute gives a u64.
+    let mut graphs = 0u64;
+    let attribute = CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH;
+    // SAFETY: the attribute gives a u64.
     unsafe {
-        let pool = device::get_default_mem_pool(gpu.stream().context().cu_device())?;
-        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-        mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast())?;
+        let device = gpu.stream().context().cu_device();
+        sys::cuDeviceGetGraphMemAttribute(device, attribute, (&raw mut graphs).cast()).result()?;
     }
-    Ok(bytes)
+    let kept = pool_attribute(gpu, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+    Ok((kept + graphs).max(pool_attribute(gpu, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
+}
+
+/// Gives memory that nothing uses back to the driver, where other pools find it. Waits for nothing.
+pub fn trim(gpu: &Gpu) -> Result<()> {
+    let device = gpu.stream().context().cu_device();
+    // SAFETY: the pool is the device's own; only memory that is free is given back.
+    unsafe {
+        mem_pool::trim_to(device::get_default_mem_pool(device)?, 0)?;
+        sys::cuDeviceGraphMemTrim(device).result()?;
+    }
+    Ok(())
 }

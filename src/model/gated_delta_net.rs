@@ -7,7 +7,7 @@
 use candle_core::{Result, Tensor};
 
 use super::output::{gate, norm_and_gate};
-use super::{Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConv};
+use super::{Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConvs};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::gates::{decay_gate, sigmoid};
 use crate::ops::l2norm::l2norm;
@@ -46,9 +46,7 @@ pub(super) struct GatedDelta {
     steps: usize,
     /// beta is this times a sigmoid: 2 lets the transition have negative eigenvalues.
     beta_scale: f64,
-    q: ShortConv,
-    k: ShortConv,
-    v: ShortConv,
+    qkv: ShortConvs,
     beta: Param,
     decay: Option<Decay>,
     gate: Option<Param>,
@@ -74,9 +72,7 @@ impl GatedDelta {
             head_dim: dims.head_dim(),
             steps,
             beta_scale: if dims.parts.negative_eigenvalues { 2.0 } else { 1.0 },
-            q: ShortConv::new(builder, "q", dims, width),
-            k: ShortConv::new(builder, "k", dims, steps * width),
-            v: ShortConv::new(builder, "v", dims, 2 * steps * width),
+            qkv: ShortConvs::new(builder, dims, [width, steps * width, 2 * steps * width]),
             beta: weight("b_proj", steps * heads, width),
             decay: dims.parts.decay.then(|| Decay {
                 proj: weight("a_proj", heads, width),
@@ -95,9 +91,10 @@ impl Mixer for GatedDelta {
         let (batch, t, _) = x.dims3()?;
         let (heads, k_dim, n) = (self.heads, self.head_dim, self.steps);
         // A token's Householder steps stand one after the other: [B, T, n, H, ..] is [B, T n, H, ..].
-        let q = l2norm(view(&self.q.forward(x, 0, call)?, (batch, t, heads, k_dim)))?;
-        let k = l2norm(view(&self.k.forward(x, 1, call)?, (batch, t * n, heads, k_dim)))?;
-        let v = view(&self.v.forward(x, 2, call)?, (batch, t * n, heads, 2 * k_dim));
+        let [q, k, v] = self.qkv.forward(x, 0, call)?;
+        let q = l2norm(view(&q, (batch, t, heads, k_dim)))?;
+        let k = l2norm(view(&k, (batch, t * n, heads, k_dim)))?;
+        let v = view(&v, (batch, t * n, heads, 2 * k_dim));
         let beta = linear(x, &self.beta, None)?;
         let beta = sigmoid(view(&beta, (batch, t * n, heads)), self.beta_scale)?;
         let g = match &self.decay {
@@ -110,8 +107,8 @@ impl Mixer for GatedDelta {
         };
         call.note(&BETA, t, [&beta], |[beta]| beta.reshape((batch, t, n, heads))?.transpose(2, 3))?;
         let scale = (k_dim as f64).powf(-0.5);
-        let (o, state) = gated_delta_rule(&q, &k, v, &beta, g.map(Arg::Tensor), scale, call.recall_arg(3))?;
-        call.keep(3, state);
+        let (o, state) = gated_delta_rule(&q, &k, v, &beta, g.map(Arg::Tensor), scale, call.recall_arg(1))?;
+        call.keep(1, state);
         linear(&norm_and_gate(&o, x, &self.norm, self.gate.as_ref(), call)?, &self.out, None)
     }
 }

@@ -7,7 +7,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::output::{gate, norm_and_gate};
-use super::{Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConv};
+use super::{Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConvs};
 use crate::ops::gates::log_sigmoid;
 use crate::ops::gla::gla;
 use crate::ops::linear::linear;
@@ -41,9 +41,7 @@ const DECAY: Kind =
 struct Gla {
     heads: usize,
     head_dim: usize,
-    q: ShortConv,
-    k: ShortConv,
-    v: ShortConv,
+    qkv: ShortConvs,
     gate: Option<Param>,
     decay: Option<Decay>,
     norm: Param,
@@ -73,9 +71,7 @@ impl Gla {
         Self {
             heads: dims.heads,
             head_dim: dims.head_dim(),
-            q: ShortConv::new(builder, "q", dims, width),
-            k: ShortConv::new(builder, "k", dims, width),
-            v: ShortConv::new(builder, "v", dims, 2 * width),
+            qkv: ShortConvs::new(builder, dims, [width, width, 2 * width]),
             gate: gate(dims, builder),
             decay: dims.parts.decay.then(decay),
             norm: builder.push(norm).param("weight", &[2 * dims.head_dim()], Init::Const(1.0)),
@@ -88,9 +84,8 @@ impl Mixer for Gla {
     fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, _) = x.dims3()?;
         let keys = (batch, steps, self.heads, self.head_dim);
-        let q = view(&self.q.forward(x, 0, call)?, keys);
-        let k = view(&self.k.forward(x, 1, call)?, keys);
-        let v = view(&self.v.forward(x, 2, call)?, (batch, steps, self.heads, 2 * self.head_dim));
+        let [q, k, v] = self.qkv.forward(x, 0, call)?;
+        let v = view(&v, (batch, steps, self.heads, 2 * self.head_dim));
         let decay = match &self.decay {
             // The log of a decay that keeps everything.
             None => {
@@ -105,8 +100,8 @@ impl Mixer for Gla {
             }
         };
         let scale = (self.head_dim as f64).powf(-0.5);
-        let (o, state) = gla(q, k, v, view(&decay, keys), scale, call.recall_arg(3))?;
-        call.keep(3, state);
+        let (o, state) = gla(view(&q, keys), view(&k, keys), v, view(&decay, keys), scale, call.recall_arg(1))?;
+        call.keep(1, state);
         linear(&norm_and_gate(&o, x, &self.norm, self.gate.as_ref(), call)?, &self.out, None)
     }
 }

@@ -41,20 +41,14 @@ const OUTPUT_GATE: Kind = Kind {
     rows: Rows::Layer,
 };
 
-/// One part of the fused input projection with its share of the convolution.
-struct Convolved {
-    proj: Param,
-    conv: Conv,
-}
-
 struct Mamba2 {
     heads: usize,
     head_dim: usize,
     state: usize,
     z: Option<Param>,
-    x: Convolved,
-    b: Convolved,
-    c: Convolved,
+    /// x, B and C.
+    xbc: Param,
+    conv: Conv,
     dt: Param,
     dt_bias: Param,
     a_log: Param,
@@ -72,18 +66,13 @@ impl Mamba2 {
         let gate = if dims.parts.output_gate { inner } else { 0 };
         let in_proj = in_proj.param("weight", &[gate + inner + 2 * n + heads, width], Init::linear(width));
         let conv = Conv::new(&builder.push("conv1d"), dims, inner + 2 * n, true);
-        let part = |start: usize, len: usize| Convolved {
-            proj: in_proj.rows(gate + start, len),
-            conv: conv.rows(start, len),
-        };
         Self {
             heads,
             head_dim: dims.head_dim(),
             state: n,
             z: dims.parts.output_gate.then(|| in_proj.rows(0, inner)),
-            x: part(0, inner),
-            b: part(inner, n),
-            c: part(inner + n, n),
+            xbc: in_proj.rows(gate, inner + 2 * n),
+            conv,
             dt: in_proj.rows(gate + inner + 2 * n, heads),
             dt_bias: builder.param("dt_bias", &[heads], Init::step_size()),
             a_log: match dims.parts.decay {
@@ -100,12 +89,10 @@ impl Mamba2 {
 impl Mixer for Mamba2 {
     fn forward(&self, u: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, width) = u.dims3()?;
-        let mut part = |slot: usize, part: &Convolved| -> Result<Tensor> {
-            part.conv.forward(&linear(u, &part.proj, None)?, slot, call)
-        };
-        let x = view(&part(0, &self.x)?, (batch, steps, self.heads, self.head_dim));
-        let b = view(&part(1, &self.b)?, (batch, steps, 1, self.state));
-        let c = view(&part(2, &self.c)?, (batch, steps, 1, self.state));
+        let widths = [2 * width, self.state, self.state];
+        let [x, b, c] = self.conv.split(&linear(u, &self.xbc, None)?, widths, 0, call)?;
+        let x = view(&x, (batch, steps, self.heads, self.head_dim));
+        let [b, c] = [b, c].map(|y| view(&y, (batch, steps, 1, self.state)));
         let dt = linear(u, &self.dt, None)?;
         let (bias, a_log) = (self.dt_bias.value(), self.a_log.value());
         let step = |dt: &Tensor, bias: &Tensor| softplus(&dt.broadcast_add(bias)?);
@@ -115,8 +102,8 @@ impl Mixer for Mamba2 {
                 step(&dt, &bias)?.broadcast_mul(&a_log.exp()?)?.neg()?.exp()
             })?;
         }
-        let (y, state) = ssd(x, &dt, &self.a_log, b, c, &self.d, &self.dt_bias, call.recall_arg(3))?;
-        call.keep(3, state);
+        let (y, state) = ssd(x, &dt, &self.a_log, b, c, &self.d, &self.dt_bias, call.recall_arg(1))?;
+        call.keep(1, state);
         let y = view(&y, (batch, steps, 2 * width));
         let y = match &self.z {
             None => rms_norm(y, &self.norm, 1e-5, RmsEps::Inside)?,

@@ -31,7 +31,7 @@ use crate::{bad_input, bail_input};
 pub use notes::{Kind, Notes, Rows, Scale};
 pub use param::{Builder, Init, Param, ParamStore};
 pub use recnet::{Context, DropoutKey, Input, RecNet};
-pub use short_conv::{Conv, ShortConv};
+pub use short_conv::{Conv, ShortConvs};
 pub use taxonomy::{Grain, Part, Parts, Taxonomy};
 
 /// Every model that a configuration can name.

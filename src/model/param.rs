@@ -6,7 +6,7 @@
 //! and the optimizer run over the flat buffers; views of them are what the operations see.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -94,6 +94,11 @@ pub struct Param {
 }
 
 impl Param {
+    /// Whether both are handles to one parameter.
+    fn is(&self, other: &Param) -> bool {
+        Arc::ptr_eq(&self.spec, &other.spec)
+    }
+
     fn placed(&self) -> &Placed {
         self.spec.placed.get().expect("a parameter is used after Builder::finish")
     }
@@ -211,7 +216,30 @@ fn check<'a>(
 /// Declares parameters under a path of names.
 pub struct Builder {
     prefix: String,
-    specs: Arc<std::sync::Mutex<Vec<Param>>>,
+    declared: Arc<Mutex<Declared>>,
+}
+
+#[derive(Default)]
+struct Declared {
+    params: Vec<Param>,
+    /// Each with its members.
+    stacks: Vec<(Param, Vec<Param>)>,
+}
+
+impl Declared {
+    /// The parameters in groups that lie side by side: the members of a stack, where its first one stands, and every
+    /// other one alone.
+    fn groups(&self) -> Vec<Vec<Param>> {
+        let of = |param: &Param| {
+            self.stacks.iter().find(|(_, members)| members.iter().any(|member| member.is(param)))
+        };
+        let group = |param: &Param| match of(param) {
+            None => Some(vec![param.clone()]),
+            Some((_, members)) if members[0].is(param) => Some(members.clone()),
+            Some(_) => None,
+        };
+        self.params.iter().filter_map(group).collect()
+    }
 }
 
 impl Default for Builder {
@@ -222,12 +250,12 @@ impl Default for Builder {
 
 impl Builder {
     pub fn new() -> Self {
-        Self { prefix: String::new(), specs: Default::default() }
+        Self { prefix: String::new(), declared: Default::default() }
     }
 
     /// A builder whose names begin with this one's prefix and `name`.
     pub fn push(&self, name: impl std::fmt::Display) -> Builder {
-        Builder { prefix: format!("{}{name}.", self.prefix), specs: self.specs.clone() }
+        Builder { prefix: format!("{}{name}.", self.prefix), declared: self.declared.clone() }
     }
 
     /// Declares a trained parameter.
@@ -249,20 +277,44 @@ impl Builder {
         let name = format!("{}{name}", self.prefix);
         let spec = Spec { name, shape: shape.to_vec(), init, role, placed: OnceLock::new() };
         let param = Param { spec: Arc::new(spec), rows: None };
-        self.specs.lock().unwrap().push(param.clone());
+        self.declared.lock().unwrap().params.push(param.clone());
         param
+    }
+
+    /// The rows of several parameters, of one kind and width, as those of one: what shares an input is one matrix
+    /// product. Checkpoints know the members alone.
+    pub fn stack(&self, members: &[&Param]) -> Param {
+        let spec = &members[0].spec;
+        let alike = |member: &&Param| {
+            member.rows.is_none() && member.shape()[1..] == spec.shape[1..] && member.spec.role == spec.role
+        };
+        assert!(members.iter().all(alike), "the members of a stack differ from {}", spec.name);
+        let mut shape = spec.shape.clone();
+        shape[0] = members.iter().map(|member| member.shape()[0]).sum();
+        let names: Vec<&str> = members.iter().map(|member| member.name()).collect();
+        let spec = Spec {
+            name: names.join("+"),
+            shape,
+            init: Init::Const(0.0),
+            role: spec.role,
+            placed: OnceLock::new(),
+        };
+        let stack = Param { spec: Arc::new(spec), rows: None };
+        let members = members.iter().map(|&member| member.clone()).collect();
+        self.declared.lock().unwrap().stacks.push((stack.clone(), members));
+        stack
     }
 
     /// Number of trained values declared so far.
     pub fn declared(&self) -> usize {
-        let specs = self.specs.lock().unwrap();
-        specs.iter().filter(|p| p.trained()).map(|p| p.shape().iter().product::<usize>()).sum()
+        let declared = self.declared.lock().unwrap();
+        declared.params.iter().filter(|p| p.trained()).map(|p| p.shape().iter().product::<usize>()).sum()
     }
 
     /// Refuses weights that do not fit what was declared; nothing is allocated.
     pub fn check(&self, tensors: &HashMap<String, Tensor>) -> anyhow::Result<()> {
-        let specs = self.specs.lock().unwrap();
-        check(specs.iter().filter(|param| param.spec.role != Role::Constant), tensors)
+        let declared = self.declared.lock().unwrap();
+        check(declared.params.iter().filter(|param| param.spec.role != Role::Constant), tensors)
     }
 
     /// Lays the declared parameters out, trained ones first, and draws their values from `seed`.
@@ -271,20 +323,28 @@ impl Builder {
     /// take them from a bf16 copy. Every parameter has a random stream of its own, found from its name:
     /// adding one leaves the others' values.
     pub fn finish(self, seed: u64, dtype: DType, device: &Device) -> Result<ParamStore> {
-        let params = std::mem::take(&mut *self.specs.lock().unwrap());
-        let (trained, mut buffers): (Vec<_>, Vec<_>) = params.into_iter().partition(Param::trained);
+        let declared = std::mem::take(&mut *self.declared.lock().unwrap());
+        let (trained, others): (Vec<_>, Vec<_>) =
+            declared.groups().into_iter().partition(|group| group[0].trained());
         let size = |param: &Param| param.spec.shape.iter().product::<usize>();
         let mut values = Vec::new();
-        let mut offsets = Vec::new();
+        let mut placed: Vec<(&Param, usize)> = Vec::new();
         let mut end = 0;
-        for param in trained.iter().chain(&buffers) {
-            let mut stream = Stream::new(seed, param.name());
-            offsets.push(values.len());
-            values.extend(param.spec.init.draw(param.shape(), || stream.next_f64()));
+        for group in trained.iter().chain(&others) {
+            for param in group {
+                let mut stream = Stream::new(seed, param.name());
+                placed.push((param, values.len()));
+                values.extend(param.spec.init.draw(param.shape(), || stream.next_f64()));
+            }
             values.resize(values.len().next_multiple_of(ALIGN), 0.0);
-            if param.trained() {
+            if group[0].trained() {
                 end = values.len();
             }
+        }
+        for (stack, members) in &declared.stacks {
+            let first = placed.iter().find(|(param, _)| param.is(&members[0]));
+            let (_, offset) = *first.expect("the members of a stack were declared");
+            placed.push((stack, offset));
         }
         let total = values.len();
         let flat = Tensor::from_vec(values, total, &Device::Cpu)?;
@@ -292,7 +352,7 @@ impl Builder {
         let flat = flat.to_dtype(if half { DType::F32 } else { dtype })?.to_device(device)?;
         let shadow = if half { Some(flat.to_dtype(dtype)?) } else { None };
         let grad = flat.zeros_like()?;
-        for (param, &offset) in trained.iter().chain(&buffers).zip(&offsets) {
+        for (param, offset) in placed {
             let view =
                 |flat: &Tensor| flat.narrow(0, offset, size(param))?.reshape(param.spec.shape.as_slice());
             let placed = Placed {
@@ -307,14 +367,15 @@ impl Builder {
         let value = flat.narrow(0, 0, end)?;
         let gradient = grad.narrow(0, 0, end)?;
         let shadow = shadow.map(|shadow| shadow.narrow(0, 0, end)).transpose()?;
-        let count = trained.iter().map(size).sum();
-        buffers.retain(|param| param.spec.role == Role::Buffer);
-        Ok(ParamStore { params: trained, buffers, value, gradient, shadow, count })
+        let params: Vec<Param> = trained.into_iter().flatten().collect();
+        let buffers = others.into_iter().flatten().filter(|param| param.spec.role == Role::Buffer).collect();
+        let count = params.iter().map(size).sum();
+        Ok(ParamStore { params, buffers, value, gradient, shadow, count })
     }
 }
 
-/// Parameters begin at multiples of this many values, so that vectors and matrix products find them aligned;
-/// the values between two parameters are zero and stay so.
+/// Parameters and stacks begin at multiples of this many values, so that vectors and matrix products find them
+/// aligned; the values between two of them are zero and stay so.
 const ALIGN: usize = 8;
 
 /// Uniform numbers in [0, 1) for one named parameter.

@@ -1,10 +1,10 @@
-//! The short convolution, and with a projection before it, as fla's layers make their queries, keys and values.
+//! The short convolution, and with projections before it, as fla's layers make their queries, keys and values.
 
 use candle_core::{Result, Tensor};
 
 use super::{Builder, Call, Dims, Init, Param};
 use crate::ops::Arg;
-use crate::ops::causal_conv1d::causal_conv1d_silu;
+use crate::ops::causal_conv1d::causal_conv1d_silu_split;
 use crate::ops::linear::linear;
 
 /// silu(conv(x)), or silu(x) without the convolution; parameters `weight` and `bias`.
@@ -29,44 +29,67 @@ impl Conv {
         }
     }
 
-    /// The convolution, which is depthwise, of `len` channels from `start` on.
-    pub fn rows(&self, start: usize, len: usize) -> Self {
+    /// Convolutions side by side, as one over the channels of all.
+    pub fn stack(builder: &Builder, convs: &[&Conv]) -> Self {
+        let weights: Vec<&Param> = convs.iter().map(|conv| &conv.weight).collect();
+        let biases: Option<Vec<&Param>> = convs.iter().map(|conv| conv.bias.as_ref()).collect();
         Self {
-            weight: self.weight.rows(start, len),
-            bias: self.bias.as_ref().map(|bias| bias.rows(start, len)),
-            reaches: self.reaches,
+            weight: builder.stack(&weights),
+            bias: biases.map(|biases| builder.stack(&biases)),
+            reaches: convs[0].reaches,
         }
     }
 
     /// [B, T, channels] to the same; the last inputs are kept in `slot` of the layer's state.
     pub fn forward(&self, x: &Tensor, slot: usize, call: &mut Call) -> Result<Tensor> {
+        let [y] = self.split(x, [x.dim(2)?], slot, call)?;
+        Ok(y)
+    }
+
+    /// [`Conv::forward`], the channels in parts of these `widths`.
+    pub fn split<const N: usize>(
+        &self,
+        x: &Tensor,
+        widths: [usize; N],
+        slot: usize,
+        call: &mut Call,
+    ) -> Result<[Tensor; N]> {
         let bias = self.bias.as_ref().map(Arg::from);
         let state = if self.reaches { call.recall_arg(slot) } else { None };
-        let (y, tail) = causal_conv1d_silu(x, &self.weight, bias, state)?;
+        let (parts, tail) = causal_conv1d_silu_split(x, &self.weight, bias, state, widths)?;
         if self.reaches {
             call.keep(slot, tail);
         }
-        Ok(y)
+        Ok(parts)
     }
 }
 
-/// silu(conv(W x)), without biases; parameters `<name>_proj.weight` and `<name>_conv1d.weight`.
-pub struct ShortConv {
+/// Queries, keys and values: silu(conv(W x)), without biases; parameters `<name>_proj.weight` and
+/// `<name>_conv1d.weight`, the names q, k and v.
+pub struct ShortConvs {
     proj: Param,
     conv: Conv,
+    widths: [usize; 3],
 }
 
-impl ShortConv {
-    pub fn new(builder: &Builder, name: &str, dims: &Dims, channels: usize) -> Self {
-        let proj = builder.push(format!("{name}_proj"));
+impl ShortConvs {
+    pub fn new(builder: &Builder, dims: &Dims, widths: [usize; 3]) -> Self {
+        let names = ["q", "k", "v"];
+        let declared = [0, 1, 2].map(|i| {
+            let proj = builder.push(format!("{}_proj", names[i]));
+            let proj = proj.param("weight", &[widths[i], dims.width], Init::linear(dims.width));
+            (proj, Conv::new(&builder.push(format!("{}_conv1d", names[i])), dims, widths[i], false))
+        });
         Self {
-            proj: proj.param("weight", &[channels, dims.width], Init::linear(dims.width)),
-            conv: Conv::new(&builder.push(format!("{name}_conv1d")), dims, channels, false),
+            proj: builder.stack(&declared.each_ref().map(|(proj, _)| proj)),
+            conv: Conv::stack(builder, &declared.each_ref().map(|(_, conv)| conv)),
+            widths,
         }
     }
 
-    /// [B, T, width] to [B, T, channels]; the last inputs are kept in `slot` of the layer's state.
-    pub fn forward(&self, x: &Tensor, slot: usize, call: &mut Call) -> Result<Tensor> {
-        self.conv.forward(&linear(x, &self.proj, None)?, slot, call)
+    /// [B, T, width] to q, k and v, each [B, T, its channels]; the last inputs are kept in `slot` of the layer's
+    /// state.
+    pub fn forward(&self, x: &Tensor, slot: usize, call: &mut Call) -> Result<[Tensor; 3]> {
+        self.conv.split(&linear(x, &self.proj, None)?, self.widths, slot, call)
     }
 }

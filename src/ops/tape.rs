@@ -81,6 +81,12 @@ pub trait Node: Send + Sync + 'static {
         &[]
     }
 
+    /// Whether the gradients that the backward pass gives are new tensors which nothing else refers to, so that
+    /// other gradients may be added to them in place.
+    fn fresh(&self) -> bool {
+        false
+    }
+
     /// Computes the outputs from `args`. `save` is false when no backward pass can follow.
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward>;
 
@@ -100,6 +106,9 @@ pub struct Run {
     /// The arguments that are parameters. A backward pass may add to [`Param::grad`] itself and give no
     /// gradient for such an argument: a matrix product adds for nothing.
     pub params: Vec<Option<Param>>,
+    /// What other users of an argument have given for its gradient so far, contiguous, in any shape. As with
+    /// parameters, a backward pass may add to it itself.
+    pub sums: Vec<Option<Tensor>>,
 }
 
 /// An argument of an operation: a tensor of the graph, or a parameter.
@@ -203,11 +212,19 @@ struct Sum {
 }
 
 impl Output {
-    /// Adds to the gradient of the output.
-    fn add(&self, grad: Tensor) -> Result<()> {
+    /// The gradient so far, if it may be added to in place.
+    fn sum(&self) -> Option<Tensor> {
+        match &self.shared.output_grads.lock().unwrap()[self.index] {
+            Some(Sum { grad, own: true }) => Some(grad.clone()),
+            _ => None,
+        }
+    }
+
+    /// Adds to the gradient of the output. `fresh`: nothing else refers to `grad`.
+    fn add(&self, grad: Tensor, fresh: bool) -> Result<()> {
         let slot = &mut self.shared.output_grads.lock().unwrap()[self.index];
         *slot = Some(match slot.take() {
-            None => Sum { grad, own: false },
+            None => Sum { own: fresh && grad.is_contiguous(), grad },
             Some(Sum { grad: sum, own: true }) => {
                 sum.inplace_op2(&grad.reshape(sum.shape())?.contiguous()?, &super::add::AddAssign)?;
                 Sum { grad: sum, own: true }
@@ -304,7 +321,7 @@ impl Leaf {
     /// Takes the gradient of `var` in what is computed from it from now on, once.
     pub fn of(var: &Var) -> Self {
         let grad = Arc::new(Mutex::new(None));
-        let run = Run { args: vec![], saved: vec![], outputs: vec![], needs: vec![], params: vec![] };
+        let run = Run { args: vec![], saved: vec![], outputs: vec![], needs: vec![], params: vec![], sums: vec![] };
         let shared = Arc::new(Shared {
             node: Box::new(LeafNode(grad.clone())),
             age: AGE.fetch_add(1, Ordering::Relaxed),
@@ -350,7 +367,7 @@ pub fn pull_back(outputs: &[(&Tensor, Tensor)]) -> Result<()> {
     for (output, grad) in outputs {
         let entry = OUTPUTS.lock().unwrap().get(&output.id()).cloned();
         match entry {
-            Some(entry) if entry.token.is_none() => entry.add(grad.clone())?,
+            Some(entry) if entry.token.is_none() => entry.add(grad.clone(), false)?,
             _ => candle_core::bail!("a gradient for a tensor that is not the output of a pure node"),
         }
     }
@@ -411,7 +428,7 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
     let shared = Arc::new(Shared {
         node: Box::new(node),
         age: AGE.fetch_add(1, Ordering::Relaxed),
-        run: Mutex::new(Some(Run { args: values, saved, outputs: vec![], needs, params })),
+        run: Mutex::new(Some(Run { args: values, saved, outputs: vec![], needs, params, sums: vec![] })),
         output_grads: Mutex::new(vec![None; count]),
         input_grads: Mutex::new(vec![None; args.len()]),
         targets: Mutex::new(targets),
@@ -476,7 +493,7 @@ impl Shared {
     /// Runs the node's backward pass on what came together, and passes its gradients on.
     fn backward(&self) -> Result<()> {
         // Taken, not borrowed: what the forward pass kept is freed as the backward pass moves on.
-        let Some(run) = self.run.lock().unwrap().take() else {
+        let Some(mut run) = self.run.lock().unwrap().take() else {
             candle_core::bail!("{}: backward was called twice on one graph", self.node.name())
         };
         let output_grads: Vec<Option<Tensor>> = self
@@ -486,18 +503,25 @@ impl Shared {
             .iter_mut()
             .map(|sum| sum.take().map(|sum| sum.grad.contiguous()).transpose())
             .collect::<Result<_>>()?;
+        // Taken as well: with the links gone, nodes are freed one by one, not in a deep recursion.
+        let targets = std::mem::take(&mut *self.targets.lock().unwrap());
+        run.sums = targets
+            .iter()
+            .map(|target| match target {
+                Target::Output(output) => output.sum(),
+                _ => None,
+            })
+            .collect();
         let grads = {
             let _range = trace::range(trace::Kind::Backward, self.node.name());
             self.node.backward(&run, &output_grads)?
         };
-        // Taken as well: with the links gone, nodes are freed one by one, not in a deep recursion.
-        let targets = std::mem::take(&mut *self.targets.lock().unwrap());
         for (i, (target, grad)) in targets.into_iter().zip(grads).enumerate() {
             let Some(grad) = grad else { continue };
             match target {
                 Target::None => {}
                 Target::Param(param) => param.accumulate(&grad)?,
-                Target::Output(output) => output.add(grad)?,
+                Target::Output(output) => output.add(grad, self.node.fresh())?,
                 Target::Candle(tensor) => {
                     self.input_grads.lock().unwrap()[i] = Some(grad.reshape(tensor.shape())?);
                 }
@@ -686,7 +710,7 @@ impl CustomOp1 for Emit {
         }
     }
     fn bwd(&self, token: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        self.output.add(grad.clone())?;
+        self.output.add(grad.clone(), false)?;
         Ok(Some(token_grad(token)?))
     }
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::check::Route;
 #[cfg(feature = "cuda")]
-use crate::cuda::Gpu;
+use crate::cuda::{Gpu, graph};
 
 /// Seconds of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -93,10 +93,8 @@ impl Clock {
     pub fn time_graph(&self, sets: usize, mut all: impl FnMut() -> Result<()>) -> Result<Option<Timing>> {
         #[cfg(feature = "cuda")]
         if let Clock::Gpu(gpu) = self {
-            // What Candle copies from the host must stay where it was captured.
-            let _cache = gpu.cuda().enable_cuda_graph_htod_cache();
-            all()?;
-            return match super::gpu::capture(gpu, &mut all) {
+            graph::rehearse(gpu, &mut all)?;
+            return match graph::capture(gpu, &mut all) {
                 Ok(graph) => self.time(sets, || graph.launch().map_err(Error::from)).map(Some),
                 Err(_) => {
                     // An error inside of a capture is of no consequence for the stream.

@@ -2,26 +2,31 @@
 //! reads a few numbers when a step is done.
 
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
+use cudarc::driver::CudaGraph;
 
 use super::breakdown::Counter;
 use super::evaluate::{EvalPlan, Evaluation, MeanDivergence, next_targets};
 use super::trainer::{StepStats, Trainer};
 use crate::config::{Emulate, OptimizerKind};
 use crate::cuda::Gpu;
+use crate::cuda::about::trim;
+use crate::cuda::graph::{capture, rehearse};
 use crate::model::{Context, DropoutKey, Input, RecNet};
+use crate::ops::dropout::cuda::set_key;
 use crate::ops::expand::{Compact, DeviceBatch, DeviceSamples};
-use crate::ops::head::cuda::{DeviceTargets, Totals, valid_scale};
+use crate::ops::head::cuda::{DeviceTargets, Report, Totals, valid_scale};
 use crate::ops::head::device::{DeviceVote, head_cross_entropy};
 use crate::ops::linear::linear;
 use crate::ops::no_grad;
 use crate::ops::optim::AdamStep;
 use crate::ops::optim::cuda::{DeviceAdam, Flat, sum_of_squares};
 use crate::ops::tape::Arg;
-use crate::task::Task;
+use crate::task::{Sample, Task};
 use crate::task::next::Divergence;
 use crate::trace;
 
@@ -37,30 +42,58 @@ fn targets(batch: &DeviceBatch) -> Result<DeviceTargets> {
     Ok(DeviceTargets { labels: batch.labels.contiguous()?, element: batch.element.contiguous()? })
 }
 
-/// [`Totals`] on the host.
+/// The [`Totals`] of an evaluation, on the host.
 #[derive(Default)]
 struct Sums {
     loss: f64,
-    steps: usize,
-    right: usize,
-    elements: usize,
+    steps: f64,
+    right: f64,
+    elements: f64,
 }
 
 impl Sums {
     fn add(&mut self, totals: &Totals) -> Result<()> {
-        self.loss += totals.loss_sum.to_vec1::<f64>()?[0];
-        self.steps += totals.steps.to_vec1::<u32>()?[0] as usize;
-        let counts = totals.counts.to_vec1::<u32>()?;
-        self.right += counts[0] as usize;
-        self.elements += counts[1] as usize;
+        let report = Report::new(&Gpu::of(&totals.steps)?)?;
+        report.add(totals, None, false)?;
+        let ([loss, steps, right, elements], _) = report.read()?;
+        *self = Self {
+            loss: self.loss + loss,
+            steps: self.steps + steps,
+            right: self.right + right,
+            elements: self.elements + elements,
+        };
         Ok(())
     }
 }
 
-impl Trainer {
-    /// The optimizer of a model on a GPU.
-    pub(super) fn device_adam(&self) -> Result<DeviceAdam> {
-        let train = &self.config.train;
+/// What the updates of a run keep on a GPU.
+///
+/// An update is launched kernel by kernel the first time that a batch of its size comes. The second time all its
+/// launches are captured, and from then on they are one: so many small kernels are faster than a host can launch
+/// them. What differs from update to update lies at fixed places in the memory of the GPU: samples, dropout's key,
+/// learning rate.
+pub(super) struct Updates {
+    gpu: Gpu,
+    adam: DeviceAdam,
+    report: Report,
+    /// The sizes that came, the latest last.
+    sizes: Vec<Size>,
+    /// Off after a capture that failed.
+    capturing: bool,
+}
+
+/// Batches of one size.
+struct Size {
+    batch: DeviceBatch,
+    dropout: bool,
+    /// Samples of a forward pass when an update of this size was last launched kernel by kernel.
+    rehearsed: Option<usize>,
+    graph: Option<CudaGraph>,
+}
+
+impl Updates {
+    fn new(trainer: &Trainer) -> Result<Self> {
+        let train = &trainer.config.train;
         let settings = AdamStep {
             lr: 0.0,
             beta1: train.beta1,
@@ -71,58 +104,140 @@ impl Trainer {
             step: 0,
             grad_scale: 1.0,
         };
-        Ok(DeviceAdam::new(settings, train.clip, self.net.params().value().device())?)
+        let device = trainer.net.params().value().device();
+        let gpu = Gpu::new(device)?;
+        Ok(Self {
+            adam: DeviceAdam::new(settings, train.clip, device)?,
+            report: Report::new(&gpu)?,
+            sizes: vec![],
+            capturing: true,
+            gpu,
+        })
     }
 
-    /// [`Trainer::update`] with a batch that was packed for the GPU.
-    pub fn update_compact(&mut self, compact: Compact) -> Result<StepStats> {
-        let (device, dtype) = (self.net.params().value().device(), self.net.dtype());
-        let steps = compact.steps();
-        let batch = trace::part("upload", || {
-            DeviceSamples::upload(compact, dtype, device).and_then(|mut samples| samples.next_window(steps))
-        });
-        match batch? {
-            Some(batch) => self.update_on_gpu(&batch),
-            None => anyhow::bail!("a batch without a timestep"),
-        }
-    }
-
-    /// One update; the gradient that is not finite leaves the weights alone.
-    pub(super) fn update_on_gpu(&mut self, batch: &DeviceBatch) -> Result<StepStats> {
-        let (totals, loss) = loop {
-            let micro_batch = self.micro_batch(batch.steps).min(batch.batch);
-            match self.accumulate_on_gpu(batch) {
-                Err(error) if self.retreat(&error, micro_batch) => {}
-                result => break result?,
+    /// Makes the tensors for samples of this size the last of `sizes`.
+    fn select(&mut self, compact: &Compact, dropout: bool, dtype: DType) -> Result<()> {
+        /// Sizes whose updates stay captured.
+        const KEPT: usize = 32;
+        let shape = (compact.batch(), padded(compact.steps()));
+        let dense = compact.noisy().then_some(dtype);
+        let fits = |size: &Size| {
+            (size.batch.batch, size.batch.steps) == shape
+                && size.batch.elements == compact.elements()
+                && size.batch.dense.is_some() == dense.is_some()
+                && size.dropout == dropout
+        };
+        let size = match self.sizes.iter().position(fits) {
+            Some(at) => self.sizes.remove(at),
+            None => {
+                let (elements, features) = (compact.elements(), compact.features());
+                let batch = DeviceBatch::empty(&self.gpu.device(), shape, elements, features, dense)?;
+                Size { batch, dropout, rehearsed: None, graph: None }
             }
         };
-        let optimizer = trace::range(trace::Kind::Part, "optimizer");
-        let params = self.net.params();
-        let squares = sum_of_squares(params.gradient())?;
-        let lr = self.learning_rate();
-        let adam = match &self.adam {
-            Some(adam) => adam,
-            None => self.adam.insert(self.device_adam()?),
-        };
-        adam.set_step(lr, self.step as u64 + 1)?;
-        let params = self.net.params();
-        let (value, grad, shadow) = (params.value(), params.gradient(), params.shadow());
-        adam.apply(&Flat { value, grad, m: &self.m, v: &self.v, shadow }, &squares, &loss)?;
-
-        drop(optimizer);
-        // Everything is on its way: now wait for what it says.
-        let grad_norm = squares.to_vec1::<f64>()?[0].sqrt();
-        let mut sums = Sums::default();
-        for totals in &totals {
-            sums.add(totals)?;
+        if self.sizes.len() == KEPT {
+            self.sizes.remove(0);
         }
-        let loss = sums.loss / sums.steps as f64;
+        self.sizes.push(size);
+        Ok(())
+    }
+
+    /// Launches the update of the batch that was selected.
+    fn launch(&mut self, trainer: &mut Trainer) -> Result<()> {
+        loop {
+            let size = self.sizes.last().expect("a size was selected");
+            let micro = trainer.micro_batch(size.batch.steps).min(size.batch.batch);
+            match self.try_launch(trainer, micro) {
+                Err(error) if trainer.retreat(&error, micro) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn try_launch(&mut self, trainer: &Trainer, micro: usize) -> Result<()> {
+        let size = self.sizes.last_mut().expect("a size was selected");
+        let batch = &size.batch;
+        let (adam, report) = (&self.adam, &self.report);
+        let update = || trainer.launch_update(batch, adam, report);
+        if self.capturing && size.rehearsed == Some(micro) && !trace::watched() {
+            let launched = match &size.graph {
+                Some(graph) => graph.launch().map_err(anyhow::Error::from),
+                None => capture(&self.gpu, update).and_then(|graph| {
+                    graph.launch()?;
+                    size.graph = Some(graph);
+                    Ok(())
+                }),
+            };
+            let Err(error) = launched else { return Ok(()) };
+            eprintln!("going on without captured updates, a little slower: {error:#}");
+            self.capturing = false;
+            self.sizes.iter_mut().for_each(|size| size.graph = None);
+            self.gpu.stream().synchronize()?;
+            trim(&self.gpu)?;
+            return self.try_launch(trainer, micro);
+        }
+        size.graph = None;
+        rehearse(&self.gpu, update)?;
+        size.rehearsed = Some(micro);
+        Ok(())
+    }
+}
+
+/// Timesteps that batches of about this length are padded to, so that few sizes are captured: 3 % more at most.
+fn padded(steps: usize) -> usize {
+    steps.next_multiple_of(1 << (steps / 32).max(1).ilog2())
+}
+
+impl Trainer {
+    /// [`Trainer::update`] with a batch that was packed for the GPU; the gradient that is not finite leaves the
+    /// weights alone.
+    pub fn update_compact(&mut self, compact: Compact) -> Result<StepStats> {
+        let mut updates = match self.updates.take() {
+            Some(updates) => updates,
+            None => Updates::new(self)?,
+        };
+        let stats = self.update_through(&mut updates, compact);
+        self.updates = Some(updates);
+        stats
+    }
+
+    fn update_through(&mut self, updates: &mut Updates, compact: Compact) -> Result<StepStats> {
+        let (dtype, lr, dropout) = (self.net.dtype(), self.learning_rate(), self.dropout());
+        trace::part("upload", || {
+            updates.select(&compact, dropout.is_some(), dtype)?;
+            let size = updates.sizes.last_mut().expect("a size was selected");
+            let mut samples = DeviceSamples::upload(compact, dtype, &updates.gpu.device())?;
+            samples.fill(&mut size.batch)?;
+            if let Some(DropoutKey { key, .. }) = dropout {
+                set_key(&updates.gpu, key)?;
+            }
+            anyhow::Ok(updates.adam.set_step(lr, self.step as u64 + 1)?)
+        })?;
+        updates.launch(self)?;
+        // Everything is on its way: now wait for what it says.
+        let ([loss, steps, right, elements], squares) = updates.report.read()?;
+        let (loss, grad_norm) = (loss / steps, squares.sqrt());
+        let batch = &updates.sizes.last().expect("a size was selected").batch;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(input(batch), loss)?);
         }
         self.step += 1;
-        let accuracy = sums.right as f64 / sums.elements as f64;
-        Ok(StepStats { loss, accuracy, grad_norm, lr, tokens: batch.valid_steps() })
+        Ok(StepStats { loss, accuracy: right / elements, grad_norm, lr, tokens: batch.valid_steps() })
+    }
+
+    /// Puts a whole update on the stream, its report included; the host sees nothing of it.
+    fn launch_update(&self, batch: &DeviceBatch, adam: &DeviceAdam, report: &Report) -> Result<()> {
+        let (totals, loss) = self.accumulate_on_gpu(batch)?;
+        trace::part("optimizer", || {
+            let params = self.net.params();
+            let (value, grad, shadow) = (params.value(), params.gradient(), params.shadow());
+            let squares = sum_of_squares(grad)?;
+            adam.apply(&Flat { value, grad, m: &self.m, v: &self.v, shadow }, &squares, &loss)?;
+            for (i, totals) in totals.iter().enumerate() {
+                report.add(totals, Some(&squares), i > 0)?;
+            }
+            Ok(())
+        })
     }
 
     /// Adds up the gradient of a batch; gives what its micro-batches showed, and the loss of the last.
@@ -159,11 +274,48 @@ impl Trainer {
     }
 }
 
-/// [`evaluate`](super::evaluate::evaluate) on a GPU.
+/// The samples of one batch of an evaluation.
+struct EvalBatch {
+    known: Vec<Sample>,
+    compact: Compact,
+}
+
+impl EvalBatch {
+    /// The batch that begins with sample `first`.
+    fn draw(task: &Task, plan: &EvalPlan, first: usize) -> Result<Self> {
+        let count = plan.batch.min(plan.samples - first);
+        let samples = task.samples(plan.part, first as u64, count, plan.gap)?;
+        Ok(Self { known: samples.as_slice().to_vec(), compact: samples.compact()? })
+    }
+}
+
+/// [`evaluate`](super::evaluate::evaluate) on a GPU; a thread draws the next samples meanwhile.
 pub(super) fn evaluate(
     net: &RecNet,
     task: &Task,
     plan: &EvalPlan,
+    progress: impl FnMut(usize) -> bool,
+) -> Result<Option<Evaluation>> {
+    std::thread::scope(|scope| {
+        let (send, batches) = sync_channel(1);
+        scope.spawn(move || {
+            for first in (0..plan.samples).step_by(plan.batch) {
+                let batch = EvalBatch::draw(task, plan, first);
+                // Nobody takes it any more after an error or a request to stop.
+                if send.send(batch).is_err() {
+                    return;
+                }
+            }
+        });
+        evaluate_batches(net, task, plan, batches.into_iter(), progress)
+    })
+}
+
+fn evaluate_batches(
+    net: &RecNet,
+    task: &Task,
+    plan: &EvalPlan,
+    batches: impl Iterator<Item = Result<EvalBatch>>,
     mut progress: impl FnMut(usize) -> bool,
 ) -> Result<Option<Evaluation>> {
     let begin = Instant::now();
@@ -173,20 +325,17 @@ pub(super) fn evaluate(
     let mut sums = Sums::default();
     let mut counter = Counter::new(task);
     let (next, mut kl) = (next_targets(task, plan), MeanDivergence::default());
-    let mut timesteps = 0;
-    for first in (0..plan.samples).step_by(plan.batch) {
-        let count = plan.batch.min(plan.samples - first);
-        let samples = task.samples(plan.part, first as u64, count, plan.gap)?;
-        let known = samples.as_slice().to_vec();
-        let compact = samples.compact()?;
+    let (mut done, mut timesteps) = (0, 0);
+    for batch in batches {
+        let EvalBatch { known, compact } = batch?;
         timesteps = timesteps.max(compact.steps());
         let elements = compact.elements();
         let mut samples = DeviceSamples::upload(compact, net.dtype(), device)?;
         let mut divergence = next.as_ref().map(|next| Divergence::new(next, &known));
         let mut context = Context::streaming();
-        let mut vote = DeviceVote::new(&gpu, count, elements, net.classes())?;
+        let mut vote = DeviceVote::new(&gpu, known.len(), elements, net.classes())?;
         while let Some(piece) = samples.next_window(plan.chunk)? {
-            if !progress(first) {
+            if !progress(done) {
                 return Ok(None);
             }
             no_grad(|| {
@@ -205,47 +354,19 @@ pub(super) fn evaluate(
         kl.add(divergence);
         sums.add(&totals)?;
         counter.add(&known, &totals.votes.flatten_all()?.to_vec1()?);
+        done += known.len();
     }
     if !progress(plan.samples) {
         return Ok(None);
     }
     Ok(Some(Evaluation {
-        accuracy: sums.right as f64 / sums.elements as f64,
-        loss: sums.loss / sums.steps as f64,
+        accuracy: sums.right / sums.elements,
+        loss: sums.loss / sums.steps,
         kl: kl.finish(),
         samples: plan.samples,
         timesteps,
-        tokens: sums.steps,
+        tokens: sums.steps as usize,
         seconds: begin.elapsed().as_secs_f64(),
         breakdown: Some(counter.finish()),
     }))
-}
-
-/// A batch from the host, step by step.
-pub(super) fn upload(
-    batch: &crate::task::Batch,
-    dtype: DType,
-    device: &candle_core::Device,
-) -> Result<DeviceBatch> {
-    let shape = (batch.batch, batch.steps);
-    let to = |steps: &[u32]| Tensor::from_slice(steps, shape, device);
-    let dense = match batch.noise {
-        None => None,
-        Some(_) => {
-            let shape = (batch.batch, batch.steps, batch.features);
-            Some(Tensor::from_vec(batch.dense(), shape, device)?.to_dtype(dtype)?)
-        }
-    };
-    Ok(DeviceBatch {
-        batch: batch.batch,
-        steps: batch.steps,
-        elements: batch.elements,
-        features: batch.features,
-        ids: batch.ids(device)?,
-        labels: to(&batch.labels)?,
-        element: to(&batch.element)?,
-        dense,
-        lengths: batch.lengths.clone(),
-        first: batch.first,
-    })
 }

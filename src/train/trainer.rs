@@ -29,7 +29,7 @@ pub struct Trainer {
     limit: usize,
     /// Made at the first update.
     #[cfg(feature = "cuda")]
-    pub(super) adam: Option<crate::ops::optim::cuda::DeviceAdam>,
+    pub(super) updates: Option<super::gpu::Updates>,
 }
 
 /// The samples of one update.
@@ -109,7 +109,7 @@ impl Trainer {
             total: config.updates(),
             limit: usize::MAX,
             #[cfg(feature = "cuda")]
-            adam: None,
+            updates: None,
         })
     }
 
@@ -243,13 +243,11 @@ impl Trainer {
         |samples| Ok(Feed::Steps(samples.into_batch()))
     }
 
-    /// One update. Fails with [`NotFinite`], before any weight is touched, on a loss or gradient that is
-    /// not finite.
+    /// One update on the CPU. Fails with [`NotFinite`], before any weight is touched, on a loss or gradient that
+    /// is not finite.
     pub fn update(&mut self, batch: &Batch) -> Result<StepStats> {
-        #[cfg(feature = "cuda")]
         if self.net.params().value().device().is_cuda() {
-            let batch = super::gpu::upload(batch, self.net.dtype(), self.net.params().value().device())?;
-            return self.update_on_gpu(&batch);
+            anyhow::bail!("a GPU takes samples as Trainer::feed packs them")
         }
         let (loss, accuracy) = self.accumulate(batch)?;
         let params = self.net.params();

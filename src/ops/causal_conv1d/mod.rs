@@ -6,7 +6,7 @@ mod reference;
 
 use candle_core::{Device, Result, Tensor};
 
-use self::reference::Shape;
+use self::reference::{Shape, split};
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
 
@@ -22,8 +22,26 @@ pub fn causal_conv1d_silu(
     bias: Option<Arg>,
     state: Option<Arg>,
 ) -> Result<(Tensor, Tensor)> {
+    let x = x.into();
+    let (_, _, width) = x.shape().dims3()?;
+    let ([y], state) = causal_conv1d_silu_split(x, weight, bias, state, [width])?;
+    Ok((y, state))
+}
+
+/// [`causal_conv1d_silu`] with y in parts of these `widths`, which add up to D: what one matrix product and one
+/// convolution make together, such as queries, keys and values.
+pub fn causal_conv1d_silu_split<const N: usize>(
+    x: impl Into<Arg>,
+    weight: impl Into<Arg>,
+    bias: Option<Arg>,
+    state: Option<Arg>,
+    widths: [usize; N],
+) -> Result<([Tensor; N], Tensor)> {
     let (x, weight) = (x.into(), weight.into());
     let (batch, steps, width) = x.shape().dims3()?;
+    if widths.iter().sum::<usize>() != width {
+        candle_core::bail!("causal_conv1d: x has {width} channels, which are no parts of {widths:?}")
+    }
     let elements = weight.shape().elem_count();
     if weight.shape().dims().first() != Some(&width) || elements == 0 || elements % width != 0 {
         candle_core::bail!(
@@ -48,19 +66,20 @@ pub fn causal_conv1d_silu(
     }
     let node = CausalConv1d {
         shape: Shape { batch, steps, width, taps },
+        widths: widths.to_vec(),
         bias: bias.as_ref().map(|_| 2),
         state: state.as_ref().map(|_| 2 + bias.iter().count()),
     };
     let args: Vec<Arg> = [x, weight].into_iter().chain(bias).chain(state).collect();
-    let mut out = apply(node, &args)?.into_iter();
-    match (out.next(), out.next()) {
-        (Some(y), Some(state)) => Ok((y, state)),
-        _ => unreachable!("the node has two outputs"),
-    }
+    let mut out = apply(node, &args)?;
+    let state = out.pop().expect("the node's last output");
+    Ok((out.try_into().expect("one output for each part"), state))
 }
 
 struct CausalConv1d {
     shape: Shape,
+    /// Channels of the parts of y.
+    widths: Vec<usize>,
     /// Where the optional arguments stand.
     bias: Option<usize>,
     state: Option<usize>,
@@ -81,10 +100,12 @@ impl Node for CausalConv1d {
         let outputs = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], bias = bias, state = state);
             let input = self.input(x, w, bias, state);
-            vec![
-                Value::cpu(reference::forward(self.shape, input), (batch, steps, width)),
-                Value::cpu(reference::final_state(self.shape, input), (batch, taps - 1, width)),
-            ]
+            let parts = split(reference::forward(self.shape, input), &self.widths);
+            let parts = parts.into_iter().zip(&self.widths);
+            let mut outputs: Vec<Value> =
+                parts.map(|(part, &width)| Value::cpu(part, (batch, steps, width))).collect();
+            outputs.push(Value::cpu(reference::final_state(self.shape, input), (batch, taps - 1, width)));
+            outputs
         });
         Ok(Forward { outputs, saved: vec![] })
     }
@@ -96,16 +117,18 @@ impl Node for CausalConv1d {
         }
         let args = &run.args;
         let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
-        let zeros = |grad: &Option<Tensor>, shape: (usize, usize, usize)| match grad {
+        let zeros = |grad: &Option<Tensor>, steps: usize, width: usize| match grad {
             Some(grad) => Ok(grad.clone()),
-            None => Tensor::zeros(shape, args[0].dtype(), &Device::Cpu),
+            None => Tensor::zeros((self.shape.batch, steps, width), args[0].dtype(), &Device::Cpu),
         };
-        let Shape { batch, steps, width, taps } = self.shape;
-        let dy = zeros(&grads[0], (batch, steps, width))?;
-        let dfinal = zeros(&grads[1], (batch, taps - 1, width))?;
+        let Shape { steps, width, taps, .. } = self.shape;
+        let (d_final, dy) = grads.split_last().expect("the state is an output");
+        let d_final = zeros(d_final, taps - 1, width)?;
+        let parts = dy.iter().zip(&self.widths).map(|(dy, &width)| zeros(dy, steps, width));
+        let dy = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 2)?;
         dispatch!(args[0].dtype(), F => {
-            slices!(F; x = &args[0], w = &args[1], bias = bias, state = state, dy = &dy, dfinal = &dfinal);
-            let grads = reference::backward(self.shape, self.input(x, w, bias, state), dy, dfinal);
+            slices!(F; x = &args[0], w = &args[1], bias = bias, state = state, dy = &dy, d_final = &d_final);
+            let grads = reference::backward(self.shape, self.input(x, w, bias, state), dy, d_final);
             let mut out = vec![
                 Some(Tensor::from_vec(grads.x, args[0].shape(), &Device::Cpu)?),
                 Some(Tensor::from_vec(grads.weight, args[1].shape(), &Device::Cpu)?),

@@ -74,6 +74,24 @@ pub fn forward<F: Real>(shape: Shape, input: Input<F>) -> Vec<F> {
     })
 }
 
+/// The columns of rows in parts of these widths, each contiguous.
+pub fn split<F: Real>(rows: Vec<F>, widths: &[usize]) -> Vec<Vec<F>> {
+    if widths.len() == 1 {
+        return vec![rows];
+    }
+    let width = widths.iter().sum::<usize>().max(1);
+    let starts = widths.iter().scan(0, |end, width| {
+        *end += width;
+        Some(*end - width)
+    });
+    let part = |(start, &part): (usize, &usize)| {
+        map_rows(rows.len() / width, part, |row, out: &mut [F]| {
+            out.copy_from_slice(&rows[row * width + start..][..part]);
+        })
+    };
+    starts.zip(widths).map(part).collect()
+}
+
 pub fn final_state<F: Real>(shape: Shape, input: Input<F>) -> Vec<F> {
     let kept = shape.taps - 1;
     let mut out = vec![F::zero(); shape.batch * kept * shape.width];

@@ -39,6 +39,11 @@ fn device_key(gpu: &Gpu, key: [u32; 2]) -> Result<KernelArg> {
     }
 }
 
+/// Puts the key of the next update in its place, before the update is launched: what a captured update needs.
+pub fn set_key(gpu: &Gpu, key: [u32; 2]) -> Result<()> {
+    device_key(gpu, key).map(drop)
+}
+
 /// The arguments of a kernel that drops: key, p, 1/(1−p), first, site, steps, for rows that are `steps`
 /// timesteps a sample. No mask: a null key.
 pub fn mask_args(gpu: &Gpu, dropout: Option<&Dropout>, steps: usize) -> Result<[KernelArg; 6]> {

@@ -216,6 +216,37 @@ impl Ballot {
     }
 }
 
+/// [`Totals`] side by side, so that the host waits once.
+pub struct Report {
+    numbers: Tensor,
+}
+
+impl Report {
+    pub fn new(gpu: &Gpu) -> Result<Self> {
+        Ok(Self { numbers: gpu.zeros(5, DType::F64)?.into_tensor() })
+    }
+
+    /// Takes totals, `more`: adds them to those before; and one number besides, f64 [1].
+    pub fn add(&self, totals: &Totals, other: Option<&Tensor>, more: bool) -> Result<()> {
+        let gpu = Gpu::of(&self.numbers)?;
+        let params = [
+            gpu.ptr(&totals.loss_sum)?,
+            gpu.ptr(&totals.steps)?,
+            gpu.ptr(&totals.counts)?,
+            gpu.ptr_or_null(other)?,
+            gpu.ptr(&self.numbers)?,
+            i32::from(more).into(),
+        ];
+        gpu.launch(&kernels::HEAD, "head_report", Launch::new(1, 1), &params)
+    }
+
+    /// Waits for them: the sum of the losses, valid steps, right windows, all windows; and the number besides.
+    pub fn read(&self) -> Result<([f64; 4], f64)> {
+        let numbers = self.numbers.to_vec1::<f64>()?;
+        Ok(([numbers[0], numbers[1], numbers[2], numbers[3]], numbers[4]))
+    }
+}
+
 /// The gradient of the bias: column sums of dlogits over all blocks of rows.
 pub struct BiasSums {
     partial: Tensor,

@@ -173,10 +173,15 @@ pub(super) fn backward(run: &Run, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
     let mut grads = vec![None; run.args.len()];
     let dy_mat = Mat::of(&gpu, dy, outputs)?;
     if run.needs[0] {
-        let dx = gpu.empty(x.shape(), x.dtype())?;
-        let into = Mat::new(gpu.of_value(&dx)?, x.dtype(), x.elem_count() / inputs.max(1), inputs);
-        gemm(&gpu, dy_mat, Mat::of(&gpu, weight, inputs)?, into, false)?;
-        grads[0] = Some(dx.into_tensor());
+        let weight = Mat::of(&gpu, weight, inputs)?;
+        match &run.sums[0] {
+            Some(sum) => gemm(&gpu, dy_mat, weight, Mat::of(&gpu, sum, inputs)?, true)?,
+            None => {
+                let dx = gpu.empty(x.shape(), x.dtype())?.into_tensor();
+                gemm(&gpu, dy_mat, weight, Mat::of(&gpu, &dx, inputs)?, false)?;
+                grads[0] = Some(dx);
+            }
+        }
     }
     if run.needs[1] {
         grads[1] = weight_gradient(&gpu, run, dy_mat, Mat::of(&gpu, x, inputs)?)?;

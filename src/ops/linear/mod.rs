@@ -40,6 +40,10 @@ impl Node for Linear {
         "linear"
     }
 
+    fn fresh(&self) -> bool {
+        true
+    }
+
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
         let (outputs, inputs) = args[1].dims2()?;
         let mut shape = args[0].dims().to_vec();

@@ -115,6 +115,11 @@ impl Node for ResidualNorm {
         "residual_norm"
     }
 
+    fn fresh(&self) -> bool {
+        // Without it both inputs may have one gradient.
+        self.dropout.is_some()
+    }
+
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
         #[cfg(feature = "cuda")]
         if args[0].device().is_cuda() {
