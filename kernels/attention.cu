@@ -23,16 +23,6 @@
 // Entry points: attention_<forward|dq|dkdv>_<DP>_<bf16|tf32|f32>; grid.x = tiles · B·H, block 32·warps.
 #include "mma.cuh"
 
-__device__ __forceinline__ float exp2_fast(float x) {
-#ifdef SB_EMULATE
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
 // Waits for the other warp of a pair.
 __device__ __forceinline__ void pair_barrier(int pair) {
 #ifdef SB_EMULATE

@@ -3,82 +3,167 @@
 //   x [B, T, D], weight [D, W], bias [D] or none, state [B, W-1, D] or none (the inputs before the first step; zeros)
 //   a_t = bias + sum_j w_j x_{t-W+1+j},  y_t = a_t sigmoid(a_t),  final [B, W-1, D]: the last W-1 inputs
 //
+// y and dy come in up to three parts, each contiguous: the channels up to end0, up to end1 and up to D.
+//
 // Gradients, with da_t = dy_t (a_t sigmoid(a_t))' and da = 0 outside 0 <= t < T:
 //   dx_s = sum_j w_j da_{s+W-1-j} (+ dfinal),  the same for the steps of the state,
 //   dw_j = sum_{b,t} da_t x_{t-W+1+j},  dbias = sum_{b,t} da_t
 //
-// Bound by memory: a thread owns V neighbouring channels (16 bytes of x where D allows) and `run` steps of one batch
-// entry, keeps the last inputs in registers and reads each x once, but for the W-1 steps that runs share. The backward
-// pass computes a again. Sums for the weights: in registers over a run, in the block over its warps, in `partial`
-// [slabs, W+1, D] over the blocks, then in order by causal_conv1d_sums.
+// Bound by memory: a warp owns 32 V neighbouring channels and `run` steps of one batch entry, a lane V of the channels
+// (V: 4, or 1 where D or an address does not allow that). It keeps the last inputs in registers, has the next steps on
+// their way while it computes, and reads each x once, but for the W-1 steps that runs share. The backward pass computes a
+// again. Sums for the weights: in registers over a run, in the block over its warps, in `partial` [slabs, W+1, D] over the
+// blocks, then in order by causal_conv1d_sums.
 #include "common.cuh"
 
 namespace {
 
-// The logistic function without the slow exact division. exp(-x) may become infinite: then this is 0.
-__device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+constexpr int WARPS = 4;
+
+// The logistic function in four instructions. The power may become infinite: then this is 0.
+__device__ __forceinline__ float fast_sigmoid(float x) { return rcp_fast(1.f + exp2_fast(-LOG2E * x)); }
 
 // Which channels and steps a thread works on.
 struct Part {
-    int c;       // the first of V channels
-    int b;       // batch entry
-    int t0, t1;  // steps
+    int c;        // the first of V channels
+    int b;        // batch entry
+    int t0, t1;   // steps
+    bool inside;  // whether there are such
 };
-
-// Row `t` of the inputs of a batch entry, channels c..c+V; t from -(W-1) on, t < 0 from the state. Zeros before that.
-template <int V, class T>
-__device__ __forceinline__ void load_input(const T* x, const T* state, const Part& part, int t, int steps, int width,
-                                           int taps, float (&out)[V]) {
-    if (t >= 0) {
-        load_vec<V>(x + ((long long)part.b * steps + t) * width + part.c, out);
-    } else if (state != nullptr && t + taps > 0) {
-        load_vec<V>(state + ((long long)part.b * (taps - 1) + t + taps - 1) * width + part.c, out);
-    } else {
-#pragma unroll
-        for (int v = 0; v < V; v++) out[v] = 0.f;
-    }
-}
-
-// The taps of V channels, the current step's in the last place, zeros in front of fewer than TAPS; and the bias.
-template <int V, int TAPS>
-__device__ __forceinline__ void load_weights(const float* weight, const float* bias, int c, int taps,
-                                             float (&w)[TAPS][V], float (&b)[V]) {
-#pragma unroll
-    for (int v = 0; v < V; v++) {
-#pragma unroll
-        for (int j = 0; j < TAPS; j++) {
-            const int tap = j - (TAPS - taps);
-            w[j][v] = tap >= 0 ? weight[(long long)(c + v) * taps + tap] : 0.f;
-        }
-        b[v] = bias != nullptr ? bias[c + v] : 0.f;
-    }
-}
-
-// One thread for every V channels and `run` steps.
-template <class T, int V, int TAPS>
-__device__ void forward(const T* x, const float* weight, const float* bias, const T* state, T* y, T* final_state,
-                        int batch, int steps, int width, int taps, int run) {
-    constexpr int U = 4;  // steps loaded at a time
-    const int vectors = width / V, runs = ceil_div(steps, run);
-    const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= (long long)batch * runs * vectors) return;
-    const int r = (int)(index / vectors);
+template <int V>
+__device__ __forceinline__ Part part_of(int batch, int steps, int width, int run) {
+    const int runs = ceil_div(steps, run), r = blockIdx.y * WARPS + warp_id();
     Part part;
-    part.c = (int)(index % vectors) * V;
+    part.c = (blockIdx.x * WARP + lane_id()) * V;
     part.b = r / runs;
     part.t0 = r % runs * run;
     part.t1 = min(part.t0 + run, steps);
+    part.inside = part.c < width && part.b < batch;
+    return part;
+}
+
+// The rows of one part of the channels.
+template <class T>
+struct Rows {
+    T* first;   // channel c of step 0
+    int width;  // from one row to the next
+};
+template <class T>
+__device__ __forceinline__ Rows<T> rows_of(T* part0, T* part1, T* part2, int end0, int end1, int width, int c) {
+    if (c < end0) return {part0 + c, end0};
+    if (c < end1) return {part1 + (c - end0), end1 - end0};
+    return {part2 + (c - end1), width - end1};
+}
+
+template <bool X>
+struct Constant {
+    static constexpr bool value = X;
+};
+
+// V neighbours on their way from memory.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Packed {
+    T x[V];
+    __device__ __forceinline__ void unpack(float (&out)[V]) const {
+#pragma unroll
+        for (int v = 0; v < V; v++) out[v] = to_f(x[v]);
+    }
+};
+// Two to a register: the compiler gives every bf16 its own.
+template <>
+struct alignas(8) Packed<bf16, 4> {
+    uint32_t x[2];
+    __device__ __forceinline__ void unpack(float (&out)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            out[2 * i] = __uint_as_float(x[i] << 16);
+            out[2 * i + 1] = __uint_as_float(x[i] & 0xffff0000u);
+        }
+    }
+};
+template <int V, class T>
+__device__ __forceinline__ Packed<T, V> fetch(const T* p) {
+    return *reinterpret_cast<const Packed<T, V>*>(p);
+}
+
+// Row `t` of the inputs of a batch entry, channels c..c+V; t from -(W-1) on, t < 0 from the state. Zeros before that.
+template <int V, class T>
+__device__ __forceinline__ Packed<T, V> input(const T* x, const T* state, const Part& part, int t, int steps, int width,
+                                              int taps) {
+    if (t >= 0) return fetch<V>(x + ((long long)part.b * steps + t) * width + part.c);
+    if (state != nullptr && t + taps > 0)
+        return fetch<V>(state + ((long long)part.b * (taps - 1) + t + taps - 1) * width + part.c);
+    return {};
+}
+
+// The taps of the block's channels, the current step's in the last place, zeros in front of fewer than TAPS; and the bias.
+template <int V, int TAPS>
+struct Weights {
+    alignas(16) float x[TAPS + 1][WARP * V];
+
+    __device__ __forceinline__ void load(const float* weight, const float* bias, int width, int taps) {
+        const int first = blockIdx.x * WARP * V;
+        for (int i = threadIdx.x; i < WARP * V; i += blockDim.x) {
+            const int c = first + i;
+            float row[TAPS];
+            if (TAPS == 4 && taps == 4 && c < width && reinterpret_cast<size_t>(weight) % 16 == 0) {
+                load_vec<TAPS == 4 ? 4 : TAPS>(weight + (long long)c * 4, row);
+            } else {
+#pragma unroll
+                for (int j = 0; j < TAPS; j++) {
+                    const int tap = j - (TAPS - taps);
+                    row[j] = tap >= 0 && c < width ? weight[(long long)c * taps + tap] : 0.f;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < TAPS; j++) x[j][i] = row[j];
+            x[TAPS][i] = bias != nullptr && c < width ? bias[c] : 0.f;
+        }
+    }
+    __device__ __forceinline__ void take(float (&w)[TAPS][V], float (&b)[V]) const {
+#pragma unroll
+        for (int j = 0; j < TAPS; j++) load_vec<V>(&x[j][lane_id() * V], w[j]);
+        load_vec<V>(&x[TAPS][lane_id() * V], b);
+    }
+};
+
+template <class T, int V, int TAPS>
+__device__ void forward(const T* x, const float* weight, const float* bias, const T* state, T* y0, T* y1, T* y2,
+                        T* final_state, int end0, int end1, int batch, int steps, int width, int taps, int run) {
+    constexpr int U = 4;  // steps on their way
+    __shared__ Weights<V, TAPS> weights;
+    const Part part = part_of<V>(batch, steps, width, run);
+    const T* from = x + ((long long)part.b * steps + part.t0) * width + part.c;
+    Packed<T, V> before[TAPS - 1], next[U];
+    const auto fetch_steps = [&](int t) {
+#pragma unroll
+        for (int u = 0; u < U; u++, from += width)
+            if (t + u < part.t1) next[u] = fetch<V>(from);
+    };
+    if (part.inside) {
+#pragma unroll
+        for (int j = 0; j < TAPS - 1; j++)
+            before[j] = input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, width, taps);
+        fetch_steps(part.t0);
+    }
+    weights.load(weight, bias, width, taps);
+    __syncthreads();
+    if (!part.inside) return;
 
     float w[TAPS][V], b[V], in[TAPS - 1 + U][V];
-    load_weights<V, TAPS>(weight, bias, part.c, taps, w, b);
+    weights.take(w, b);
 #pragma unroll
-    for (int j = 0; j < TAPS - 1; j++) load_input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, width, taps, in[j]);
+    for (int j = 0; j < TAPS - 1; j++) before[j].unpack(in[j]);
+    const Rows<T> y = rows_of(y0, y1, y2, end0, end1, width, part.c);
+    T* to = y.first + ((long long)part.b * steps + part.t0) * y.width;
     for (int t = part.t0; t < part.t1; t += U) {
+        Packed<T, V> now[U];
 #pragma unroll
-        for (int u = 0; u < U; u++)
-            load_input<V>(x, state, part, min(t + u, part.t1 - 1), steps, width, taps, in[TAPS - 1 + u]);
+        for (int u = 0; u < U; u++) now[u] = next[u];
+        fetch_steps(t + U);
 #pragma unroll
-        for (int u = 0; u < U; u++) {
+        for (int u = 0; u < U; u++, to += y.width) {
+            now[u].unpack(in[TAPS - 1 + u]);
             float out[V];
 #pragma unroll
             for (int v = 0; v < V; v++) {
@@ -87,7 +172,7 @@ __device__ void forward(const T* x, const float* weight, const float* bias, cons
                 for (int j = 0; j < TAPS; j++) a = fmaf(w[j][v], in[u + j][v], a);
                 out[v] = a * fast_sigmoid(a);
             }
-            if (t + u < part.t1) store_vec<V>(y + ((long long)part.b * steps + t + u) * width + part.c, out);
+            if (t + u < part.t1) store_vec<V>(to, out);
         }
 #pragma unroll
         for (int j = 0; j < TAPS - 1; j++)
@@ -97,94 +182,113 @@ __device__ void forward(const T* x, const float* weight, const float* bias, cons
     if (part.t1 == steps) {
         for (int i = 0; i < taps - 1; i++) {
             float last[V];
-            load_input<V>(x, state, part, steps - taps + 1 + i, steps, width, taps, last);
+            input<V>(x, state, part, steps - taps + 1 + i, steps, width, taps).unpack(last);
             store_vec<V>(final_state + ((long long)part.b * (taps - 1) + i) * width + part.c, last);
         }
     }
 }
 
-constexpr int BACKWARD_WARPS = 4;
-
-// A block owns 32 V channels (x) and as many runs as it has warps (y). The step of da runs TAPS-1 ahead of that of dx.
+// The step of da runs TAPS-1 ahead of that of dx.
 template <class T, int V, int TAPS>
-__device__ void backward(const T* x, const float* weight, const float* bias, const T* state, const T* dy,
-                         const T* dfinal, T* dx, T* dstate, float* partial, int batch, int steps, int width, int taps,
-                         int run) {
+__device__ void backward(const T* x, const float* weight, const float* bias, const T* state, const T* dy0,
+                         const T* dy1, const T* dy2, const T* dfinal, T* dx, T* dstate, float* partial, int end0,
+                         int end1, int batch, int steps, int width, int taps, int run) {
     constexpr int U = 4;
-    __shared__ float sums[BACKWARD_WARPS][TAPS + 1][WARP][V];
-    const int runs = ceil_div(steps, run);
-    const int r = blockIdx.y * BACKWARD_WARPS + warp_id();
-    Part part;
-    part.c = (blockIdx.x * WARP + lane_id()) * V;
-    part.b = r / runs;
-    part.t0 = r % runs * run;
-    part.t1 = min(part.t0 + run, steps);
-    const bool inside = part.c < width;
+    __shared__ union {
+        Weights<V, TAPS> weights;
+        float sums[WARPS][TAPS + 1][WARP][V];
+    } shared;
+    const Part part = part_of<V>(batch, steps, width, run);
+    const long long row0 = (long long)part.b * steps * width + part.c;
+    const Rows<const T> dy = rows_of(dy0, dy1, dy2, end0, end1, width, part.c);
+    const T* from_x = x + row0 + (long long)part.t0 * width;
+    const T* from_dy = dy.first + ((long long)part.b * steps + part.t0) * dy.width;
+    Packed<T, V> before[TAPS - 1], next_x[U], next_dy[U];
+    const auto fetch_steps = [&](int t) {
+#pragma unroll
+        for (int u = 0; u < U; u++, from_x += width, from_dy += dy.width)
+            if (t + u < min(part.t1 + TAPS - 1, steps)) next_x[u] = fetch<V>(from_x), next_dy[u] = fetch<V>(from_dy);
+    };
+    if (part.inside) {
+#pragma unroll
+        for (int j = 0; j < TAPS - 1; j++)
+            before[j] = input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, width, taps);
+        fetch_steps(part.t0);
+    }
+    shared.weights.load(weight, bias, width, taps);
+    __syncthreads();
 
-    float dw[TAPS][V], db[V];
+    float w[TAPS][V], b[V], dw[TAPS][V], db[V];
+    shared.weights.take(w, b);
+    __syncthreads();  // the weights make room for the sums
 #pragma unroll
     for (int v = 0; v < V; v++) {
         db[v] = 0.f;
 #pragma unroll
         for (int j = 0; j < TAPS; j++) dw[j][v] = 0.f;
     }
-    if (inside && part.b < batch) {
-        float w[TAPS][V], b[V], in[TAPS - 1 + U][V], da[TAPS - 1 + U][V];
-        load_weights<V, TAPS>(weight, bias, part.c, taps, w, b);
+    if (part.inside) {
+        float in[TAPS - 1 + U][V], da[TAPS - 1 + U][V];
 #pragma unroll
         for (int j = 0; j < TAPS - 1; j++) {
-            load_input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, width, taps, in[j]);
+            before[j].unpack(in[j]);
 #pragma unroll
             for (int v = 0; v < V; v++) da[j][v] = 0.f;
         }
-        const int end = part.t1 + TAPS - 1;
-        for (int t = part.t0; t < end; t += U) {
-            float g[U][V];
+        T* to = dx + row0 + (long long)(part.t0 - TAPS + 1) * width;
+        // U steps of da from t on, some of them not the run's own where `tail`.
+        const auto go = [&](int t, auto tail) {
+            Packed<T, V> now_x[U], now_dy[U];
 #pragma unroll
-            for (int u = 0; u < U; u++) {
-                const int s = min(t + u, steps - 1);
-                load_input<V>(x, state, part, s, steps, width, taps, in[TAPS - 1 + u]);
-                load_vec<V>(dy + ((long long)part.b * steps + s) * width + part.c, g[u]);
-            }
+            for (int u = 0; u < U; u++) now_x[u] = next_x[u], now_dy[u] = next_dy[u];
+            fetch_steps(t + U);
 #pragma unroll
-            for (int u = 0; u < U; u++) {
-                const bool exists = t + u < steps, own = t + u < part.t1;
+            for (int u = 0; u < U; u++, to += width) {
+                float g[V];
+                now_x[u].unpack(in[TAPS - 1 + u]);
+                now_dy[u].unpack(g);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
                     float a = b[v];
 #pragma unroll
                     for (int j = 0; j < TAPS; j++) a = fmaf(w[j][v], in[u + j][v], a);
                     const float s = fast_sigmoid(a);
-                    const float d = exists ? g[u][v] * (s * (1.f + a * (1.f - s))) : 0.f;
+                    float d = g[v] * (s * (1.f + a * (1.f - s))), mine;
+                    if constexpr (tail.value) {
+                        if (t + u >= steps) d = 0.f;
+                        mine = t + u < part.t1 ? d : 0.f;
+                    } else {
+                        mine = d;
+                    }
                     da[TAPS - 1 + u][v] = d;
-                    const float mine = own ? d : 0.f;
                     db[v] += mine;
 #pragma unroll
-                    for (int j = 0; j < TAPS; j++) dw[j][v] = fmaf(mine, in[u + j][v], dw[j][v]);
+                    for (int j = 0; j < TAPS; j++) {
+                        // What no step has stands in `in` beyond the end: it must not meet a factor of 0.
+                        if (!tail.value || t + u < part.t1) dw[j][v] = fmaf(mine, in[u + j][v], dw[j][v]);
+                    }
                 }
-            }
-#pragma unroll
-            for (int u = 0; u < U; u++) {
                 // The gradient of the input of step s, s < 0 being the state's: it reached the steps s..s+W-1.
                 const int s = t + u - TAPS + 1;
-                const bool of_state = s < 0 && s + taps > 0 && dstate != nullptr && part.t0 == 0;
-                if (t + u < end && (s >= part.t0 || of_state)) {
-                    float out[V];
+                if (tail.value && s >= part.t1) continue;
+                float out[V];
 #pragma unroll
-                    for (int v = 0; v < V; v++) out[v] = 0.f;
-                    // Step s is one of the last W-1 inputs: it went to the final state too.
-                    if (dfinal != nullptr && s >= steps - taps + 1)
-                        load_vec<V>(dfinal + ((long long)part.b * (taps - 1) + s - steps + taps - 1) * width + part.c,
-                                    out);
+                for (int v = 0; v < V; v++) {
+                    out[v] = w[0][v] * da[TAPS - 1 + u][v];
 #pragma unroll
-                    for (int v = 0; v < V; v++)
-#pragma unroll
-                        for (int j = 0; j < TAPS; j++) out[v] = fmaf(w[j][v], da[TAPS - 1 + u - j][v], out[v]);
-                    if (of_state)
-                        store_vec<V>(dstate + ((long long)part.b * (taps - 1) + s + taps - 1) * width + part.c, out);
-                    else
-                        store_vec<V>(dx + ((long long)part.b * steps + s) * width + part.c, out);
+                    for (int j = 1; j < TAPS; j++) out[v] = fmaf(w[j][v], da[TAPS - 1 + u - j][v], out[v]);
                 }
+                // Step s is one of the last W-1 inputs: it went to the final state too.
+                if (tail.value && dfinal != nullptr && s >= steps - taps + 1) {
+                    float last[V];
+                    load_vec<V>(dfinal + ((long long)part.b * (taps - 1) + s - steps + taps - 1) * width + part.c, last);
+#pragma unroll
+                    for (int v = 0; v < V; v++) out[v] += last[v];
+                }
+                if (s >= part.t0)
+                    store_vec<V>(to, out);
+                else if (s < 0 && s + taps > 0 && dstate != nullptr && part.t0 == 0)
+                    store_vec<V>(dstate + ((long long)part.b * (taps - 1) + s + taps - 1) * width + part.c, out);
             }
 #pragma unroll
             for (int j = 0; j < TAPS - 1; j++)
@@ -193,15 +297,18 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
                     in[j][v] = in[U + j][v];
                     da[j][v] = da[U + j][v];
                 }
-        }
+        };
+        int t = part.t0;
+        for (; t + U <= part.t1; t += U) go(t, Constant<false>());
+        for (; t < part.t1 + TAPS - 1; t += U) go(t, Constant<true>());
     }
 
     // Sum over the block's runs.
 #pragma unroll
     for (int v = 0; v < V; v++) {
 #pragma unroll
-        for (int j = 0; j < TAPS; j++) sums[warp_id()][j][lane_id()][v] = dw[j][v];
-        sums[warp_id()][TAPS][lane_id()][v] = db[v];
+        for (int j = 0; j < TAPS; j++) shared.sums[warp_id()][j][lane_id()][v] = dw[j][v];
+        shared.sums[warp_id()][TAPS][lane_id()][v] = db[v];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < (taps + 1) * WARP * V; i += blockDim.x) {
@@ -210,44 +317,41 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
         if (c >= width) continue;
         float sum = 0.f;
 #pragma unroll
-        for (int k = 0; k < BACKWARD_WARPS; k++) sum += sums[k][TAPS - taps + row][column / V][column % V];
+        for (int k = 0; k < WARPS; k++) sum += shared.sums[k][TAPS - taps + row][column / V][column % V];
         partial[((long long)blockIdx.y * (taps + 1) + row) * width + c] = sum;
     }
 }
 
 }  // namespace
 
-// Forward: grid ceil(B ceil(T / run) D / V / 128), block 128. V: 1, or 16 bytes where D is a multiple of them.
-// T4 is for W <= 4, T8 for W <= 8; W = 1 has no states.
+// Grid of both: (ceil(D / 32 V), ceil(B ceil(T / run) / 4)), block 128. w4 is for W <= 4, w8 for W <= 8; W = 1 has no
+// states. `partial` has grid.y slabs.
 #define FORWARD(NAME, T, V, TAPS)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(128) NAME(                                                         \
+    extern "C" __global__ void __launch_bounds__(128) causal_conv1d_forward_##NAME(                                 \
         const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,                  \
-        const T* __restrict__ state, T* __restrict__ y, T* __restrict__ final_state, int batch, int steps,          \
-        int width, int taps, int run) {                                                                             \
-        forward<T, V, TAPS>(x, weight, bias, state, y, final_state, batch, steps, width, taps, run);                \
+        const T* __restrict__ state, T* __restrict__ y0, T* __restrict__ y1, T* __restrict__ y2,                    \
+        T* __restrict__ final_state, int end0, int end1, int batch, int steps, int width, int taps, int run) {      \
+        forward<T, V, TAPS>(x, weight, bias, state, y0, y1, y2, final_state, end0, end1, batch, steps, width, taps, \
+                            run);                                                                                   \
     }
-FORWARD(causal_conv1d_forward_w4_v1_f32, float, 1, 4)
-FORWARD(causal_conv1d_forward_w4_v1_bf16, bf16, 1, 4)
-FORWARD(causal_conv1d_forward_w4_v4_f32, float, 4, 4)
-FORWARD(causal_conv1d_forward_w4_v8_bf16, bf16, 8, 4)
-FORWARD(causal_conv1d_forward_w8_v1_f32, float, 1, 8)
-FORWARD(causal_conv1d_forward_w8_v1_bf16, bf16, 1, 8)
-
-// Backward: grid (ceil(D / 32 V), ceil(B ceil(T / run) / 4)), block 128. `partial` has grid.y slabs.
 #define BACKWARD(NAME, T, V, TAPS)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128, 4) NAME(                                                         \
+    extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 4 ? 3 : 4) causal_conv1d_backward_##NAME(       \
         const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,                  \
-        const T* __restrict__ state, const T* __restrict__ dy, const T* __restrict__ dfinal, T* __restrict__ dx,    \
-        T* __restrict__ dstate, float* __restrict__ partial, int batch, int steps, int width, int taps, int run) {  \
-        backward<T, V, TAPS>(x, weight, bias, state, dy, dfinal, dx, dstate, partial, batch, steps, width, taps,    \
-                             run);                                                                                  \
+        const T* __restrict__ state, const T* __restrict__ dy0, const T* __restrict__ dy1,                          \
+        const T* __restrict__ dy2, const T* __restrict__ dfinal, T* __restrict__ dx, T* __restrict__ dstate,        \
+        float* __restrict__ partial, int end0, int end1, int batch, int steps, int width, int taps, int run) {      \
+        backward<T, V, TAPS>(x, weight, bias, state, dy0, dy1, dy2, dfinal, dx, dstate, partial, end0, end1, batch, \
+                             steps, width, taps, run);                                                              \
     }
-BACKWARD(causal_conv1d_backward_w4_v1_f32, float, 1, 4)
-BACKWARD(causal_conv1d_backward_w4_v1_bf16, bf16, 1, 4)
-BACKWARD(causal_conv1d_backward_w4_v4_f32, float, 4, 4)
-BACKWARD(causal_conv1d_backward_w4_v4_bf16, bf16, 4, 4)
-BACKWARD(causal_conv1d_backward_w8_v1_f32, float, 1, 8)
-BACKWARD(causal_conv1d_backward_w8_v1_bf16, bf16, 1, 8)
+#define BOTH(NAME, T, V, TAPS)  \
+    FORWARD(NAME, T, V, TAPS)   \
+    BACKWARD(NAME, T, V, TAPS)
+BOTH(w4_v1_f32, float, 1, 4)
+BOTH(w4_v1_bf16, bf16, 1, 4)
+BOTH(w4_v4_f32, float, 4, 4)
+BOTH(w4_v4_bf16, bf16, 4, 4)
+BOTH(w8_v1_f32, float, 1, 8)
+BOTH(w8_v1_bf16, bf16, 1, 8)
 
 // dw [D, W] and dbias [D] from the sums of the slabs; null: not wanted; added to what is there where `add` has bit 0 (dw)
 // or bit 1 (dbias). Grid ceil(D (W + 1) / 32), block 1024: a lane has a column, a warp every 32nd slab.

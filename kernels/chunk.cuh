@@ -153,17 +153,7 @@ __device__ __forceinline__ float col_sum(float x) {
 // Log decays below this count as this: what is left, 1e-14, is nothing, and sums of several keep their digits.
 constexpr float NEVER = -32.f;
 
-// 2^x; tiny results are 0. Logarithms of decays are to base 2 throughout.
-__device__ __forceinline__ float exp2_fast(float x) {
-#ifdef SB_EMULATE
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-// 2^x of what is at most 0 but for rounding.
+// 2^x of what is at most 0 but for rounding. Logarithms of decays are to base 2 throughout.
 __device__ __forceinline__ float exp2_neg(float x) { return exp2_fast(fminf(x, 0.f)); }
 
 // Whether rows of `cols` elements at p, ld apart, can be written four (bf16) or two (f32) elements at a time.

@@ -93,6 +93,26 @@ __device__ __forceinline__ float silu_grad(float x) {
     return s * (1.f + x * (1.f - s));
 }
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(__expf(x)); }
+// 2^x; tiny results are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef SB_EMULATE
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+// 1 / x within 1 ulp; 0 for infinity.
+__device__ __forceinline__ float rcp_fast(float x) {
+#ifdef SB_EMULATE
+    return 1.f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
 
 // ---- Philox 4x32-10, the same numbers as src/ops/philox.rs
 

@@ -357,14 +357,18 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Warps of ssd_grads, each with 16 tokens of a chunk and half of the columns of whatever is computed; rows of P that
-// it takes at a time.
-template <class R> constexpr int GRAD_WARPS = CHUNK<R> / 8;
+// Parts of the columns of whatever ssd_grads computes; its warps, each with 16 tokens of a chunk and such a part; rows of
+// P that it takes at a time; and how many such slices of its operands are in shared memory, one of them on its way.
+template <class R> constexpr int SIDES = 2;
+template <> constexpr int SIDES<Bf16> = 4;
+template <class R> constexpr int GRAD_WARPS = CHUNK<R> / 16 * SIDES<R>;
 template <class R> constexpr int GRAD_SLICE = CHUNK<R>;
+template <class R, int NT> constexpr int SLICES = __is_same(R, Bf16) && NT <= 16 ? 2 : 1;
 
 // Gradients of all but the states. Grid: (chunks, G blocks_per_group, B). Block: GRAD_WARPS warps.
 // Shared memory, ldn = 8 NT + PAD, PS = GRAD_SLICE:
-//   b, c [C][ldn], S0, E [PS][ldn], x, dy [C][PS + PAD], M, C B^T [C][C + PAD], then f32 KINDS [C] and 20 [C].
+//   b, c [C][ldn], S0, E [SLICES][PS][ldn], x, dy [SLICES][C][PS + PAD], M, C B^T [C][C + PAD], then f32 2 KINDS [C] and
+//   24 [C].
 // states, d_states [B,H,chunks,P,N]: S0 and E.
 // With one block per group db and dc [B,T,G,N] are written, else partial sums [2][blocks_per_group][B,T,G,N] f32.
 // params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
@@ -377,28 +381,30 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                                       int H, int P, int G, int N) {
     using E = typename R::elem;
     constexpr int C = CHUNK<R>, PS = GRAD_SLICE<R>, LDN = 8 * NT + PAD, LDP = PS + PAD, LDM = C + PAD, MT = C / 16;
-    // Columns of a warp: of M, and of dx.
-    constexpr int UT = C / 16, XT = PS / 16;
+    constexpr int PARTS = SIDES<R>, LAST = GRAD_WARPS<R> - 1, MAKER = LAST - PARTS;
+    constexpr int STAGES = SLICES<R, NT>;
+    constexpr bool AHEAD = STAGES == 2;
+    // Tiles of 8 columns of a warp: of M, of dx, of dB and dC.
+    constexpr int UT = C / 8 / PARTS, XT = PS / 8 / PARTS, WT = NT / PARTS;
     DYNAMIC_SHARED(memory);
     E* sb = reinterpret_cast<E*>(memory);
     E* sc = sb + C * LDN;
-    E* s0 = sc + C * LDN;
-    E* se = s0 + PS * LDN;
-    E* sx = se + PS * LDN;
-    E* sdy = sx + C * LDP;
-    E* sm = sdy + C * LDP;
+    E* states_at = sc + C * LDN;
+    E* tokens_at = states_at + STAGES * 2 * PS * LDN;
+    E* sm = tokens_at + STAGES * 2 * C * LDP;
     E* scb = sm + C * LDM;
-    float* w = reinterpret_cast<float*>(scb + C * LDM);
-    float* q_rows = w + KINDS * C;    // [2][C] sum over j < i of Q step, of each half of the columns
-    float* q_cols = q_rows + 2 * C;   // [MT][C] sum over i > j of Q
-    float* q_diag = q_cols + MT * C;  // [C]
-    float* yx = q_diag + C;           // [C] dy . x
-    float* inter = yx + C;            // [2][C] exp(l) dy . (C S0^T)
-    float* rest = inter + 2 * C;      // [2][C] r
-    float* dots = rest + 2 * C;       // [GRAD_WARPS] <S0, E>
-    float* sums = dots + C;           // [4][C] of the head: the first warp's sums over the slices of P, and dt
+    float* decays = reinterpret_cast<float*>(scb + C * LDM);
+    float* q_rows = decays + 2 * KINDS * C;  // [PARTS][C] sum over j < i of Q step, of each part of the columns
+    float* q_cols = q_rows + PARTS * C;      // [MT][C] sum over i > j of Q
+    float* q_diag = q_cols + MT * C;         // [C]
+    float* yx = q_diag + C;                  // [C] dy . x
+    float* inter = yx + C;                   // [PARTS][C] exp(l) dy . (C S0^T)
+    float* rest = inter + PARTS * C;         // [PARTS][C] r
+    float* dots = rest + PARTS * C;          // [GRAD_WARPS] <S0, E>
+    float* sums = dots + C;                  // [3][C] of the head: the last warp's sums over the slices of P
+    float* raws = sums + 3 * C;              // [2][C] dt
 
-    const int warp = warp_id(), lane = lane_id(), mi = warp / 2, side = warp % 2;
+    const int warp = warp_id(), lane = lane_id(), mi = warp / PARTS, side = warp % PARTS;
     const int chunk = blockIdx.x, chunks = gridDim.x, t0 = chunk * C, tokens = min(C, T - t0);
     const int per_group = H / G, blocks = gridDim.y / G, group = blockIdx.y / blocks, part = blockIdx.y % blocks;
     const int first = group * per_group + per_group * part / blocks;
@@ -409,35 +415,64 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
 
     fetch_tile(sb, LDN, b + bc_at, row_b, tokens, N, C, 8 * NT);
     fetch_tile(sc, LDN, c + bc_at, row_b, tokens, N, C, 8 * NT);
-    for (int i = threadIdx.x; i < (2 + MT) * C; i += blockDim.x) q_rows[i] = 0.f;
+    for (int i = threadIdx.x; i < (PARTS + MT) * C; i += blockDim.x) q_rows[i] = 0.f;
 
-    const int r0 = 16 * mi, u0 = 8 * UT * side, n0 = 4 * NT * side, v0 = 8 * XT * side;
+    const int r0 = 16 * mi, u0 = 8 * UT * side, n0 = 8 * WT * side, v0 = 8 * XT * side;
     // Whether the warp's part of M has entries on or below the diagonal.
     const bool active = u0 <= r0 + 15;
-    float a_sum[UT][4] = {}, db_acc[NT / 2][4] = {}, dc_acc[NT / 2][4] = {};
+    float a_sum[UT][4] = {}, db_acc[WT][4] = {}, dc_acc[WT][4] = {};
     float skip_sum = 0.f, dot = 0.f;
 
+    const int slices = ceil_div(P, PS), count = (last - first) * slices;
+    // Slice i % slices of head first + i / slices.
+    const auto fetch = [&](int i) {
+        const int h = first + i / slices, p0 = i % slices * PS;
+        const int width = min(PS, P - p0), width_pad = ceil_div(width, 16) * 16;
+        const long long at = x_at + (long long)h * P + p0;
+        const long long state_at = ((batch * H + h) * chunks + chunk) * size + (long long)p0 * N;
+        E* const to = tokens_at + i % STAGES * 2 * C * LDP;
+        E* const states_to = states_at + i % STAGES * 2 * PS * LDN;
+        fetch_tile(to, LDP, x + at, row_x, tokens, width, C, width_pad);
+        fetch_tile(to + C * LDP, LDP, dy + at, row_x, tokens, width, C, width_pad);
+        fetch_tile(states_to, LDN, states + state_at, N, width, N, width_pad, 8 * NT);
+        fetch_tile(states_to + PS * LDN, LDN, d_states + state_at, N, width, N, width_pad, 8 * NT);
+        cp_async_commit();
+    };
+    constexpr int PER = C / WARP;
+    float raw[PER];
+    const auto read = [&](int h) {
+        if (warp == MAKER && h < last) read_steps<C>(raw, dt + (batch * T + t0) * H + h, tokens, H);
+    };
+    const auto make_decays = [&](int h) {
+        if (warp != MAKER || h >= last) return;
+        const int at = (h - first) % 2;
+#pragma unroll
+        for (int i = 0; i < PER; i++) raws[at * C + PER * lane + i] = raw[i];
+        chunk_decays<C>(decays + at * KINDS * C, raw, tokens, dt_bias[h], -__expf(a_log[h]));
+    };
+    fetch(0);
+    read(first);
+    make_decays(first);
+
     for (int h = first; h < last; h++) {
-        const long long bh = batch * H + h;
         const float rate = -__expf(a_log[h]), bias = dt_bias[h], skip = d[h];
+        const float* const w = decays + (h - first) % 2 * KINDS * C;
         for (int p0 = 0; p0 < P; p0 += PS) {
+            const int i = (h - first) * slices + p0 / PS;
             const int width = min(PS, P - p0), width_pad = ceil_div(width, 16) * 16;
             const long long at = x_at + (long long)h * P + p0;
-            const long long state_at = (bh * chunks + chunk) * size + (long long)p0 * N;
-            fetch_tile(sx, LDP, x + at, row_x, tokens, width, C, width_pad);
-            fetch_tile(sdy, LDP, dy + at, row_x, tokens, width, C, width_pad);
-            fetch_tile(s0, LDN, states + state_at, N, width, N, width_pad, 8 * NT);
-            fetch_tile(se, LDN, d_states + state_at, N, width, N, width_pad, 8 * NT);
-            cp_async_commit();
-            if (warp == 0 && p0 == 0) {
-                float raw[C / WARP];
-                read_steps<C>(raw, dt + (batch * T + t0) * H + h, tokens, H);
-#pragma unroll
-                for (int i = 0; i < C / WARP; i++) sums[3 * C + C / WARP * lane + i] = raw[i];
-                chunk_decays<C>(w, raw, tokens, bias, rate);
+            const E* const sx = tokens_at + i % STAGES * 2 * C * LDP;
+            const E* const sdy = sx + C * LDP;
+            const E* const s0 = states_at + i % STAGES * 2 * PS * LDN;
+            const E* const se = s0 + PS * LDN;
+            if (!AHEAD && i > 0) {
+                __syncthreads();
+                fetch(i);
             }
             cp_async_wait<0>();
             __syncthreads();
+            if (AHEAD && i + 1 < count) fetch(i + 1);
+            if (p0 == 0) read(h + 1);
 
             if (active) {
                 if (h == first && p0 == 0) {
@@ -516,10 +551,14 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
 
             // <S0, E>
             float product = 0.f;
-            for (int i = threadIdx.x; i < width * (4 * NT); i += blockDim.x) {
-                const int r = i / (4 * NT), col = i % (4 * NT) * 2;
-                const float2 p = load2(s0 + r * LDN + col), q = load2(se + r * LDN + col);
-                product += p.x * q.x + p.y * q.y;
+            constexpr int VEC = 16 / sizeof(E), PER_ROW = 8 * NT / VEC;
+            for (int i = threadIdx.x; i < width * PER_ROW; i += blockDim.x) {
+                const int at = i / PER_ROW * LDN + i % PER_ROW * VEC;
+                float p[VEC], q[VEC];
+                load_vec<VEC>(s0 + at, p);
+                load_vec<VEC>(se + at, q);
+#pragma unroll
+                for (int j = 0; j < VEC; j++) product += p[j] * q[j];
             }
             product = warp_sum(product);
             if (lane == 0) dots[warp] = product;
@@ -535,7 +574,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                     }
                 float by_row[2] = {};
 #pragma unroll
-                for (int j = 0; j < NT / 2; j += 2) {
+                for (int j = 0; j < WT; j += 2) {
                     float z[2][4] = {};
 #pragma unroll
                     for (int k = 0; k < PS / 16; k++)
@@ -567,7 +606,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                 FragA<R> fa = load_a<R, AlongK>(sx + r0 * LDP + k, LDP);
                 scale_m(fa, w + WEIGHT * C + r0);
 #pragma unroll
-                for (int j = 0; j < NT / 2; j += 2) {
+                for (int j = 0; j < WT; j += 2) {
                     FragB<R> fb[2];
                     load_b<R, AlongMN>(fb, se + k * LDN + n0 + 8 * j, LDN);
                     mma<R>(db_acc[j], fa, fb[0]);
@@ -638,29 +677,35 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                     }
             }
 
-            if (warp == 0) {
+            if (p0 + PS >= P) make_decays(h + 1);
+            if (warp == LAST) {
                 // Gradients of the steps and log decays; lane i has tokens PER i ...
-                constexpr int PER = C / WARP;
                 if (p0 == 0) skip_sum = dot = 0.f;
 #pragma unroll
                 for (int i = 0; i < PER; i++) {
                     const int t = PER * lane + i;
                     const bool more = p0 > 0;
                     float cols = 0.f;
+#pragma unroll
                     for (int k = 0; k < MT; k++) cols += q_cols[k * C + t];
-                    const float r = rest[t] + rest[C + t], step = w[STEP * C + t];
-                    const float log = q_rows[t] + q_rows[C + t] - cols * step + inter[t] + inter[C + t];
+                    float r = 0.f, log = 0.f;
+#pragma unroll
+                    for (int k = 0; k < PARTS; k++) {
+                        r += rest[k * C + t];
+                        log += q_rows[k * C + t] + inter[k * C + t];
+                    }
+                    const float step = w[STEP * C + t];
+                    log -= cols * step;
                     sums[t] = (more ? sums[t] : 0.f) + cols + q_diag[t] + r;
                     sums[C + t] = (more ? sums[C + t] : 0.f) + log;
                     sums[2 * C + t] = (more ? sums[2 * C + t] : 0.f) + step * r;
                     skip_sum += yx[t];
                 }
+#pragma unroll
                 for (int k = 0; k < GRAD_WARPS<R>; k++) dot += dots[k];
             }
-            __syncthreads();
         }
-        if (warp == 0) {
-            constexpr int PER = C / WARP;
+        if (warp == LAST) {
             float d_log[PER], before[PER];
 #pragma unroll
             for (int i = 0; i < PER; i++) {
@@ -693,7 +738,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                 if (lane + 1 < WARP) g += right;
                 if (lane > 0) g += left;
                 if (t < tokens) {
-                    const float own = (sums[t] + rate * g) * sigmoid(sums[3 * C + t] + bias);
+                    const float own = (sums[t] + rate * g) * sigmoid(raws[(h - first) % 2 * C + t] + bias);
                     log_sum += g * rate * w[STEP * C + t];
                     bias_sum += own;
                     d_dt[(batch * T + t0 + t) * H + h] = from_f<E>(own);
@@ -710,6 +755,7 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     }
 
     // The products of the summed A with B and C.
+    __syncthreads();
     if (active) {
 #pragma unroll
         for (int j = 0; j < UT; j++)
@@ -719,9 +765,9 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                        a_sum[j][2 * half + 1]);
     }
     __syncthreads();
-    const auto multiply = [&](float(&acc)[NT / 2][4], const FragA<R>& fa, const E* v) {
+    const auto multiply = [&](auto& acc, const FragA<R>& fa, const E* v) {
 #pragma unroll
-        for (int j = 0; j < NT / 2; j += 2) {
+        for (int j = 0; j < WT; j += 2) {
             FragB<R> fb[2];
             load_b<R, AlongMN>(fb, v + n0 + 8 * j, LDN);
             mma<R>(acc[j], fa, fb[0]);
@@ -735,11 +781,11 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     for (int k = mi; k < MT; k++)
         multiply(db_acc, load_a<R, AlongMN>(sm + 16 * k * LDM + r0, LDM), sc + 16 * k * LDN);
 
-    const auto write = [&](auto* p, const float(&acc)[NT / 2][4]) {
+    const auto write = [&](auto* p, const auto& acc) {
         p += bc_at + r0 * row_b;
         const bool pair = can_pair(p, row_b, N);
 #pragma unroll
-        for (int j = 0; j < NT / 2; j += 2)
+        for (int j = 0; j < WT; j += 2)
             if (n0 + 8 * j < N)
                 store_block(p + n0 + 8 * j, row_b, tokens - r0, N - n0 - 8 * j, acc[j], acc[j + 1], pair);
     };
@@ -792,7 +838,7 @@ extern "C" __global__ void __launch_bounds__(256)
         states<R, N_MAX / 8>(u, v, dt, a_log, dt_bias, start, all, end, log_decay, T, H, P, G, N, per_segment,         \
                              reverse);                                                                                 \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, BLOCKS) ssd_grads_n##N_MAX##_##SUFFIX(            \
+    extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, GRAD_WARPS<R> > 8 ? 1 : BLOCKS) ssd_grads_n##N_MAX##_##SUFFIX(\
         const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c, const float* d,   \
         const float* dt_bias, const R::elem* dy, const R::elem* all, const R::elem* d_all, R::elem* dx, R::elem* d_dt, \
         R::elem* db, R::elem* dc, float* partial, float* params, int T, int H, int P, int G, int N) {                  \

@@ -322,18 +322,25 @@ impl Gpu {
         Ok(value)
     }
 
-    /// A copy of a contiguous tensor, seen in another shape.
+    /// A copy of a contiguous tensor, seen in another shape; zeros behind it where that has more elements.
     pub fn copy(&self, tensor: &Tensor, shape: impl Into<Shape>) -> Result<Value> {
         let copy = self.empty(shape, tensor.dtype())?;
-        let bytes = copy.shape.elem_count() * tensor.dtype().size_in_bytes();
+        let size = tensor.dtype().size_in_bytes();
+        let (bytes, all) = (tensor.elem_count() * size, copy.shape.elem_count() * size);
         let (KernelArg::Ptr(from), KernelArg::Ptr(to)) = (self.ptr(tensor)?, self.of_value(&copy)?) else {
             unreachable!("buffers have addresses")
         };
-        if copy.shape.elem_count() != tensor.elem_count() {
+        if all < bytes {
             candle_core::bail!("copy: {:?} into {:?}", tensor.shape(), copy.shape)
         }
-        // SAFETY: both ranges are whole living buffers of this device, on the stream that uses them.
-        unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()).w()? };
+        let (stream, rest) = (self.stream.cu_stream(), all - bytes);
+        // SAFETY: both ranges lie in living buffers of this device, on the stream that uses them.
+        unsafe {
+            cudarc::driver::result::memcpy_dtod_async(to, from, bytes, stream).w()?;
+            if rest > 0 {
+                cudarc::driver::result::memset_d8_async(to + bytes as u64, 0, rest, stream).w()?;
+            }
+        }
         Ok(copy)
     }
 

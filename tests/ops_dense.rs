@@ -194,7 +194,7 @@ mod embedding {
 
 mod causal_conv1d {
     use super::*;
-    use selectivbench::ops::causal_conv1d::causal_conv1d_silu;
+    use selectivbench::ops::causal_conv1d::{causal_conv1d_silu, causal_conv1d_silu_split};
 
     #[test]
     fn matches_golden() {
@@ -241,6 +241,20 @@ mod causal_conv1d {
         check_threads("causal_conv1d", &inputs, |x| {
             causal_conv1d_silu(&x[0], &x[1], Some(arg(&x[2])), None).map(|(y, s)| vec![y, s])
         });
+    }
+
+    #[test]
+    fn parts_are_those_of_the_whole() {
+        let inputs = [random((2, 7, 10), 1), random((10, 4), 2), random(10, 3)];
+        let whole = causal_conv1d_silu(&inputs[0], &inputs[1], Some(arg(&inputs[2])), None).unwrap().0;
+        let split = |x: &[Tensor]| {
+            causal_conv1d_silu_split(&x[0], &x[1], Some(arg(&x[2])), None, [2, 3, 5]).map(|(y, _)| y)
+        };
+        for (part, (start, len)) in split(&inputs).unwrap().iter().zip([(0, 2), (2, 3), (5, 5)]) {
+            assert_eq!(values(part), values(&whole.narrow(2, start, len).unwrap().contiguous().unwrap()));
+        }
+        check_gradients("causal_conv1d, parts", &inputs, |x| split(x).map(Vec::from));
+        assert!(causal_conv1d_silu_split(&inputs[0], &inputs[1], None, None, [2, 3]).is_err());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::loss::Loss;
 use crate::ops::Arg;
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
-use crate::ops::causal_conv1d::causal_conv1d_silu;
+use crate::ops::causal_conv1d::{causal_conv1d_silu, causal_conv1d_silu_split};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::dropout::{Dropout, dropout};
 use crate::ops::embedding::embedding;
@@ -770,14 +770,23 @@ fn conv_case(size: &Size) -> Case {
     if stateful {
         inputs.push(activation("state", draw.normal(&[batch, TAPS - 1, width], 1.0)));
     }
+    // As queries, keys and values, or as one.
+    let parts = [width / 4, width / 4, width - 2 * (width / 4)];
+    let outputs: &[&str] =
+        if stateful { &["y, part 0", "y, part 1", "y, part 2", "final state"] } else { &["y", "final state"] };
     Case {
         inputs,
-        outputs: &["y", "final state"],
+        outputs,
         operations: (2 * TAPS + 5) as f64 * (batch * steps * width) as f64,
         run: Box::new(move |x| {
             let rest = |i: usize, there: bool| there.then(|| x[i].clone());
             let state = rest(2 + usize::from(bias), stateful);
-            let (y, state) = causal_conv1d_silu(x[0].clone(), x[1].clone(), rest(2, bias), state)?;
+            let (x, weight, bias) = (x[0].clone(), x[1].clone(), rest(2, bias));
+            if stateful {
+                let (y, state) = causal_conv1d_silu_split(x, weight, bias, state, parts)?;
+                return Ok(y.into_iter().chain([state]).collect());
+            }
+            let (y, state) = causal_conv1d_silu(x, weight, bias, state)?;
             Ok(vec![y, state])
         }),
         ..base("causal_conv1d", size, label(size, format_args!("D{width}")))

@@ -100,7 +100,8 @@ impl Mixer for Gla {
             }
         };
         let scale = (self.head_dim as f64).powf(-0.5);
-        let (o, state) = gla(view(&q, keys), view(&k, keys), v, view(&decay, keys), scale, call.recall_arg(1))?;
+        let (o, state) =
+            gla(view(&q, keys), view(&k, keys), v, view(&decay, keys), scale, call.recall_arg(1))?;
         call.keep(1, state);
         linear(&norm_and_gate(&o, x, &self.norm, self.gate.as_ref(), call)?, &self.out, None)
     }

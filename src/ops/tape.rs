@@ -321,7 +321,8 @@ impl Leaf {
     /// Takes the gradient of `var` in what is computed from it from now on, once.
     pub fn of(var: &Var) -> Self {
         let grad = Arc::new(Mutex::new(None));
-        let run = Run { args: vec![], saved: vec![], outputs: vec![], needs: vec![], params: vec![], sums: vec![] };
+        let run =
+            Run { args: vec![], saved: vec![], outputs: vec![], needs: vec![], params: vec![], sums: vec![] };
         let shared = Arc::new(Shared {
             node: Box::new(LeafNode(grad.clone())),
             age: AGE.fetch_add(1, Ordering::Relaxed),

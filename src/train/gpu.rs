@@ -26,8 +26,8 @@ use crate::ops::no_grad;
 use crate::ops::optim::AdamStep;
 use crate::ops::optim::cuda::{DeviceAdam, Flat, sum_of_squares};
 use crate::ops::tape::Arg;
-use crate::task::{Sample, Task};
 use crate::task::next::Divergence;
+use crate::task::{Sample, Task};
 use crate::trace;
 
 /// What a model sees of a batch.

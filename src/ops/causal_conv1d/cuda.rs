@@ -9,10 +9,17 @@ use crate::ops::tape::{Forward, Run, Value};
 
 /// Threads of a block.
 const THREADS: usize = 128;
-/// Runs of steps in a block of the backward kernel, one to a warp.
+/// Runs of steps in a block, one to a warp.
 const WARPS: usize = THREADS / 32;
-/// From so many threads on the longest runs fill a GPU; runs share W − 1 steps, so long ones read less.
-const MANY_THREADS: usize = 1 << 17;
+/// Channels of a thread, where the width and the addresses allow that.
+const VECTOR: usize = 4;
+/// Parts that y may come in.
+const MOST_PARTS: usize = 3;
+/// Steps of a thread where there are many; runs share W − 1 steps, which the backward pass computes twice.
+const FORWARD_RUN: usize = 20;
+const BACKWARD_RUN: usize = 40;
+/// So many threads fill a GPU.
+const MANY_THREADS: usize = 1 << 16;
 
 /// How one pass is laid out.
 struct Plan {
@@ -26,27 +33,48 @@ struct Plan {
 }
 
 impl Plan {
-    /// A plan for threads of `vector` channels, if D and the addresses of all rows allow that.
-    fn new(pass: &str, shape: Shape, dtype: DType, vector: usize, rows: &[KernelArg]) -> Result<Self> {
-        let Shape { batch, steps, width, taps } = shape;
+    /// A plan with runs of `longest` steps or fewer; `rows`: the addresses of all rows.
+    fn new(
+        pass: &str,
+        node: &CausalConv1d,
+        dtype: DType,
+        longest: usize,
+        rows: &[KernelArg],
+    ) -> Result<Self> {
+        let Shape { batch, steps, width, taps } = node.shape;
+        if node.widths.len() > MOST_PARTS {
+            candle_core::bail!("causal_conv1d on a GPU: at most {MOST_PARTS} parts, got {:?}", node.widths)
+        }
         if taps > 8 || steps == 0 {
             candle_core::bail!(
                 "causal_conv1d on a GPU: at most 8 taps and at least one step, got {taps} and {steps}"
             )
         }
         let aligned = |row: &KernelArg| !matches!(row, KernelArg::Ptr(at) if at % 16 != 0);
-        let fits = taps <= 4 && width.is_multiple_of(vector) && rows.iter().all(aligned);
-        let vector = if fits { vector } else { 1 };
-        let long = batch * steps.div_ceil(32) * (width / vector) >= MANY_THREADS;
-        let run = steps.div_ceil(steps.div_ceil(if long { 32 } else { 16 })).next_multiple_of(4);
+        let whole = |width: &usize| width.is_multiple_of(VECTOR);
+        let fits = taps <= 4 && node.widths.iter().all(whole) && rows.iter().all(aligned);
+        let vector = if fits { VECTOR } else { 1 };
+        // Runs of equal length, as many as fill the GPU, and not longer than the longest.
+        let threads = batch * (width / vector);
+        let runs = MANY_THREADS.div_ceil(threads).min(steps.div_ceil(8)).max(steps.div_ceil(longest));
+        let run = steps.div_ceil(runs).next_multiple_of(4);
         let padded = if taps <= 4 { 4 } else { 8 };
         let name = format!("causal_conv1d_{pass}_w{padded}_v{vector}_{}", suffix(dtype)?);
         Ok(Self { name, vector, run, runs: batch * steps.div_ceil(run) })
     }
 
+    /// A warp for every run of 32 vectors of channels.
+    fn launch(&self, shape: Shape) -> Launch {
+        let slabs = self.runs.div_ceil(WARPS);
+        Launch::grid(shape.width.div_ceil(32 * self.vector), slabs, 1, THREADS as u32)
+    }
+
     /// What ends the arguments of both kernels.
-    fn sizes(&self, shape: Shape) -> [KernelArg; 5] {
-        [shape.batch, shape.steps, shape.width, shape.taps, self.run].map(KernelArg::from)
+    fn sizes(&self, node: &CausalConv1d) -> [KernelArg; 7] {
+        let (Shape { batch, steps, width, taps }, widths) = (node.shape, &node.widths);
+        let end0 = widths[0];
+        let end1 = end0 + widths.get(1).copied().unwrap_or(0);
+        [end0, end1, batch, steps, width, taps, self.run].map(KernelArg::from)
     }
 }
 
@@ -74,16 +102,18 @@ impl CausalConv1d {
 pub fn forward(node: &CausalConv1d, args: &[Tensor]) -> Result<Forward> {
     let Shape { batch, steps, width, taps } = node.shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
-    let y = gpu.empty((batch, steps, width), dtype)?;
+    let part = |width: &usize| gpu.empty((batch, steps, *width), dtype);
+    let y = node.widths.iter().map(part).collect::<Result<Vec<_>>>()?;
     let state = gpu.empty((batch, taps - 1, width), dtype)?;
     let mut params = node.inputs(&gpu, args)?.to_vec();
-    params.extend([gpu.of_value(&y)?, gpu.of_value(&state)?]);
-    let rows = [params[0], params[3], params[4]];
-    let plan = Plan::new("forward", node.shape, dtype, 16 / dtype.size_in_bytes(), &rows)?;
-    params.extend(plan.sizes(node.shape));
-    let launch = Launch::new((plan.runs * (width / plan.vector)).div_ceil(THREADS), THREADS as u32);
-    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, launch, &params)?;
-    Ok(Forward { outputs: vec![y, state], saved: vec![] })
+    for i in 0..MOST_PARTS {
+        params.push(y.get(i).map_or(Ok(NULL), |part| gpu.of_value(part))?);
+    }
+    params.push(gpu.of_value(&state)?);
+    let plan = Plan::new("forward", node, dtype, FORWARD_RUN, &[&params[..1], &params[3..7]].concat())?;
+    params.extend(plan.sizes(node));
+    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, plan.launch(node.shape), &params)?;
+    Ok(Forward { outputs: y.into_iter().chain([state]).collect(), saved: vec![] })
 }
 
 /// The gradients of all arguments, from those of y and of the final state.
@@ -91,11 +121,13 @@ pub fn backward(node: &CausalConv1d, run: &Run, grads: &[Option<Tensor>]) -> Res
     let (shape, args) = (node.shape, &run.args);
     let Shape { batch, steps, width, taps } = shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
-    let dy = match &grads[0] {
-        Some(dy) => dy.contiguous()?,
-        None => gpu.zeros((batch, steps, width), dtype)?.into_tensor(),
-    };
-    let dfinal = grads[1].as_ref().map(Tensor::contiguous).transpose()?;
+    let (d_final, dy) = grads.split_last().expect("the state is an output");
+    let dy = dy.iter().zip(&node.widths).map(|(dy, width)| match dy {
+        Some(dy) => dy.contiguous(),
+        None => Ok(gpu.zeros((batch, steps, *width), dtype)?.into_tensor()),
+    });
+    let dy = dy.collect::<Result<Vec<_>>>()?;
+    let d_final = d_final.as_ref().map(Tensor::contiguous).transpose()?;
     let dx = gpu.empty((batch, steps, width), dtype)?.into_tensor();
     let dstate = match node.state {
         Some(i) if run.needs[i] => Some(gpu.empty(args[i].shape(), dtype)?.into_tensor()),
@@ -103,16 +135,16 @@ pub fn backward(node: &CausalConv1d, run: &Run, grads: &[Option<Tensor>]) -> Res
     };
 
     let mut params = node.inputs(&gpu, args)?.to_vec();
-    params.extend([gpu.ptr(&dy)?, gpu.ptr_or_null(dfinal.as_ref())?, gpu.ptr(&dx)?]);
-    params.push(gpu.ptr_or_null(dstate.as_ref())?);
-    let rows = [params[0], params[3], params[4], params[5]];
-    let plan = Plan::new("backward", shape, dtype, 4, &rows)?;
+    for i in 0..MOST_PARTS {
+        params.push(gpu.ptr_or_null(dy.get(i))?);
+    }
+    params.extend([gpu.ptr_or_null(d_final.as_ref())?, gpu.ptr(&dx)?, gpu.ptr_or_null(dstate.as_ref())?]);
+    let plan = Plan::new("backward", node, dtype, BACKWARD_RUN, &[&params[..1], &params[3..9]].concat())?;
     let slabs = plan.runs.div_ceil(WARPS);
     let partial = gpu.empty((slabs, taps + 1, width), DType::F32)?;
     params.push(gpu.of_value(&partial)?);
-    params.extend(plan.sizes(shape));
-    let launch = Launch::grid(width.div_ceil(32 * plan.vector), slabs, 1, THREADS as u32);
-    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, launch, &params)?;
+    params.extend(plan.sizes(node));
+    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, plan.launch(shape), &params)?;
 
     let (dweight, dbias) = weight_sums(node, &gpu, run, &partial, slabs)?;
     let mut out = vec![Some(dx), dweight];

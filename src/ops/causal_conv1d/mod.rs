@@ -118,7 +118,8 @@ impl Node for CausalConv1d {
         let args = &run.args;
         let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
         let zeros = |grad: &Option<Tensor>, steps: usize, width: usize| match grad {
-            Some(grad) => Ok(grad.clone()),
+            // A view of the output may have given the gradient another shape.
+            Some(grad) => grad.reshape((self.shape.batch, steps, width)),
             None => Tensor::zeros((self.shape.batch, steps, width), args[0].dtype(), &Device::Cpu),
         };
         let Shape { steps, width, taps, .. } = self.shape;

@@ -1,17 +1,16 @@
 //! Launching `kernels/head.cu`: what lies between the matrix products of the head.
 //!
 //! ```text
-//! let mut ballot = Ballot::new(&gpu, batch, elements, classes, streaming)?;  // once per batch
-//! let scale = valid_scale(&targets)?;                                        // 1 / valid steps, on the device
-//! let losses = gpu.empty((batch, steps), F32)?;                              // once per piece
+//! let mut ballot = Ballot::new(&gpu, batch, elements, classes, streaming)?;    // once per batch
+//! let scale = valid_scale(&targets)?;                                          // 1 / valid steps, on the device
+//! let losses = gpu.empty((batch, steps), F32)?;                                // once per piece
 //! for sequences b0..b1 {
-//!     let logits = x[b0·T .. b1·T] Wᵀ;                                       // [rows, stride(C)], without bias
-//!     ballot.rows(&logits, bias, b0, &targets, Some(&scale), &losses)?;      // logits become dlogits
-//!     bias_sums.add(&logits)?;
+//!     let logits = x[b0·T .. b1·T] Wᵀ;                                         // [rows, stride(C)], without bias
+//!     ballot.rows(&logits, bias, b0, &targets, Some(&scale), &losses, sums)?;  // logits become dlogits
 //!     dx[b0·T .. b1·T] = dlogits W;  dW += dlogitsᵀ x;
 //! }
 //! let loss = ballot.end_piece(&targets, &losses, Some(&scale))?;
-//! bias_sums.finish(&dbias, add)?;
+//! sums.finish(&dbias)?;
 //! let totals = ballot.finish()?;
 //! ```
 //!
@@ -21,12 +20,13 @@
 use candle_core::{DType, Result, Tensor};
 
 use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, suffix};
+use crate::ops::tape::Value;
 
 /// Classes that the kernels have threads for.
 const MOST_CLASSES: usize = 4096;
 
-/// The row stride of logits: their rows begin at 16 bytes. Columns beyond the classes are never read, and
-/// are zero in the gradient.
+/// The row stride of logits: their rows begin at 16 bytes, and cuBLAS has fast kernels for no other.
+/// Columns beyond the classes are finite numbers, which count for nothing, and zero in the gradient.
 pub fn stride(classes: usize) -> usize {
     classes.next_multiple_of(8)
 }
@@ -122,16 +122,12 @@ impl Ballot {
         })
     }
 
-    /// A thread has 16 columns.
-    fn threads(&self) -> u32 {
-        (stride(self.classes).div_ceil(16).next_multiple_of(32)) as u32
-    }
-
     /// Takes the logits [rows, stride] of the sequences from `first` on, all steps of the piece of each: adds
     /// to the windows, writes `losses` [B, T] and, given the `scale` of the gradient, f32 [1], turns the
-    /// logits into their gradient.
+    /// logits into their gradient, whose columns are added to `sums`.
     ///
     /// `bias` f32 \[C\] is added to logits that lack it. `logits` must own its memory.
+    #[expect(clippy::too_many_arguments)]
     pub fn rows(
         &self,
         logits: &Tensor,
@@ -140,11 +136,11 @@ impl Ballot {
         targets: &DeviceTargets,
         scale: Option<&Tensor>,
         losses: &Tensor,
+        sums: Option<&mut BiasSums>,
     ) -> Result<()> {
         let (gpu, (batch, steps), (rows, ld)) = (&self.gpu, targets.dims()?, logits.dims2()?);
         if batch != self.batch
-            || ld < self.classes
-            || ld > MOST_CLASSES
+            || ld != stride(self.classes)
             || rows % steps != 0
             || first + rows / steps > batch
         {
@@ -165,11 +161,18 @@ impl Ballot {
             }
             None => params.extend([NULL; 4]),
         }
-        params.extend([first, batch, steps, self.elements, self.classes].map(KernelArg::from));
-        let odd = if ld % 8 == 0 { "" } else { "odd_" };
-        let name = format!("head_rows_{odd}{}", suffix(logits.dtype())?);
-        let threads = (ld.div_ceil(16).next_multiple_of(32)) as u32;
-        gpu.launch(&kernels::HEAD, &name, Launch::new(rows, threads), &params)
+        let (threads, slab) = (threads(self.classes), slab(gpu, self.classes, rows));
+        let (partial, more) = match sums {
+            Some(sums) => (gpu.of_value(&sums.partial)?, std::mem::replace(&mut sums.begun, true)),
+            None => (NULL, false),
+        };
+        params.extend([partial, i32::from(more).into()]);
+        let sizes = [first, rows, slab, batch, steps, self.elements, self.classes];
+        params.extend(sizes.map(KernelArg::from));
+        let name = format!("head_rows_{threads}_{}", suffix(logits.dtype())?);
+        // A thread has 16 columns of the bias and of four rows there.
+        let shared = threads as usize * 16 * (4 + 4 * logits.dtype().size_in_bytes());
+        gpu.launch(&kernels::HEAD, &name, Launch::new(rows.div_ceil(slab), threads).shared(shared), &params)
     }
 
     /// Ends a piece: adds its `losses` up, and gives their sum times `scale`, f32 [1], if there is one.
@@ -206,7 +209,7 @@ impl Ballot {
         if let Some([Carry { sum, state }, _]) = &self.carry {
             let params =
                 [gpu.ptr(sum)?, gpu.ptr(state)?, votes, answers, self.elements.into(), self.classes.into()];
-            gpu.launch(&kernels::HEAD, "head_flush", Launch::new(self.batch, self.threads()), &params)?;
+            gpu.launch(&kernels::HEAD, "head_flush", Launch::new(self.batch, 256), &params)?;
         }
         let counts = gpu.empty(2, DType::U32)?.into_tensor();
         let windows = (self.batch * self.elements) as i64;
@@ -247,51 +250,39 @@ impl Report {
     }
 }
 
+/// Threads of a row: one for 16 columns.
+fn threads(classes: usize) -> u32 {
+    stride(classes).div_ceil(16).next_power_of_two().max(32) as u32
+}
+
+/// Rows of a block, so that all blocks run at the same time, with the threads that a multiprocessor of compute
+/// capability 9.0 has room for.
+fn slab(gpu: &Gpu, classes: usize, rows: usize) -> usize {
+    const THREADS_AT_ONCE: usize = 640;
+    rows.div_ceil(gpu.multiprocessors() * THREADS_AT_ONCE / threads(classes) as usize)
+}
+
 /// The gradient of the bias: column sums of dlogits over all blocks of rows.
 pub struct BiasSums {
-    partial: Tensor,
+    /// [slabs, C]
+    partial: Value,
+    slabs: usize,
     classes: usize,
     begun: bool,
 }
 
 impl BiasSums {
-    /// Parts that the rows of a block are summed in.
-    const SLABS: usize = 40;
-
-    pub fn new(gpu: &Gpu, classes: usize) -> Result<Self> {
-        let partial = gpu.empty((Self::SLABS, classes), DType::F32)?.into_tensor();
-        Ok(Self { partial, classes, begun: false })
+    /// For blocks of at most `rows` rows, the first of which has that many.
+    pub fn new(gpu: &Gpu, classes: usize, rows: usize) -> Result<Self> {
+        let slabs = rows.div_ceil(slab(gpu, classes, rows));
+        let partial = gpu.empty((slabs, classes), DType::F32)?;
+        Ok(Self { partial, slabs, classes, begun: false })
     }
 
-    /// Adds the columns of dlogits [rows, stride] up.
-    pub fn add(&mut self, dlogits: &Tensor) -> Result<()> {
-        let (gpu, (rows, ld)) = (Gpu::of(dlogits)?, dlogits.dims2()?);
-        let params = [
-            gpu.ptr(dlogits)?,
-            ld.into(),
-            gpu.ptr(&self.partial)?,
-            rows.into(),
-            self.classes.into(),
-            i32::from(self.begun).into(),
-        ];
-        let name = format!("head_bias_{}", suffix(dlogits.dtype())?);
-        let launch = Launch::grid(self.classes.div_ceil(256), Self::SLABS, 1, 256);
-        gpu.launch(&kernels::HEAD, &name, launch, &params)?;
-        self.begun = true;
-        Ok(())
-    }
-
-    /// Writes the sums to `dbias`, f32 \[C\], or adds them to it.
-    pub fn finish(self, dbias: &Tensor, add: bool) -> Result<()> {
+    /// Writes the sums to `dbias`, f32 \[C\].
+    pub fn finish(self, dbias: &Tensor) -> Result<()> {
         let gpu = Gpu::of(dbias)?;
-        let params = [
-            gpu.ptr(&self.partial)?,
-            gpu.ptr(dbias)?,
-            Self::SLABS.into(),
-            self.classes.into(),
-            i32::from(add).into(),
-        ];
-        let launch = Launch::new(self.classes.div_ceil(256), 256);
-        gpu.launch(&kernels::HEAD, "head_bias_sum", launch, &params)
+        let params = [gpu.of_value(&self.partial)?, gpu.ptr(dbias)?, self.slabs.into(), self.classes.into()];
+        gpu.launch(&kernels::HEAD, "head_bias", Launch::new(self.classes.div_ceil(32), 1024), &params)
     }
 }

@@ -11,8 +11,9 @@ use crate::ops::linear::cuda::{Mat, gemm, scale};
 use crate::ops::tape::{Arg, Forward, Node, Run, apply};
 use crate::ops::upload::upload;
 
-/// Steps whose logits exist at the same time, about: at 1,601 classes they just fit the cache of an H100.
-const ROWS_AT_ONCE: usize = 8192;
+/// Logits that exist at the same time, about. Many: with few rows the products and the passes between them do not
+/// fill a GPU, which costs more than that the logits leave its cache.
+const LOGITS_AT_ONCE: usize = 1 << 26;
 
 /// [`head_cross_entropy`](super::head_cross_entropy) on a GPU, where nothing is read back.
 ///
@@ -79,8 +80,8 @@ impl DeviceVote {
     ) -> Result<()> {
         check_decoder(x.shape(), weight.shape(), bias.shape())?;
         let gpu = Gpu::of(x)?;
-        let pass = Pass { x, weight, bias, targets, factor: None };
-        pass.run(&gpu, &mut self.ballot, |_, _| Ok(()))?;
+        let pass = Pass { x, weight: &padded(&gpu, weight)?, bias, targets, factor: None };
+        pass.run(&gpu, &mut self.ballot, None, |_| Ok(()))?;
         Ok(())
     }
 
@@ -96,8 +97,19 @@ struct Head {
     totals: Arc<Mutex<Option<Totals>>>,
 }
 
+/// The weight [C, D] with rows of zeros up to the stride of the logits: an odd number of classes costs cuBLAS's
+/// products more than half of their speed.
+fn padded(gpu: &Gpu, weight: &Tensor) -> Result<Tensor> {
+    let (classes, width) = weight.dims2()?;
+    match stride(classes) {
+        ld if ld == classes => Ok(weight.clone()),
+        ld => Ok(gpu.copy(weight, (ld, width))?.into_tensor()),
+    }
+}
+
 struct Pass<'a> {
     x: &'a Tensor,
+    /// As [`padded`] gives it.
     weight: &'a Tensor,
     bias: &'a Tensor,
     targets: &'a DeviceTargets,
@@ -105,41 +117,45 @@ struct Pass<'a> {
 }
 
 /// A block of rows: the first, how many, and their logits, by then the gradient of the logits.
-struct Block<'a> {
+struct Block {
     first: usize,
     rows: usize,
-    logits: &'a Tensor,
+    logits: Mat,
 }
 
 impl Pass<'_> {
+    /// Sequences whose logits exist at the same time: as many in every block, but for the last.
+    fn sequences(&self) -> Result<usize> {
+        let (batch, steps, _) = self.x.dims3()?;
+        let most = (LOGITS_AT_ONCE / (steps * self.weight.dim(0)?).max(1)).clamp(1, batch.max(1));
+        Ok(batch.div_ceil(batch.div_ceil(most).max(1)))
+    }
+
     /// Logits, losses and votes block by block; `then` sees each block.
     fn run(
         &self,
         gpu: &Gpu,
         ballot: &mut Ballot,
-        mut then: impl FnMut(&Gpu, &Block) -> Result<()>,
+        mut sums: Option<&mut BiasSums>,
+        mut then: impl FnMut(Block) -> Result<()>,
     ) -> Result<Option<Tensor>> {
         let (batch, steps, width) = self.x.dims3()?;
-        let (classes, _) = self.weight.dims2()?;
-        let ld = stride(classes);
+        let ld = self.weight.dim(0)?;
         let losses = gpu.empty((batch, steps), DType::F32)?.into_tensor();
-        let sequences = (ROWS_AT_ONCE / steps).clamp(1, batch);
+        let sequences = self.sequences()?;
         let x = Mat::of(gpu, self.x, width)?;
         let weight = Mat::of(gpu, self.weight, width)?;
-        // One buffer for all blocks. Rows are read in whole vectors: what stands behind the last class is zero
-        // from the start and stays so.
-        let shape = (sequences * steps, ld);
-        let dtype = self.x.dtype();
-        let buffer =
-            if ld == classes { gpu.empty(shape, dtype) } else { gpu.zeros(shape, dtype) }?.into_tensor();
-        for b in (0..batch).step_by(sequences) {
+        // One buffer for all blocks.
+        let buffer = gpu.empty((sequences * steps, ld), self.x.dtype())?.into_tensor();
+        for b in (0..batch).step_by(sequences.max(1)) {
             let count = sequences.min(batch - b);
             let (first, rows) = (b * steps, count * steps);
-            let logits = buffer.narrow(0, 0, rows)?;
-            let into = Mat::new(gpu.ptr(&logits)?, self.x.dtype(), rows, classes).stride(ld);
-            gemm(gpu, x.rows(first, rows), weight.t(), into, false)?;
-            ballot.rows(&logits, Some(self.bias), b, self.targets, self.factor, &losses)?;
-            then(gpu, &Block { first, rows, logits: &logits })?;
+            let tensor = buffer.narrow(0, 0, rows)?;
+            let logits = Mat::of(gpu, &tensor, ld)?;
+            gemm(gpu, x.rows(first, rows), weight.t(), logits, false)?;
+            let sums = sums.as_deref_mut();
+            ballot.rows(&tensor, Some(self.bias), b, self.targets, self.factor, &losses, sums)?;
+            then(Block { first, rows, logits })?;
         }
         ballot.end_piece(self.targets, &losses, self.factor)
     }
@@ -153,30 +169,29 @@ impl Node for Head {
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
         let (x, weight, bias) = (&args[0], &args[1], &args[2]);
         let gpu = Gpu::of(x)?;
-        let (batch, _, width) = x.dims3()?;
+        let (batch, steps, width) = x.dims3()?;
         let (classes, _) = weight.dims2()?;
         let mut ballot = Ballot::new(&gpu, batch, self.elements, classes, false)?;
+        let weight = &padded(&gpu, weight)?;
         let pass = Pass { x, weight, bias, targets: &self.targets, factor: Some(&self.factor) };
         let mut saved = vec![];
         let loss = if save {
+            let ld = weight.dim(0)?;
             let dx = gpu.empty(x.shape(), x.dtype())?.into_tensor();
-            let dw = gpu.empty((classes, width), DType::F32)?.into_tensor();
+            let dw = gpu.empty((ld, width), DType::F32)?.into_tensor();
             let db = gpu.empty(classes, DType::F32)?.into_tensor();
-            let mut bias_sums = BiasSums::new(&gpu, classes)?;
+            let mut sums = BiasSums::new(&gpu, classes, pass.sequences()? * steps)?;
             let (x_mat, dx_mat) = (Mat::of(&gpu, x, width)?, Mat::of(&gpu, &dx, width)?);
             let (w_mat, dw_mat) = (Mat::of(&gpu, weight, width)?, Mat::of(&gpu, &dw, width)?);
-            let loss = pass.run(&gpu, &mut ballot, |gpu, block| {
-                bias_sums.add(block.logits)?;
-                let ld = stride(classes);
-                let dlogits = Mat::new(gpu.ptr(block.logits)?, x.dtype(), block.rows, classes).stride(ld);
-                gemm(gpu, dlogits, w_mat, dx_mat.rows(block.first, block.rows), false)?;
-                gemm(gpu, dlogits.t(), x_mat.rows(block.first, block.rows), dw_mat, block.first > 0)
+            let loss = pass.run(&gpu, &mut ballot, Some(&mut sums), |Block { first, rows, logits }| {
+                gemm(&gpu, logits, w_mat, dx_mat.rows(first, rows), false)?;
+                gemm(&gpu, logits.t(), x_mat.rows(first, rows), dw_mat, first > 0)
             })?;
-            bias_sums.finish(&db, false)?;
-            saved = vec![dx, dw, db];
+            sums.finish(&db)?;
+            saved = vec![dx, dw.narrow(0, 0, classes)?, db];
             loss
         } else {
-            pass.run(&gpu, &mut ballot, |_, _| Ok(()))?
+            pass.run(&gpu, &mut ballot, None, |_| Ok(()))?
         };
         *self.totals.lock().expect("no task of this op has panicked") = Some(ballot.finish()?);
         let loss = loss.expect("a piece with a factor has a loss");

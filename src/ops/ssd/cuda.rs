@@ -12,7 +12,7 @@ const PAD: usize = 8;
 const STATE_ROWS: usize = 128;
 /// f32 numbers per token of a chunk in shared memory: of one chunk, and all of the kernel of the gradients.
 const DECAYS: usize = 5;
-const GRAD_NUMBERS: usize = 25;
+const GRAD_NUMBERS: usize = 34;
 
 /// One call: its sizes, and how its kernels are instantiated.
 struct Plan {
@@ -167,8 +167,8 @@ pub fn backward(
     let start = segments.as_ref().map_or(Ok(start), |value| gpu.of_value(value))?;
     plan.states(&reverse, start, gpu.of_value(&d_states)?, [gpu.of_value(&d_initial)?, NULL])?;
 
-    // Blocks that share the heads of a group: enough of them to fill the GPU a few times over.
-    let blocks = (6 * gpu.multiprocessors()).div_ceil(batch * plan.chunks * groups).min(heads / groups);
+    // Blocks that share the heads of a group: what they have must be added up, so only as many as fill the GPU.
+    let blocks = (3 * gpu.multiprocessors() / 2).div_ceil(batch * plan.chunks * groups).min(heads / groups);
     let dx = plan.empty([batch, steps, heads, dim], dtype)?;
     let d_dt = plan.empty([batch, steps, heads], dtype)?;
     let maps = || plan.empty([batch, steps, groups, states], dtype);
@@ -180,11 +180,17 @@ pub fn backward(
     let partial_at = partial.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
     let shares = plan.empty([3, batch * plan.chunks, heads], DType::F32)?;
     let (chunk, slice) = (plan.chunk, plan.chunk);
-    let shared = plan.tile(2 * chunk + 2 * slice, plan.columns)
-        + plan.tile(2 * chunk, slice)
+    // Warps for 16 tokens, and slices in shared memory, as in the kernel.
+    let (sides, slices) = match plan.route {
+        "bf16" => (4, if plan.columns <= 128 { 2 } else { 1 }),
+        _ => (2, 1),
+    };
+    let shared = plan.tile(2 * chunk + slices * 2 * slice, plan.columns)
+        + plan.tile(slices * 2 * chunk, slice)
         + plan.tile(2 * chunk, chunk)
         + GRAD_NUMBERS * chunk * 4;
-    let launch = Launch::grid(plan.chunks, groups * blocks, batch, 4 * chunk as u32).shared(shared);
+    let threads = (chunk / 16 * sides * 32) as u32;
+    let launch = Launch::grid(plan.chunks, groups * blocks, batch, threads).shared(shared);
     let inputs = [x, dt, a_log, b, c, d, dt_bias, dy, gpu.ptr(saved)?, gpu.of_value(&d_states)?];
     let (db_at, dc_at) = (gpu.of_value(&db)?, gpu.of_value(&dc)?);
     let outputs =
