@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
@@ -123,22 +124,31 @@ impl Checkpoint {
         &self.tensors
     }
 
-    /// Writes the checkpoint of a model after `step` updates.
-    pub fn save(path: &Path, config: &Config, net: &RecNet, step: usize) -> anyhow::Result<()> {
+    /// The checkpoint of a model after `step` updates, to be written.
+    pub fn snapshot(config: &Config, net: &RecNet, step: usize) -> anyhow::Result<Snapshot> {
         let tensors = net.params().named().map(|p| (p.name().to_string(), p.value())).collect();
         let (features, classes) = (net.features(), net.classes());
-        Self { config: config.clone(), step, features, classes, tensors }.write(path)
+        Self { config: config.clone(), step, features, classes, tensors }.to_snapshot()
+    }
+
+    /// [`Checkpoint::snapshot`], written.
+    pub fn save(path: &Path, config: &Config, net: &RecNet, step: usize) -> anyhow::Result<()> {
+        Self::snapshot(config, net, step)?.write(path)
     }
 
     /// Writes the checkpoint.
     pub fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let metadata = [
+        self.to_snapshot()?.write(path)
+    }
+
+    fn to_snapshot(&self) -> anyhow::Result<Snapshot> {
+        let metadata = vec![
             ("format", FORMAT.to_string()),
             ("version", env!("CARGO_PKG_VERSION").to_string()),
             ("config", self.config.to_yaml()),
             ("step", self.step.to_string()),
         ];
-        write_tensors(path, self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &metadata)
+        Snapshot::of(self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), metadata)
     }
 }
 
@@ -181,29 +191,73 @@ fn in_f32(tensor: &Tensor) -> candle_core::Result<Tensor> {
     Ok(single)
 }
 
-/// Writes f32 tensors and metadata as a safetensors file whose bytes depend on nothing else.
-pub fn write_tensors<'a>(
-    path: &Path,
-    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
-    metadata: &[(&str, String)],
-) -> anyhow::Result<()> {
-    let tensors: Vec<(&str, Vec<usize>, Vec<u8>)> = tensors
-        .into_iter()
-        .map(|(name, tensor)| {
+/// f32 tensors and metadata on their way into a safetensors file, apart from what training goes on to change.
+pub struct Snapshot {
+    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    metadata: Vec<(&'static str, String)>,
+}
+
+impl Snapshot {
+    /// Copies the tensors to memory of its own.
+    pub fn of<'a>(
+        tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+        metadata: Vec<(&'static str, String)>,
+    ) -> anyhow::Result<Self> {
+        let copy = |(name, tensor): (&str, &Tensor)| {
             let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-            Ok((name, tensor.dims().to_vec(), values.into_iter().flat_map(f32::to_le_bytes).collect()))
-        })
-        .collect::<candle_core::Result<_>>()?;
-    let views = tensors
-        .iter()
-        .map(|(name, shape, bytes)| {
-            Ok((*name, TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes)?))
-        })
-        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    let metadata = metadata.iter().map(|(key, value)| (key.to_string(), value.clone())).collect();
-    let mut bytes = safetensors::serialize(views, Some(metadata))?;
-    sort_metadata(&mut bytes)?;
-    files::write_atomic(path, |out| out.write_all(&bytes))
+            Ok((name.to_string(), tensor.dims().to_vec(), values))
+        };
+        let tensors = tensors.into_iter().map(copy).collect::<candle_core::Result<_>>()?;
+        Ok(Self { tensors, metadata })
+    }
+
+    /// Writes the file; its bytes depend on nothing else.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|x| x.to_le_bytes()).collect() };
+        let tensors: Vec<_> =
+            self.tensors.iter().map(|(name, shape, values)| (name, shape, bytes(values))).collect();
+        let views = tensors
+            .iter()
+            .map(|(name, shape, bytes)| {
+                Ok((*name, TensorView::new(safetensors::Dtype::F32, shape.to_vec(), bytes)?))
+            })
+            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+        let metadata = self.metadata.iter().map(|(key, value)| (key.to_string(), value.clone())).collect();
+        let mut bytes = safetensors::serialize(views, Some(metadata))?;
+        sort_metadata(&mut bytes)?;
+        files::write_atomic(path, |out| out.write_all(&bytes))
+    }
+}
+
+/// Writes snapshots while training goes on, one at a time.
+#[derive(Default)]
+pub struct Writer {
+    running: Option<JoinHandle<anyhow::Result<()>>>,
+}
+
+impl Writer {
+    /// Begins to write a file, once the one before is written; fails if that failed.
+    pub fn put(&mut self, path: PathBuf, snapshot: Snapshot) -> anyhow::Result<()> {
+        self.wait()?;
+        self.running = Some(std::thread::spawn(move || snapshot.write(&path)));
+        Ok(())
+    }
+
+    /// Waits until everything is written.
+    pub fn wait(&mut self) -> anyhow::Result<()> {
+        match self.running.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(result)) => result,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // An error has nowhere to go from here; what fails before is told by `put` and `wait`.
+        let _ = self.running.take().map(JoinHandle::join);
+    }
 }
 
 /// The library writes metadata in the random order of a hash map: brings it into the order of its keys.

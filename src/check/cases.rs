@@ -772,8 +772,11 @@ fn conv_case(size: &Size) -> Case {
     }
     // As queries, keys and values, or as one.
     let parts = [width / 4, width / 4, width - 2 * (width / 4)];
-    let outputs: &[&str] =
-        if stateful { &["y, part 0", "y, part 1", "y, part 2", "final state"] } else { &["y", "final state"] };
+    let outputs: &[&str] = if stateful {
+        &["y, part 0", "y, part 1", "y, part 2", "final state"]
+    } else {
+        &["y", "final state"]
+    };
     Case {
         inputs,
         outputs,

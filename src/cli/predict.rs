@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Tensor};
 
 use super::print;
-use crate::checkpoint::{Checkpoint, read_tensors, write_tensors};
+use crate::checkpoint::{Checkpoint, Snapshot, read_tensors};
 use crate::device::parse_device;
 use crate::model::{Context, Input};
 use crate::ops::no_grad;
@@ -64,6 +64,6 @@ pub fn run(args: PredictArgs) -> anyhow::Result<()> {
         rows.push(Tensor::cat(&pieces, 1)?);
     }
     let logits = Tensor::cat(&rows, 0)?;
-    write_tensors(&args.output, [("logits", &logits)], &[])?;
+    Snapshot::of([("logits", &logits)], vec![])?.write(&args.output)?;
     print(format_args!("logits of shape {:?} are in {}", logits.dims(), args.output.display()))
 }

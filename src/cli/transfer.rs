@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::print;
-use crate::checkpoint::{Checkpoint, read_tensors, write_tensors};
+use crate::checkpoint::{Checkpoint, Snapshot, read_tensors};
 use crate::config::load::load;
 use crate::files;
 
@@ -56,6 +56,6 @@ pub fn export(args: ExportArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     files::check_writable(&args.out)?;
     let tensors = checkpoint.tensors();
-    write_tensors(&args.out, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &[])?;
+    Snapshot::of(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), vec![])?.write(&args.out)?;
     print(format_args!("{} tensors are in {}", tensors.len(), args.out.display()))
 }

@@ -45,7 +45,7 @@ pub use self::progress::count;
 pub use self::provenance::Provenance;
 use self::state::State;
 use self::trainer::{NotFinite, Trainer};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Writer};
 use crate::config::{Config, Emulate, Precision, Split, TaskPreset};
 use crate::device::{number_format, peak_memory};
 use crate::error::Interrupted;
@@ -83,6 +83,9 @@ pub struct Summary {
     pub seconds: f64,
     /// While training, evaluations left out.
     pub tokens_per_s: f64,
+    /// Seconds that the updates of the last process waited for samples.
+    #[serde(default)]
+    pub data_wait: f64,
     pub model: String,
     pub task: TaskPreset,
     pub seed: u64,
@@ -156,7 +159,10 @@ struct Run<'a> {
     begin: Instant,
     /// Time of this process that went into evaluations.
     evaluating: f64,
+    /// Time of this process that updates waited for samples.
+    waiting: f64,
     tokens: usize,
+    writer: Writer,
     /// Held until the process ends.
     _lock: File,
 }
@@ -211,7 +217,9 @@ pub fn run(config: &Config, options: &Options) -> Result<Summary> {
         tokens_before,
         begin: Instant::now(),
         evaluating: 0.0,
+        waiting: 0.0,
         tokens: 0,
+        writer: Writer::default(),
         _lock: lock,
     };
     run.announce(metrics_bytes > 0 || run.trainer.step() > 0);
@@ -331,7 +339,8 @@ impl Run<'_> {
                 if !self.validate(progress)? {
                     return Err(self.stop(true)?);
                 }
-                Checkpoint::save(&self.checkpoint_path(), self.config, self.trainer.net(), step)?;
+                let checkpoint = Checkpoint::snapshot(self.config, self.trainer.net(), step)?;
+                self.writer.put(self.checkpoint_path(), checkpoint)?;
             }
             if interrupt::asked() {
                 return Err(self.stop(false)?);
@@ -342,7 +351,9 @@ impl Run<'_> {
             if step == total {
                 break;
             }
+            let asked = Instant::now();
             let batch = batches.next().context("the stream of training samples ended early")??;
+            self.waiting += asked.elapsed().as_secs_f64();
             let stats = self.trainer.update_with(batch)?;
             self.tokens += stats.tokens;
             let step = self.trainer.step();
@@ -385,12 +396,14 @@ impl Run<'_> {
             pending_evaluation,
             max_micro_batch: self.trainer.limit(),
         };
-        state::save(&self.options.out, self.config, &self.trainer, &state)
+        let state = state::snapshot(self.config, &self.trainer, &state)?;
+        self.writer.put(State::path(&self.options.out), state)
     }
 
     /// Saves everything after a request to stop; gives the error that ends the run.
     fn stop(&mut self, pending_evaluation: bool) -> Result<anyhow::Error> {
         self.save(pending_evaluation)?;
+        self.writer.wait()?;
         let step = self.trainer.step();
         Checkpoint::save(&self.checkpoint_path(), self.config, self.trainer.net(), step)?;
         let out = self.options.out.display();
@@ -492,6 +505,7 @@ impl Run<'_> {
             state_size: state.map(|floats| floats * config.model.layers),
             seconds: self.seconds(),
             tokens_per_s: self.tokens_per_s(),
+            data_wait: self.waiting,
             model: config.model.name.clone(),
             task: config.task.preset,
             seed: config.seed,
@@ -506,16 +520,20 @@ impl Run<'_> {
             max_micro_batch: self.trainer.limit(),
         };
         self.metrics.sync()?;
+        // A run with a summary is finished: everything else is there before.
+        self.writer.wait()?;
         let json = serde_json::to_string_pretty(&summary)? + "\n";
         files::write_atomic(&self.options.out.join("summary.json"), |out| out.write_all(json.as_bytes()))?;
         Ok(summary)
     }
 
     /// Says what a failed run left, and how to go on.
-    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+    fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
         if error.is::<Interrupted>() {
             return error;
         }
+        // Its own error, if there is one, is this one or follows from it.
+        let _ = self.writer.wait();
         let out = self.options.out.display();
         let step = self.trainer.step();
         if let Some(not_finite) = error.downcast_ref::<NotFinite>() {

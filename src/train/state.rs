@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::trainer::Trainer;
-use crate::checkpoint::{read_tensors, write_tensors};
+use crate::checkpoint::{Snapshot, read_tensors};
 use crate::config::{self, Config};
 use crate::{bad_input, bail_input};
 
@@ -46,10 +46,10 @@ impl std::ops::Deref for State {
     }
 }
 
-/// Writes the state of a run.
-pub fn save(dir: &Path, config: &Config, trainer: &Trainer, position: &Position) -> Result<()> {
-    let metadata = [("position", serde_json::to_string(position)?), ("config", config.to_yaml())];
-    write_tensors(&State::path(dir), trainer.state(), &metadata)
+/// The state of a run, to be written.
+pub fn snapshot(config: &Config, trainer: &Trainer, position: &Position) -> Result<Snapshot> {
+    let metadata = vec![("position", serde_json::to_string(position)?), ("config", config.to_yaml())];
+    Snapshot::of(trainer.state(), metadata)
 }
 
 impl State {

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 use cudarc::cublas::sys::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType_t};
 
+use super::lt::gemm_bias;
 use crate::cuda::{Gpu, KernelArg, Launch, kernels, suffix, tf32_allowed};
 use crate::ops::rows::cuda::column_sums;
 use crate::ops::tape::{Forward, Run, Value};
@@ -11,12 +12,12 @@ use crate::ops::tape::{Forward, Run, Value};
 #[derive(Clone, Copy)]
 pub struct Mat {
     data: KernelArg,
-    dtype: DType,
-    rows: usize,
-    columns: usize,
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
     /// Elements from one row to the next.
-    stride: usize,
-    transposed: bool,
+    pub(super) stride: usize,
+    pub(super) transposed: bool,
 }
 
 impl Mat {
@@ -47,11 +48,11 @@ impl Mat {
     }
 
     /// Rows and columns as seen, transposition included.
-    fn dims(&self) -> (usize, usize) {
+    pub(super) fn dims(&self) -> (usize, usize) {
         if self.transposed { (self.columns, self.rows) } else { (self.rows, self.columns) }
     }
 
-    fn address(&self) -> u64 {
+    pub(super) fn address(&self) -> u64 {
         match self.data {
             KernelArg::Ptr(address) => address,
             _ => unreachable!("a matrix lies at an address"),
@@ -153,15 +154,16 @@ pub(super) fn forward(args: &[Tensor], shape: &[usize]) -> Result<Forward> {
     let y = gpu.empty(shape, x.dtype())?;
     let rows = x.elem_count() / inputs.max(1);
     let at = gpu.of_value(&y)?;
-    gemm(
-        &gpu,
-        Mat::of(&gpu, x, inputs)?,
-        Mat::of(&gpu, weight, inputs)?.t(),
-        Mat::new(at, x.dtype(), rows, outputs),
-        false,
-    )?;
-    if let Some(bias) = args.get(2) {
-        add_bias(&gpu, at, x.dtype(), bias, rows * outputs)?;
+    let (a, b) = (Mat::of(&gpu, x, inputs)?, Mat::of(&gpu, weight, inputs)?.t());
+    let into = Mat::new(at, x.dtype(), rows, outputs);
+    match args.get(2) {
+        Some(bias) if gemm_bias(&gpu, a, b, into, bias)? => {}
+        bias => {
+            gemm(&gpu, a, b, into, false)?;
+            if let Some(bias) = bias {
+                add_bias(&gpu, at, x.dtype(), &bias.to_dtype(DType::F32)?, rows * outputs)?;
+            }
+        }
     }
     Ok(Forward { outputs: vec![y], saved: vec![] })
 }

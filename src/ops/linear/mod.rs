@@ -3,6 +3,8 @@
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod gemm;
+#[cfg(feature = "cuda")]
+mod lt;
 
 use candle_core::{Device, Result, Tensor};
 
@@ -13,7 +15,8 @@ use crate::{dispatch, slices};
 
 /// y = x Wᵀ + b over the last dimension.
 ///
-/// x [.., I], weight [O, I], bias \[O\], all f32 or all f64, on a GPU f32 or bf16 (the bias f32); gives [.., O].
+/// x [.., I], weight [O, I], bias \[O\], all f32 or all f64, on a GPU f32 or bf16 (the bias bf16 or f32); gives
+/// [.., O].
 /// As PyTorch's `nn.Linear`.
 pub fn linear(x: impl Into<Arg>, weight: impl Into<Arg>, bias: Option<Arg>) -> Result<Tensor> {
     let (x, weight) = (x.into(), weight.into().into_weight());
@@ -29,7 +32,7 @@ pub fn linear(x: impl Into<Arg>, weight: impl Into<Arg>, bias: Option<Arg>) -> R
     {
         candle_core::bail!("linear: the bias has shape {:?}, expected [{outputs}]", bias.shape())
     }
-    let args: Vec<Arg> = [x, weight].into_iter().chain(bias).collect();
+    let args: Vec<Arg> = [x, weight].into_iter().chain(bias.map(Arg::into_weight)).collect();
     Ok(apply(Linear, &args)?.remove(0))
 }
 
