@@ -9,7 +9,7 @@ use cudarc::cublaslt::result;
 use cudarc::cublaslt::sys::{
     cublasComputeType_t, cublasLtEpilogue_t, cublasLtHandle_t, cublasLtMatmulAlgo_t,
     cublasLtMatmulDescAttributes_t as Desc, cublasLtMatmulPreferenceAttributes_t as Preference,
-    cublasOperation_t, cudaDataType_t,
+    cudaDataType_t,
 };
 
 use super::cuda::Mat;
@@ -74,10 +74,7 @@ fn describe(a: &Mat, b: &Mat, c: &Mat, bias: u64) -> std::result::Result<Describ
     let layout = |mat: &Mat| {
         result::create_matrix_layout(kind, mat.columns as u64, mat.rows as u64, mat.stride as i64)
     };
-    let operation = |mat: &Mat| match mat.transposed {
-        true => cublasOperation_t::CUBLAS_OP_T,
-        false => cublasOperation_t::CUBLAS_OP_N,
-    };
+    let operation = |mat: &Mat| i32::from(mat.transposed);
     let described = Described {
         desc: result::create_matmul_desc(compute, cudaDataType_t::CUDA_R_32F)?,
         a: layout(a)?,
@@ -86,6 +83,7 @@ fn describe(a: &Mat, b: &Mat, c: &Mat, bias: u64) -> std::result::Result<Describ
     };
     let (a, b) = (operation(a), operation(b));
     let epilogue = cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+    // CUBLAS_OP_N and CUBLAS_OP_T are 0 and 1.
     // SAFETY: every attribute is given as the type that cublasLt reads, which it copies.
     unsafe {
         let set = |attribute: Desc, value: *const c_void, size: usize| {
