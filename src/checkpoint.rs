@@ -243,6 +243,11 @@ impl Writer {
         Ok(())
     }
 
+    /// Whether a file is still being written.
+    pub fn is_busy(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| !running.is_finished())
+    }
+
     /// Waits until everything is written.
     pub fn wait(&mut self) -> anyhow::Result<()> {
         match self.running.take().map(JoinHandle::join) {

@@ -333,23 +333,31 @@ impl Run<'_> {
             train.batch,
             self.trainer.feed(),
         );
+        let (mut checkpoint_due, mut state_due) = (false, false);
         loop {
             let step = self.trainer.step();
             if pending_evaluation {
                 if !self.validate(progress)? {
                     return Err(self.stop(true)?);
                 }
-                let checkpoint = Checkpoint::snapshot(self.config, self.trainer.net(), step)?;
-                self.writer.put(self.checkpoint_path(), checkpoint)?;
+                checkpoint_due = true;
             }
             if interrupt::asked() {
                 return Err(self.stop(false)?);
             }
-            if step > 0 && step.is_multiple_of(train.save_every) {
-                self.save(false)?;
-            }
             if step == total {
                 break;
+            }
+            state_due |= step > 0 && step.is_multiple_of(train.save_every);
+            // Training never waits for a slow disk: what is due is written when the file before is.
+            if state_due && !self.writer.is_busy() {
+                self.save(false)?;
+                state_due = false;
+            }
+            if checkpoint_due && !self.writer.is_busy() {
+                let checkpoint = Checkpoint::snapshot(self.config, self.trainer.net(), step)?;
+                self.writer.put(self.checkpoint_path(), checkpoint)?;
+                checkpoint_due = false;
             }
             let asked = Instant::now();
             let batch = batches.next().context("the stream of training samples ended early")??;
@@ -378,6 +386,8 @@ impl Run<'_> {
             pending_evaluation = step.is_multiple_of(interval) || step == total;
         }
         self.save(false)?;
+        let checkpoint = Checkpoint::snapshot(self.config, self.trainer.net(), total)?;
+        self.writer.put(self.checkpoint_path(), checkpoint)?;
         self.finish(progress)
     }
 
