@@ -3,7 +3,9 @@
 //   x [B, T, D], weight [D, W], bias [D] or none, state [B, W-1, D] or none (the inputs before the first step; zeros)
 //   a_t = bias + sum_j w_j x_{t-W+1+j},  y_t = a_t sigmoid(a_t),  final [B, W-1, D]: the last W-1 inputs
 //
-// y and dy come in up to three parts, each contiguous: the channels up to end0, up to end1 and up to D.
+// Rows of x are `columns` >= D long. y and dy come in up to three parts, each contiguous: the channels up to end0, up to
+// end1 and up to D. The columns behind them are given as they are, in up to two parts, up to end3 and up to end4, D being
+// end2; what is then left has no gradient.
 //
 // Gradients, with da_t = dy_t (a_t sigmoid(a_t))' and da = 0 outside 0 <= t < T:
 //   dx_s = sum_j w_j da_{s+W-1-j} (+ dfinal),  the same for the steps of the state,
@@ -42,18 +44,28 @@ __device__ __forceinline__ Part part_of(int batch, int steps, int width, int run
     return part;
 }
 
-// The rows of one part of the channels.
+// The rows of one part of the columns.
 template <class T>
 struct Rows {
-    T* first;   // channel c of step 0
+    T* first;   // column c of step 0; null: there are none
     int width;  // from one row to the next
 };
+// Where the parts are that columns are divided into, and where they end.
 template <class T>
-__device__ __forceinline__ Rows<T> rows_of(T* part0, T* part1, T* part2, int end0, int end1, int width, int c) {
-    if (c < end0) return {part0 + c, end0};
-    if (c < end1) return {part1 + (c - end0), end1 - end0};
-    return {part2 + (c - end1), width - end1};
-}
+struct Parts {
+    T* at[5];
+    int end[5];
+
+    __device__ __forceinline__ Rows<T> of(int c) const {
+        int begin = 0;
+#pragma unroll
+        for (int i = 0; i < 5; i++) {
+            if (c < end[i]) return {at[i] + (c - begin), end[i] - begin};
+            begin = end[i];
+        }
+        return {nullptr, 0};
+    }
+};
 
 template <bool X>
 struct Constant {
@@ -88,9 +100,9 @@ __device__ __forceinline__ Packed<T, V> fetch(const T* p) {
 
 // Row `t` of the inputs of a batch entry, channels c..c+V; t from -(W-1) on, t < 0 from the state. Zeros before that.
 template <int V, class T>
-__device__ __forceinline__ Packed<T, V> input(const T* x, const T* state, const Part& part, int t, int steps, int width,
-                                              int taps) {
-    if (t >= 0) return fetch<V>(x + ((long long)part.b * steps + t) * width + part.c);
+__device__ __forceinline__ Packed<T, V> input(const T* x, const T* state, const Part& part, int t, int steps,
+                                              int columns, int width, int taps) {
+    if (t >= 0) return fetch<V>(x + ((long long)part.b * steps + t) * columns + part.c);
     if (state != nullptr && t + taps > 0)
         return fetch<V>(state + ((long long)part.b * (taps - 1) + t + taps - 1) * width + part.c);
     return {};
@@ -127,34 +139,49 @@ struct Weights {
     }
 };
 
+// The steps of a thread's columns from one place to another; without a place to come from zeros.
+template <int V, class T>
+__device__ __forceinline__ void copy_steps(const Part& part, int steps, Rows<const T> from, Rows<T> to) {
+    if (to.first == nullptr) return;
+    for (int t = part.t0; t < part.t1; t++) {
+        const long long row = (long long)part.b * steps + t;
+        const Packed<T, V> x = from.first ? fetch<V>(from.first + row * from.width) : Packed<T, V>{};
+        *reinterpret_cast<Packed<T, V>*>(to.first + row * to.width) = x;
+    }
+}
+
 template <class T, int V, int TAPS>
-__device__ void forward(const T* x, const float* weight, const float* bias, const T* state, T* y0, T* y1, T* y2,
-                        T* final_state, int end0, int end1, int batch, int steps, int width, int taps, int run) {
+__device__ void forward(const T* x, const float* weight, const float* bias, const T* state, const Parts<T>& parts,
+                        T* final_state, int batch, int steps, int columns, int taps, int run) {
+    const int width = parts.end[2];
     constexpr int U = 4;  // steps on their way
     __shared__ Weights<V, TAPS> weights;
     const Part part = part_of<V>(batch, steps, width, run);
-    const T* from = x + ((long long)part.b * steps + part.t0) * width + part.c;
+    const T* from = x + ((long long)part.b * steps + part.t0) * columns + part.c;
     Packed<T, V> before[TAPS - 1], next[U];
     const auto fetch_steps = [&](int t) {
 #pragma unroll
-        for (int u = 0; u < U; u++, from += width)
+        for (int u = 0; u < U; u++, from += columns)
             if (t + u < part.t1) next[u] = fetch<V>(from);
     };
     if (part.inside) {
 #pragma unroll
         for (int j = 0; j < TAPS - 1; j++)
-            before[j] = input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, width, taps);
+            before[j] = input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, columns, width, taps);
         fetch_steps(part.t0);
     }
     weights.load(weight, bias, width, taps);
     __syncthreads();
-    if (!part.inside) return;
+    const Rows<T> y = parts.of(part.c);
+    if (!part.inside) {
+        if (part.c < columns && part.b < batch) copy_steps<V, T>(part, steps, {x + part.c, columns}, y);
+        return;
+    }
 
     float w[TAPS][V], b[V], in[TAPS - 1 + U][V];
     weights.take(w, b);
 #pragma unroll
     for (int j = 0; j < TAPS - 1; j++) before[j].unpack(in[j]);
-    const Rows<T> y = rows_of(y0, y1, y2, end0, end1, width, part.c);
     T* to = y.first + ((long long)part.b * steps + part.t0) * y.width;
     for (int t = part.t0; t < part.t1; t += U) {
         Packed<T, V> now[U];
@@ -182,7 +209,7 @@ __device__ void forward(const T* x, const float* weight, const float* bias, cons
     if (part.t1 == steps) {
         for (int i = 0; i < taps - 1; i++) {
             float last[V];
-            input<V>(x, state, part, steps - taps + 1 + i, steps, width, taps).unpack(last);
+            input<V>(x, state, part, steps - taps + 1 + i, steps, columns, width, taps).unpack(last);
             store_vec<V>(final_state + ((long long)part.b * (taps - 1) + i) * width + part.c, last);
         }
     }
@@ -190,29 +217,30 @@ __device__ void forward(const T* x, const float* weight, const float* bias, cons
 
 // The step of da runs TAPS-1 ahead of that of dx.
 template <class T, int V, int TAPS>
-__device__ void backward(const T* x, const float* weight, const float* bias, const T* state, const T* dy0,
-                         const T* dy1, const T* dy2, const T* dfinal, T* dx, T* dstate, float* partial, int end0,
-                         int end1, int batch, int steps, int width, int taps, int run) {
+__device__ void backward(const T* x, const float* weight, const float* bias, const T* state,
+                         const Parts<const T>& parts, const T* dfinal, T* dx, T* dstate, float* partial, int batch,
+                         int steps, int columns, int taps, int run) {
     constexpr int U = 4;
+    const int width = parts.end[2];
     __shared__ union {
         Weights<V, TAPS> weights;
         float sums[WARPS][TAPS + 1][WARP][V];
     } shared;
     const Part part = part_of<V>(batch, steps, width, run);
-    const long long row0 = (long long)part.b * steps * width + part.c;
-    const Rows<const T> dy = rows_of(dy0, dy1, dy2, end0, end1, width, part.c);
-    const T* from_x = x + row0 + (long long)part.t0 * width;
+    const long long row0 = (long long)part.b * steps * columns + part.c;
+    const Rows<const T> dy = parts.of(part.c);
+    const T* from_x = x + row0 + (long long)part.t0 * columns;
     const T* from_dy = dy.first + ((long long)part.b * steps + part.t0) * dy.width;
     Packed<T, V> before[TAPS - 1], next_x[U], next_dy[U];
     const auto fetch_steps = [&](int t) {
 #pragma unroll
-        for (int u = 0; u < U; u++, from_x += width, from_dy += dy.width)
+        for (int u = 0; u < U; u++, from_x += columns, from_dy += dy.width)
             if (t + u < min(part.t1 + TAPS - 1, steps)) next_x[u] = fetch<V>(from_x), next_dy[u] = fetch<V>(from_dy);
     };
     if (part.inside) {
 #pragma unroll
         for (int j = 0; j < TAPS - 1; j++)
-            before[j] = input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, width, taps);
+            before[j] = input<V>(x, state, part, part.t0 - TAPS + 1 + j, steps, columns, width, taps);
         fetch_steps(part.t0);
     }
     shared.weights.load(weight, bias, width, taps);
@@ -235,7 +263,7 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
 #pragma unroll
             for (int v = 0; v < V; v++) da[j][v] = 0.f;
         }
-        T* to = dx + row0 + (long long)(part.t0 - TAPS + 1) * width;
+        T* to = dx + row0 + (long long)(part.t0 - TAPS + 1) * columns;
         // U steps of da from t on, some of them not the run's own where `tail`.
         const auto go = [&](int t, auto tail) {
             Packed<T, V> now_x[U], now_dy[U];
@@ -243,7 +271,7 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
             for (int u = 0; u < U; u++) now_x[u] = next_x[u], now_dy[u] = next_dy[u];
             fetch_steps(t + U);
 #pragma unroll
-            for (int u = 0; u < U; u++, to += width) {
+            for (int u = 0; u < U; u++, to += columns) {
                 float g[V];
                 now_x[u].unpack(in[TAPS - 1 + u]);
                 now_dy[u].unpack(g);
@@ -301,6 +329,8 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
         int t = part.t0;
         for (; t + U <= part.t1; t += U) go(t, Constant<false>());
         for (; t < part.t1 + TAPS - 1; t += U) go(t, Constant<true>());
+    } else if (part.c < columns && part.b < batch) {
+        copy_steps<V, T>(part, steps, dy, {dx + part.c, columns});
     }
 
     // Sum over the block's runs.
@@ -324,24 +354,25 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
 
 }  // namespace
 
-// Grid of both: (ceil(D / 32 V), ceil(B ceil(T / run) / 4)), block 128. w4 is for W <= 4, w8 for W <= 8; W = 1 has no
-// states. `partial` has grid.y slabs.
+// Grid of both: (ceil(columns / 32 V), ceil(B ceil(T / run) / 4)), block 128. w4 is for W <= 4, w8 for W <= 8; W = 1 has
+// no states. `partial` has grid.y slabs.
 #define FORWARD(NAME, T, V, TAPS)                                                                                   \
     extern "C" __global__ void __launch_bounds__(128) causal_conv1d_forward_##NAME(                                 \
         const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,                  \
-        const T* __restrict__ state, T* __restrict__ y0, T* __restrict__ y1, T* __restrict__ y2,                    \
-        T* __restrict__ final_state, int end0, int end1, int batch, int steps, int width, int taps, int run) {      \
-        forward<T, V, TAPS>(x, weight, bias, state, y0, y1, y2, final_state, end0, end1, batch, steps, width, taps, \
-                            run);                                                                                   \
+        const T* __restrict__ state, T* y0, T* y1, T* y2, T* y3, T* y4, T* __restrict__ final_state, int end0,      \
+        int end1, int end2, int end3, int end4, int batch, int steps, int columns, int taps, int run) {             \
+        const Parts<T> y = {{y0, y1, y2, y3, y4}, {end0, end1, end2, end3, end4}};                                  \
+        forward<T, V, TAPS>(x, weight, bias, state, y, final_state, batch, steps, columns, taps, run);              \
     }
 #define BACKWARD(NAME, T, V, TAPS)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 4 ? 3 : 4) causal_conv1d_backward_##NAME(       \
+    extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 4 ? 3 : 4) causal_conv1d_backward_##NAME(        \
         const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,                  \
-        const T* __restrict__ state, const T* __restrict__ dy0, const T* __restrict__ dy1,                          \
-        const T* __restrict__ dy2, const T* __restrict__ dfinal, T* __restrict__ dx, T* __restrict__ dstate,        \
-        float* __restrict__ partial, int end0, int end1, int batch, int steps, int width, int taps, int run) {      \
-        backward<T, V, TAPS>(x, weight, bias, state, dy0, dy1, dy2, dfinal, dx, dstate, partial, end0, end1, batch, \
-                             steps, width, taps, run);                                                              \
+        const T* __restrict__ state, const T* dy0, const T* dy1, const T* dy2, const T* dy3, const T* dy4,          \
+        const T* __restrict__ dfinal, T* __restrict__ dx, T* __restrict__ dstate, float* __restrict__ partial,      \
+        int end0, int end1, int end2, int end3, int end4, int batch, int steps, int columns, int taps, int run) {   \
+        const Parts<const T> dy = {{dy0, dy1, dy2, dy3, dy4}, {end0, end1, end2, end3, end4}};                      \
+        backward<T, V, TAPS>(x, weight, bias, state, dy, dfinal, dx, dstate, partial, batch, steps, columns, taps,  \
+                             run);                                                                                  \
     }
 #define BOTH(NAME, T, V, TAPS)  \
     FORWARD(NAME, T, V, TAPS)   \

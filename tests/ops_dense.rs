@@ -194,7 +194,7 @@ mod embedding {
 
 mod causal_conv1d {
     use super::*;
-    use selectivbench::ops::causal_conv1d::{causal_conv1d_silu, causal_conv1d_silu_split};
+    use selectivbench::ops::causal_conv1d::{Split, causal_conv1d_silu, causal_conv1d_silu_split};
 
     #[test]
     fn matches_golden() {
@@ -245,16 +245,24 @@ mod causal_conv1d {
 
     #[test]
     fn parts_are_those_of_the_whole() {
-        let inputs = [random((2, 7, 10), 1), random((10, 4), 2), random(10, 3)];
-        let whole = causal_conv1d_silu(&inputs[0], &inputs[1], Some(arg(&inputs[2])), None).unwrap().0;
-        let split = |x: &[Tensor]| {
-            causal_conv1d_silu_split(&x[0], &x[1], Some(arg(&x[2])), None, [2, 3, 5]).map(|(y, _)| y)
-        };
-        for (part, (start, len)) in split(&inputs).unwrap().iter().zip([(0, 2), (2, 3), (5, 5)]) {
-            assert_eq!(values(part), values(&whole.narrow(2, start, len).unwrap().contiguous().unwrap()));
+        let inputs = [random((2, 7, 14), 1), random((10, 4), 2), random(10, 3)];
+        let columns = |x: &Tensor, start, len| x.narrow(2, start, len).unwrap().contiguous().unwrap();
+        let convolved = columns(&inputs[0], 0, 10);
+        let whole = causal_conv1d_silu(&convolved, &inputs[1], Some(arg(&inputs[2])), None).unwrap().0;
+        let split =
+            |x: &[Tensor]| causal_conv1d_silu_split(&x[0], &x[1], Some(arg(&x[2])), None, [2, 3, 5], &[1, 2]);
+        let Split { parts, plain, .. } = split(&inputs).unwrap();
+        for (part, (start, len)) in parts.iter().zip([(0, 2), (2, 3), (5, 5)]) {
+            assert_eq!(values(part), values(&columns(&whole, start, len)));
         }
-        check_gradients("causal_conv1d, parts", &inputs, |x| split(x).map(Vec::from));
-        assert!(causal_conv1d_silu_split(&inputs[0], &inputs[1], None, None, [2, 3]).is_err());
+        for (part, (start, len)) in plain.iter().zip([(10, 1), (11, 2)]) {
+            assert_eq!(values(part), values(&columns(&inputs[0], start, len)));
+        }
+        check_gradients("causal_conv1d, parts", &inputs, |x| {
+            split(x).map(|Split { parts, plain, .. }| parts.into_iter().chain(plain).collect())
+        });
+        assert!(causal_conv1d_silu_split(&inputs[0], &inputs[1], None, None, [2, 3], &[]).is_err());
+        assert!(causal_conv1d_silu_split(&inputs[0], &inputs[1], None, None, [2, 8], &[5]).is_err());
     }
 
     #[test]

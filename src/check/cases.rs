@@ -8,7 +8,7 @@ use super::loss::Loss;
 use crate::ops::Arg;
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
-use crate::ops::causal_conv1d::{causal_conv1d_silu, causal_conv1d_silu_split};
+use crate::ops::causal_conv1d::{Split, causal_conv1d_silu, causal_conv1d_silu_split};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::dropout::{Dropout, dropout};
 use crate::ops::embedding::embedding;
@@ -758,8 +758,11 @@ fn conv_case(size: &Size) -> Case {
     const TAPS: usize = 4;
     let &Size { batch, steps, width, stateful, .. } = size;
     let mut draw = Draw::of(size);
+    // Further columns behind those that are convolved, and some that nobody uses.
+    let (plain, rest) = ([4, width % 8 + 4], 4);
+    let columns = if stateful { width + plain[0] + plain[1] + rest } else { width };
     let mut inputs = vec![
-        activation("x", draw.normal(&[batch, steps, width], 1.0)),
+        activation("x", draw.normal(&[batch, steps, columns], 1.0)),
         param("weight", draw.normal(&[width, 1, TAPS], 0.5)),
     ];
     // The layers of mamba have a bias, the others have none.
@@ -772,10 +775,9 @@ fn conv_case(size: &Size) -> Case {
     }
     // As queries, keys and values, or as one.
     let parts = [width / 4, width / 4, width - 2 * (width / 4)];
-    let outputs: &[&str] = if stateful {
-        &["y, part 0", "y, part 1", "y, part 2", "final state"]
-    } else {
-        &["y", "final state"]
+    let outputs: &[&str] = match stateful {
+        true => &["y, part 0", "y, part 1", "y, part 2", "plain 0", "plain 1", "final state"],
+        false => &["y", "final state"],
     };
     Case {
         inputs,
@@ -786,8 +788,9 @@ fn conv_case(size: &Size) -> Case {
             let state = rest(2 + usize::from(bias), stateful);
             let (x, weight, bias) = (x[0].clone(), x[1].clone(), rest(2, bias));
             if stateful {
-                let (y, state) = causal_conv1d_silu_split(x, weight, bias, state, parts)?;
-                return Ok(y.into_iter().chain([state]).collect());
+                let Split { parts: y, plain, state } =
+                    causal_conv1d_silu_split(x, weight, bias, state, parts, &plain)?;
+                return Ok(y.into_iter().chain(plain).chain([state]).collect());
             }
             let (y, state) = causal_conv1d_silu(x, weight, bias, state)?;
             Ok(vec![y, state])

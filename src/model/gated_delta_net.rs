@@ -46,8 +46,8 @@ pub(super) struct GatedDelta {
     steps: usize,
     /// beta is this times a sigmoid: 2 lets the transition have negative eigenvalues.
     beta_scale: f64,
+    /// With the projections of beta and of the decay.
     qkv: ShortConvs,
-    beta: Param,
     decay: Option<Decay>,
     gate: Option<Param>,
     norm: Param,
@@ -56,7 +56,6 @@ pub(super) struct GatedDelta {
 
 /// Where the log decay comes from.
 struct Decay {
-    proj: Param,
     a_log: Param,
     dt_bias: Param,
 }
@@ -72,10 +71,13 @@ impl GatedDelta {
             head_dim: dims.head_dim(),
             steps,
             beta_scale: if dims.parts.negative_eigenvalues { 2.0 } else { 1.0 },
-            qkv: ShortConvs::new(builder, dims, [width, steps * width, 2 * steps * width]),
-            beta: weight("b_proj", steps * heads, width),
+            qkv: {
+                let beta = weight("b_proj", steps * heads, width);
+                let decay = dims.parts.decay.then(|| weight("a_proj", heads, width));
+                let plain: Vec<&Param> = [&beta].into_iter().chain(&decay).collect();
+                ShortConvs::new(builder, dims, [width, steps * width, 2 * steps * width], &plain)
+            },
             decay: dims.parts.decay.then(|| Decay {
-                proj: weight("a_proj", heads, width),
                 a_log: builder.param("A_log", &[heads], Init::LogUniform(0.0, 16.0)),
                 dt_bias: builder.param("dt_bias", &[heads], Init::step_size()),
             }),
@@ -91,16 +93,15 @@ impl Mixer for GatedDelta {
         let (batch, t, _) = x.dims3()?;
         let (heads, k_dim, n) = (self.heads, self.head_dim, self.steps);
         // A token's Householder steps stand one after the other: [B, T, n, H, ..] is [B, T n, H, ..].
-        let [q, k, v] = self.qkv.forward(x, 0, call)?;
+        let ([q, k, v], plain) = self.qkv.forward(x, 0, call)?;
         let q = l2norm(view(&q, (batch, t, heads, k_dim)))?;
         let k = l2norm(view(&k, (batch, t * n, heads, k_dim)))?;
         let v = view(&v, (batch, t * n, heads, 2 * k_dim));
-        let beta = linear(x, &self.beta, None)?;
-        let beta = sigmoid(view(&beta, (batch, t * n, heads)), self.beta_scale)?;
+        let beta = sigmoid(view(&plain[0], (batch, t * n, heads)), self.beta_scale)?;
         let g = match &self.decay {
             None => None,
-            Some(Decay { proj, a_log, dt_bias }) => {
-                let g = decay_gate(&linear(x, proj, None)?, a_log, dt_bias)?;
+            Some(Decay { a_log, dt_bias }) => {
+                let g = decay_gate(&plain[1], a_log, dt_bias)?;
                 call.note(&ALPHA, t, [&g], |[g]| g.exp())?;
                 Some(g)
             }

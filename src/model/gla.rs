@@ -41,6 +41,7 @@ const DECAY: Kind =
 struct Gla {
     heads: usize,
     head_dim: usize,
+    /// With the first half of the decay's projection.
     qkv: ShortConvs,
     gate: Option<Param>,
     decay: Option<Decay>,
@@ -50,7 +51,6 @@ struct Gla {
 
 /// Where the log decay comes from.
 struct Decay {
-    down: Param,
     up: Param,
     bias: Param,
 }
@@ -58,10 +58,11 @@ struct Decay {
 impl Gla {
     fn new(dims: &Dims, builder: &Builder) -> Self {
         let width = dims.width;
+        let down = || builder.push("gk_proj.0").param("weight", &[GATE_RANK, width], Init::linear(width));
+        let down = dims.parts.decay.then(down);
         let decay = || {
-            let (down, up) = (builder.push("gk_proj.0"), builder.push("gk_proj.1"));
+            let up = builder.push("gk_proj.1");
             Decay {
-                down: down.param("weight", &[GATE_RANK, width], Init::linear(width)),
                 up: up.param("weight", &[width, GATE_RANK], Init::linear(GATE_RANK)),
                 bias: up.param("bias", &[width], Init::linear(GATE_RANK)),
             }
@@ -71,7 +72,10 @@ impl Gla {
         Self {
             heads: dims.heads,
             head_dim: dims.head_dim(),
-            qkv: ShortConvs::new(builder, dims, [width, width, 2 * width]),
+            qkv: {
+                let plain: Vec<&Param> = down.iter().collect();
+                ShortConvs::new(builder, dims, [width, width, 2 * width], &plain)
+            },
             gate: gate(dims, builder),
             decay: dims.parts.decay.then(decay),
             norm: builder.push(norm).param("weight", &[2 * dims.head_dim()], Init::Const(1.0)),
@@ -84,7 +88,7 @@ impl Mixer for Gla {
     fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, _) = x.dims3()?;
         let keys = (batch, steps, self.heads, self.head_dim);
-        let [q, k, v] = self.qkv.forward(x, 0, call)?;
+        let ([q, k, v], plain) = self.qkv.forward(x, 0, call)?;
         let v = view(&v, (batch, steps, self.heads, 2 * self.head_dim));
         let decay = match &self.decay {
             // The log of a decay that keeps everything.
@@ -92,8 +96,8 @@ impl Mixer for Gla {
                 let dtype = if x.dtype() == DType::BF16 { DType::F32 } else { x.dtype() };
                 Tensor::zeros(keys, dtype, x.device())?
             }
-            Some(Decay { down, up, bias }) => {
-                let g = linear(&linear(x, down, None)?, up, Some(Arg::from(bias)))?;
+            Some(Decay { up, bias }) => {
+                let g = linear(&plain[0], up, Some(Arg::from(bias)))?;
                 let g = log_sigmoid(&g, GATE_DIVISOR)?;
                 call.note(&DECAY, steps, [&g], |[g]| g.reshape(keys)?.exp())?;
                 g

@@ -46,10 +46,9 @@ struct Mamba2 {
     head_dim: usize,
     state: usize,
     z: Option<Param>,
-    /// x, B and C.
-    xbc: Param,
+    /// x, B, C and the step size.
+    xbc_dt: Param,
     conv: Conv,
-    dt: Param,
     dt_bias: Param,
     a_log: Param,
     d: Param,
@@ -71,9 +70,8 @@ impl Mamba2 {
             head_dim: dims.head_dim(),
             state: n,
             z: dims.parts.output_gate.then(|| in_proj.rows(0, inner)),
-            xbc: in_proj.rows(gate, inner + 2 * n),
+            xbc_dt: in_proj.rows(gate, inner + 2 * n + heads),
             conv,
-            dt: in_proj.rows(gate + inner + 2 * n, heads),
             dt_bias: builder.param("dt_bias", &[heads], Init::step_size()),
             a_log: match dims.parts.decay {
                 true => builder.param("A_log", &[heads], Init::LogUniform(1.0, 16.0)),
@@ -90,19 +88,20 @@ impl Mixer for Mamba2 {
     fn forward(&self, u: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, width) = u.dims3()?;
         let widths = [2 * width, self.state, self.state];
-        let [x, b, c] = self.conv.split(&linear(u, &self.xbc, None)?, widths, 0, call)?;
+        let projected = linear(u, &self.xbc_dt, None)?;
+        let ([x, b, c], plain) = self.conv.split(&projected, widths, &[self.heads], 0, call)?;
         let x = view(&x, (batch, steps, self.heads, self.head_dim));
         let [b, c] = [b, c].map(|y| view(&y, (batch, steps, 1, self.state)));
-        let dt = linear(u, &self.dt, None)?;
+        let dt = &plain[0];
         let (bias, a_log) = (self.dt_bias.value(), self.a_log.value());
         let step = |dt: &Tensor, bias: &Tensor| softplus(&dt.broadcast_add(bias)?);
-        call.note(&DT, steps, [&dt, &bias], |[dt, bias]| step(&dt, &bias))?;
+        call.note(&DT, steps, [dt, &bias], |[dt, bias]| step(&dt, &bias))?;
         if self.a_log.trained() {
-            call.note(&DECAY, steps, [&dt, &bias, &a_log], |[dt, bias, a_log]| {
+            call.note(&DECAY, steps, [dt, &bias, &a_log], |[dt, bias, a_log]| {
                 step(&dt, &bias)?.broadcast_mul(&a_log.exp()?)?.neg()?.exp()
             })?;
         }
-        let (y, state) = ssd(x, &dt, &self.a_log, b, c, &self.d, &self.dt_bias, call.recall_arg(1))?;
+        let (y, state) = ssd(x, dt, &self.a_log, b, c, &self.d, &self.dt_bias, call.recall_arg(1))?;
         call.keep(1, state);
         let y = view(&y, (batch, steps, 2 * width));
         let y = match &self.z {

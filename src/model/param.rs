@@ -283,14 +283,17 @@ impl Builder {
 
     /// The rows of several parameters, of one kind and width, as those of one: what shares an input is one matrix
     /// product. Checkpoints know the members alone.
-    pub fn stack(&self, members: &[&Param]) -> Param {
+    ///
+    /// Behind the last member follow as many rows of zeros as make a multiple of `multiple`: with 8 the rows of a
+    /// product are aligned. They stay zero as long as nothing gives them a gradient.
+    pub fn stack(&self, members: &[&Param], multiple: usize) -> Param {
         let spec = &members[0].spec;
         let alike = |member: &&Param| {
             member.rows.is_none() && member.shape()[1..] == spec.shape[1..] && member.spec.role == spec.role
         };
         assert!(members.iter().all(alike), "the members of a stack differ from {}", spec.name);
         let mut shape = spec.shape.clone();
-        shape[0] = members.iter().map(|member| member.shape()[0]).sum();
+        shape[0] = members.iter().map(|member| member.shape()[0]).sum::<usize>().next_multiple_of(multiple);
         let names: Vec<&str> = members.iter().map(|member| member.name()).collect();
         let spec = Spec {
             name: names.join("+"),
@@ -331,10 +334,14 @@ impl Builder {
         let mut placed: Vec<(&Param, usize)> = Vec::new();
         let mut end = 0;
         for group in trained.iter().chain(&others) {
+            let begin = values.len();
             for param in group {
                 let mut stream = Stream::new(seed, param.name());
                 placed.push((param, values.len()));
                 values.extend(param.spec.init.draw(param.shape(), || stream.next_f64()));
+            }
+            if let Some((stack, _)) = declared.stacks.iter().find(|(_, members)| members[0].is(&group[0])) {
+                values.resize(begin + size(stack), 0.0);
             }
             values.resize(values.len().next_multiple_of(ALIGN), 0.0);
             if group[0].trained() {

@@ -13,8 +13,10 @@ const THREADS: usize = 128;
 const WARPS: usize = THREADS / 32;
 /// Channels of a thread, where the width and the addresses allow that.
 const VECTOR: usize = 4;
-/// Parts that y may come in.
+/// Parts that y may come in, and parts that are given as they are.
 const MOST_PARTS: usize = 3;
+const MOST_PLAIN: usize = 2;
+const PLACES: usize = MOST_PARTS + MOST_PLAIN;
 /// Steps of a thread where there are many; runs share W − 1 steps, which the backward pass computes twice.
 const FORWARD_RUN: usize = 20;
 const BACKWARD_RUN: usize = 40;
@@ -42,8 +44,12 @@ impl Plan {
         rows: &[KernelArg],
     ) -> Result<Self> {
         let Shape { batch, steps, width, taps } = node.shape;
-        if node.widths.len() > MOST_PARTS {
-            candle_core::bail!("causal_conv1d on a GPU: at most {MOST_PARTS} parts, got {:?}", node.widths)
+        if node.widths.len() > MOST_PARTS || node.plain.len() > MOST_PLAIN {
+            candle_core::bail!(
+                "causal_conv1d on a GPU: at most {MOST_PARTS} parts and {MOST_PLAIN} plain ones, got {:?} and {:?}",
+                node.widths,
+                node.plain
+            )
         }
         if taps > 8 || steps == 0 {
             candle_core::bail!(
@@ -52,7 +58,8 @@ impl Plan {
         }
         let aligned = |row: &KernelArg| !matches!(row, KernelArg::Ptr(at) if at % 16 != 0);
         let whole = |width: &usize| width.is_multiple_of(VECTOR);
-        let fits = taps <= 4 && node.widths.iter().all(whole) && rows.iter().all(aligned);
+        let mut widths = node.widths.iter().chain(&node.plain).chain([&node.columns]);
+        let fits = taps <= 4 && widths.all(whole) && rows.iter().all(aligned);
         let vector = if fits { VECTOR } else { 1 };
         // Runs of equal length, as many as fill the GPU, and not longer than the longest.
         let threads = batch * (width / vector);
@@ -63,18 +70,37 @@ impl Plan {
         Ok(Self { name, vector, run, runs: batch * steps.div_ceil(run) })
     }
 
-    /// A warp for every run of 32 vectors of channels.
-    fn launch(&self, shape: Shape) -> Launch {
+    /// A warp for every run of 32 vectors of columns.
+    fn launch(&self, node: &CausalConv1d) -> Launch {
         let slabs = self.runs.div_ceil(WARPS);
-        Launch::grid(shape.width.div_ceil(32 * self.vector), slabs, 1, THREADS as u32)
+        Launch::grid(node.columns.div_ceil(32 * self.vector), slabs, 1, THREADS as u32)
     }
 
     /// What ends the arguments of both kernels.
-    fn sizes(&self, node: &CausalConv1d) -> [KernelArg; 7] {
-        let (Shape { batch, steps, width, taps }, widths) = (node.shape, &node.widths);
-        let end0 = widths[0];
-        let end1 = end0 + widths.get(1).copied().unwrap_or(0);
-        [end0, end1, batch, steps, width, taps, self.run].map(KernelArg::from)
+    fn sizes(&self, node: &CausalConv1d) -> Vec<KernelArg> {
+        let Shape { batch, steps, width, taps } = node.shape;
+        // Parts that there are not end where they begin.
+        let end = |first: usize, widths: &[usize], i: usize| first + widths.iter().take(i + 1).sum::<usize>();
+        let ends = (0..MOST_PARTS).map(|i| end(0, &node.widths, i));
+        let plain = (0..MOST_PLAIN).map(|i| end(width, &node.plain, i));
+        let sizes = [batch, steps, node.columns, taps, self.run];
+        ends.chain(plain).chain(sizes).map(KernelArg::from).collect()
+    }
+}
+
+impl CausalConv1d {
+    /// The addresses of parts of y or of its gradient at their places, null where there is none.
+    fn places<T>(
+        &self,
+        parts: &[T],
+        address: impl Fn(&T) -> Result<KernelArg>,
+    ) -> Result<[KernelArg; PLACES]> {
+        let mut places = [NULL; PLACES];
+        for (i, part) in parts.iter().enumerate() {
+            let n = self.widths.len();
+            places[if i < n { i } else { MOST_PARTS + i - n }] = address(part)?;
+        }
+        Ok(places)
     }
 }
 
@@ -103,48 +129,46 @@ pub fn forward(node: &CausalConv1d, args: &[Tensor]) -> Result<Forward> {
     let Shape { batch, steps, width, taps } = node.shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
     let part = |width: &usize| gpu.empty((batch, steps, *width), dtype);
-    let y = node.widths.iter().map(part).collect::<Result<Vec<_>>>()?;
+    let y = node.widths.iter().chain(&node.plain).map(part).collect::<Result<Vec<_>>>()?;
     let state = gpu.empty((batch, taps - 1, width), dtype)?;
     let mut params = node.inputs(&gpu, args)?.to_vec();
-    for i in 0..MOST_PARTS {
-        params.push(y.get(i).map_or(Ok(NULL), |part| gpu.of_value(part))?);
-    }
+    params.extend(node.places(&y, |part| gpu.of_value(part))?);
     params.push(gpu.of_value(&state)?);
-    let plan = Plan::new("forward", node, dtype, FORWARD_RUN, &[&params[..1], &params[3..7]].concat())?;
+    let rows = [&params[..1], &params[3..]].concat();
+    let plan = Plan::new("forward", node, dtype, FORWARD_RUN, &rows)?;
     params.extend(plan.sizes(node));
-    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, plan.launch(node.shape), &params)?;
+    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, plan.launch(node), &params)?;
     Ok(Forward { outputs: y.into_iter().chain([state]).collect(), saved: vec![] })
 }
 
 /// The gradients of all arguments, from those of y and of the final state.
 pub fn backward(node: &CausalConv1d, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
-    let (shape, args) = (node.shape, &run.args);
-    let Shape { batch, steps, width, taps } = shape;
+    let args = &run.args;
+    let Shape { batch, steps, width, taps } = node.shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
     let (d_final, dy) = grads.split_last().expect("the state is an output");
-    let dy = dy.iter().zip(&node.widths).map(|(dy, width)| match dy {
+    let dy = dy.iter().zip(node.widths.iter().chain(&node.plain)).map(|(dy, width)| match dy {
         Some(dy) => dy.contiguous(),
         None => Ok(gpu.zeros((batch, steps, *width), dtype)?.into_tensor()),
     });
     let dy = dy.collect::<Result<Vec<_>>>()?;
     let d_final = d_final.as_ref().map(Tensor::contiguous).transpose()?;
-    let dx = gpu.empty((batch, steps, width), dtype)?.into_tensor();
+    let dx = gpu.empty(args[0].shape(), dtype)?.into_tensor();
     let dstate = match node.state {
         Some(i) if run.needs[i] => Some(gpu.empty(args[i].shape(), dtype)?.into_tensor()),
         _ => None,
     };
 
     let mut params = node.inputs(&gpu, args)?.to_vec();
-    for i in 0..MOST_PARTS {
-        params.push(gpu.ptr_or_null(dy.get(i))?);
-    }
+    params.extend(node.places(&dy, |dy| gpu.ptr(dy))?);
     params.extend([gpu.ptr_or_null(d_final.as_ref())?, gpu.ptr(&dx)?, gpu.ptr_or_null(dstate.as_ref())?]);
-    let plan = Plan::new("backward", node, dtype, BACKWARD_RUN, &[&params[..1], &params[3..9]].concat())?;
+    let rows = [&params[..1], &params[3..]].concat();
+    let plan = Plan::new("backward", node, dtype, BACKWARD_RUN, &rows)?;
     let slabs = plan.runs.div_ceil(WARPS);
     let partial = gpu.empty((slabs, taps + 1, width), DType::F32)?;
     params.push(gpu.of_value(&partial)?);
     params.extend(plan.sizes(node));
-    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, plan.launch(shape), &params)?;
+    gpu.launch(&kernels::CAUSAL_CONV1D, &plan.name, plan.launch(node), &params)?;
 
     let (dweight, dbias) = weight_sums(node, &gpu, run, &partial, slabs)?;
     let mut out = vec![Some(dx), dweight];

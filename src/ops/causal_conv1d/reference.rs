@@ -74,22 +74,28 @@ pub fn forward<F: Real>(shape: Shape, input: Input<F>) -> Vec<F> {
     })
 }
 
+/// Columns `start..start + len` of rows of `width`.
+pub fn columns<F: Real>(rows: &[F], width: usize, start: usize, len: usize) -> Vec<F> {
+    map_rows(rows.len() / width.max(1), len, |row, out: &mut [F]| {
+        out.copy_from_slice(&rows[row * width + start..][..len]);
+    })
+}
+
+/// Where parts of these widths begin that stand side by side from `first` on.
+pub fn starts(first: usize, widths: &[usize]) -> impl Iterator<Item = usize> {
+    widths.iter().scan(first, |end, width| {
+        *end += width;
+        Some(*end - width)
+    })
+}
+
 /// The columns of rows in parts of these widths, each contiguous.
 pub fn split<F: Real>(rows: Vec<F>, widths: &[usize]) -> Vec<Vec<F>> {
     if widths.len() == 1 {
         return vec![rows];
     }
-    let width = widths.iter().sum::<usize>().max(1);
-    let starts = widths.iter().scan(0, |end, width| {
-        *end += width;
-        Some(*end - width)
-    });
-    let part = |(start, &part): (usize, &usize)| {
-        map_rows(rows.len() / width, part, |row, out: &mut [F]| {
-            out.copy_from_slice(&rows[row * width + start..][..part]);
-        })
-    };
-    starts.zip(widths).map(part).collect()
+    let width = widths.iter().sum();
+    starts(0, widths).zip(widths).map(|(start, &len)| columns(&rows, width, start, len)).collect()
 }
 
 pub fn final_state<F: Real>(shape: Shape, input: Input<F>) -> Vec<F> {
