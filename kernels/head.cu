@@ -211,9 +211,9 @@ __device__ __forceinline__ void slab_of_rows(T* logits, int ld, const float* bia
             }
             // The label's column is item `mine` of one thread; a label that is no class makes the loss NaN.
             const bool known = now_label < (uint32_t)classes;
-            const int vector = known ? (int)now_label / V : 0, far = vector >= THREADS;
-            const bool owner = (int)threadIdx.x == vector - far * THREADS;
-            const int mine = known ? far * V + (int)now_label % V : ITEMS;
+            const uint32_t vector = known ? now_label / V : 0;
+            const bool owner = threadIdx.x == vector % THREADS;
+            const int mine = known ? (int)(vector / THREADS * V + now_label % V) : ITEMS;
             float own = NAN;
             if (owner) {
 #pragma unroll

@@ -25,6 +25,8 @@ struct Plan {
     /// Tokens of a chunk.
     chunk: usize,
     chunks: usize,
+    /// Heads of a block that carries a state: they share B, C and their product.
+    heads: usize,
     /// Chunks of a segment: a sequence is cut where its heads alone leave the GPU idle.
     per_segment: usize,
     segments: usize,
@@ -39,13 +41,21 @@ impl Plan {
         };
         let chunk = if route == "bf16" { 64 } else { 32 };
         let chunks = dims.steps.div_ceil(chunk);
-        let blocks = dims.batch * dims.heads * dims.dim.div_ceil(STATE_ROWS);
         let processors = gpu.multiprocessors();
+        // As many as have room in a block, divide a group and leave the GPU full.
+        let share = |&heads: &usize| {
+            dims.dim.is_multiple_of(16)
+                && heads * dims.dim <= STATE_ROWS
+                && (dims.heads / dims.groups).is_multiple_of(heads)
+                && dims.batch * dims.heads / heads >= 3 * processors / 2
+        };
+        let heads = [4, 2].into_iter().find(share).unwrap_or(1);
+        let blocks = dims.batch * dims.heads / heads * dims.dim.div_ceil(STATE_ROWS);
         let wanted = if 2 * blocks <= processors { 2 * processors / blocks } else { 1 };
         // A segment is worth its two extra passes from a few chunks on.
         let per_segment = chunks.div_ceil(wanted).max(chunks.min(8));
         let segments = chunks.div_ceil(per_segment);
-        Ok(Self { gpu, dtype, route, dims, columns, chunk, chunks, per_segment, segments })
+        Ok(Self { gpu, dtype, route, dims, columns, chunk, chunks, heads, per_segment, segments })
     }
 
     fn launch(&self, kernel: &str, launch: Launch, args: &[KernelArg]) -> Result<()> {
@@ -62,15 +72,15 @@ impl Plan {
         rows * (columns + PAD) * self.dtype.size_in_bytes()
     }
 
-    /// The launch of a kernel that carries states, with `tiles` of B or C in shared memory.
+    /// The launch of a kernel that carries states, with `tiles` of B or C in shared memory, and `more` bytes for
+    /// every head.
     fn carrying(&self, tiles: usize, more: usize) -> Launch {
         let Dims { batch, heads, dim, .. } = self.dims;
-        let warps = dim.div_ceil(16).min(STATE_ROWS / 16);
+        let warps = (self.heads * dim.div_ceil(16)).min(STATE_ROWS / 16);
         let shared = self.tile(2 * self.chunk, 16 * warps)
             + self.tile(tiles * self.chunk, self.columns)
-            + more
-            + 2 * DECAYS * self.chunk * 4;
-        let blocks = batch * heads * dim.div_ceil(STATE_ROWS);
+            + self.heads * (more + 2 * DECAYS * self.chunk * 4);
+        let blocks = batch * heads / self.heads * dim.div_ceil(STATE_ROWS);
         Launch::grid(blocks, self.segments, 1, 32 * warps as u32).shared(shared)
     }
 
@@ -85,7 +95,7 @@ impl Plan {
     fn states(&self, args: &States, start: KernelArg, all: KernelArg, end: [KernelArg; 2]) -> Result<()> {
         let [t, h, p, g, n] = self.sizes();
         let States { u, v, dt, a_log, dt_bias, reverse } = *args;
-        let sizes = [t, h, p, g, n, self.per_segment.into(), i32::from(reverse).into()];
+        let sizes = [t, h, p, g, n, self.per_segment.into(), i32::from(reverse).into(), self.heads.into()];
         let args = [&[u, v, dt, a_log, dt_bias, start, all], &end[..], &sizes].concat();
         self.launch("states", self.carrying(2, 0), &args)
     }
@@ -135,7 +145,7 @@ pub fn forward(dims: Dims, args: &[Tensor], save: bool) -> Result<Forward> {
     let start = segments.as_ref().map_or(Ok(start), |value| gpu.of_value(value))?;
     let saved_at = saved.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
     let outputs = [start, gpu.of_value(&y)?, gpu.of_value(&state)?, saved_at];
-    let sizes = [&plan.sizes()[..], &[plan.per_segment.into()]].concat();
+    let sizes = [&plan.sizes()[..], &[plan.per_segment.into(), plan.heads.into()]].concat();
     let launch = plan.carrying(3, plan.tile(plan.chunk, plan.chunk));
     plan.launch("forward", launch, &[&[x, dt, a_log, b, c, d, dt_bias], &outputs[..], &sizes].concat())?;
     Ok(Forward { outputs: vec![y, state], saved: saved.into_iter().map(Value::into_tensor).collect() })
