@@ -118,12 +118,12 @@ __device__ __forceinline__ Rows block_rows(int H, int P, int heads) {
     Rows r;
     r.at = 128 * (blockIdx.x % slices);
     r.first = block % (H / heads) * heads;
-    r.own = warp / per_head;
+    r.own = heads > 1 ? warp / per_head : 0;
     r.h = r.first + r.own;
     r.batch = block / (H / heads);
     r.bh = r.batch * H + r.h;
     r.segment = (long long)blockIdx.y * (gridDim.x / slices) * heads + r.bh;
-    r.p0 = r.at + 16 * (warp % per_head);
+    r.p0 = r.at + 16 * (warp - r.own * per_head);
     r.width = heads > 1 ? heads * P : min(P - r.at, 16 * warps);
     r.rows = P - r.p0;
     return r;
@@ -131,10 +131,11 @@ __device__ __forceinline__ Rows block_rows(int H, int P, int heads) {
 
 // Grid: (B H / heads slices of 128 rows of P, segments). Block: a warp for 16 rows of P, at most 8.
 // Shared memory: see `carrying` in src/ops/ssd/cuda.rs; ldx = 16 warps + PAD, ldn = 8 NT + PAD:
-//   x [2][C][ldx], b [2][C][ldn], c [C][ldn], M [heads][C][C + PAD], then f32 [2][heads][KINDS][C].
+//   x [2][C][ldx], b [2][C][ldn], c [C][ldn], M [heads][C][C + PAD], then f32 [heads][2][KINDS][C].
+// SHARE: whether there are several heads, which costs registers.
 // state0 [segments][B,H,P,N]: before every segment's first token, or none; state1: after the last token.
 // saved [B,H,chunks,P,N] in the activations' type: the states before every chunk, or none.
-template <class R, int NT>
+template <class R, int NT, bool SHARE>
 __device__ __forceinline__ void forward(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
                                         const typename R::elem* b, const typename R::elem* c, const float* d,
                                         const float* dt_bias, const float* state0, typename R::elem* y, float* state1,
@@ -144,6 +145,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
     constexpr int C = CHUNK<R>, LDN = 8 * NT + PAD, LDM = C + PAD, MT = C / 16;
     DYNAMIC_SHARED(memory);
     const int warp = warp_id(), warps = blockDim.x / WARP, ldx = 16 * warps + PAD;
+    if constexpr (!SHARE) heads = 1;
     E* sx = reinterpret_cast<E*>(memory);
     E* sb = sx + 2 * C * ldx;
     E* sc = sb + 2 * C * LDN;
@@ -153,9 +155,12 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
     const Rows at_rows = block_rows(H, P, heads);
     const int width = at_rows.width, rows = at_rows.rows, h = at_rows.h;
     const long long batch = at_rows.batch, bh = at_rows.bh;
+    const E* const own_m = sm + at_rows.own * C * LDM;
+    const float* const own_decays = decays + at_rows.own * 2 * KINDS * C;
+    float* const made_decays = decays + warp * 2 * KINDS * C;
     const int chunks = ceil_div(T, C), first = blockIdx.y * per_segment, last = min(chunks, first + per_segment);
     const int n_pad = ceil_div(N, 16) * 16;
-    const long long row_x = (long long)H * P, row_b = (long long)G * N, size = (long long)P * N;
+    const int row_x = H * P, row_b = G * N, size = P * N;
     const int group = h / (H / G);
     x += batch * T * row_x + (long long)at_rows.first * P + at_rows.at;
     y += batch * T * row_x + (long long)at_rows.first * P + at_rows.at;
@@ -170,12 +175,12 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
 
     const auto fetch_xb = [&](int chunk) {
         const int t0 = chunk * C, tokens = min(C, T - t0), at = (chunk - first) % 2;
-        fetch_tile(sx + at * C * ldx, ldx, x + t0 * row_x, row_x, tokens, width, C, 16 * warps);
-        fetch_tile(sb + at * C * LDN, LDN, b + t0 * row_b, row_b, tokens, N, C, 8 * NT);
+        fetch_tile(sx + at * C * ldx, ldx, x + (long long)t0 * row_x, row_x, tokens, width, C, 16 * warps);
+        fetch_tile(sb + at * C * LDN, LDN, b + (long long)t0 * row_b, row_b, tokens, N, C, 8 * NT);
     };
     const auto fetch_c = [&](int chunk) {
         const int t0 = chunk * C;
-        fetch_tile(sc, LDN, c + t0 * row_b, row_b, min(C, T - t0), N, C, 8 * NT);
+        fetch_tile(sc, LDN, c + (long long)t0 * row_b, row_b, min(C, T - t0), N, C, 8 * NT);
     };
 
     fetch_xb(first);
@@ -184,18 +189,18 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
     if (warp < heads) {
         float raw[C / WARP];
         read_steps<C>(raw, dt + (long long)first * C * H, T - first * C, H);
-        chunk_decays<C>(decays + warp * KINDS * C, raw, T - first * C, bias, rate);
+        chunk_decays<C>(made_decays, raw, T - first * C, bias, rate);
     }
     float s[NT][4];
     load_rows(s, state0 ? state0 + at_rows.segment * size + warp_at : nullptr, rows, N);
+    if (saved) saved += (bh * chunks + first) * size + warp_at;
     const bool pair = can_pair(y, row_x, width);
 
     for (int chunk = first; chunk < last; chunk++) {
         const int at = (chunk - first) % 2, t0 = chunk * C, tokens = min(C, T - t0);
         const E* tx = sx + at * C * ldx + 16 * warp;
         const E* tb = sb + at * C * LDN;
-        const float* block_w = decays + at * heads * KINDS * C;
-        const float* w = block_w + at_rows.own * KINDS * C;
+        const float* w = own_decays + at * KINDS * C;
         float raw[C / WARP];
         cp_async_wait<0>();
         __syncthreads();
@@ -204,7 +209,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
             cp_async_commit();
             if (warp < heads) read_steps<C>(raw, dt + (t0 + (long long)C) * H, T - t0 - C, H);
         }
-        if (saved) store_rows(s, saved + (bh * chunks + chunk) * size + warp_at, rows, N);
+        if (saved) store_rows(s, saved, rows, N), saved += size;
 
         // M, by blocks of 16 x 16 on and below the diagonal; C B^T is that of all heads.
         for (int unit = warp; unit < MT * (MT + 1) / 2; unit += warps) {
@@ -219,7 +224,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
                 mma<R>(acc[1], fa, fb[1]);
             }
             for (int k = 0; k < heads; k++) {
-                const float* const of = block_w + k * KINDS * C;
+                const float* const of = decays + (2 * k + at) * KINDS * C;
 #pragma unroll
                 for (int nt = 0; nt < 2; nt++)
 #pragma unroll
@@ -234,7 +239,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
             }
         }
         if (warp < heads && chunk + 1 < last)
-            chunk_decays<C>(decays + ((1 - at) * heads + warp) * KINDS * C, raw, T - t0 - C, bias, rate);
+            chunk_decays<C>(made_decays + (1 - at) * KINDS * C, raw, T - t0 - C, bias, rate);
 
         // What the state before the chunk adds to its outputs: C S0^T.
         float out[MT][2][4] = {};
@@ -271,7 +276,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
             load_b<R, AlongMN>(fb, tx + 16 * k * ldx, ldx);
 #pragma unroll
             for (int i = k; i < MT; i++) {
-                const FragA<R> fa = load_a<R, AlongK>(sm + (at_rows.own * C + 16 * i) * LDM + 16 * k, LDM);
+                const FragA<R> fa = load_a<R, AlongK>(own_m + 16 * i * LDM + 16 * k, LDM);
                 mma<R>(out[i][0], fa, fb[0]);
                 mma<R>(out[i][1], fa, fb[1]);
             }
@@ -286,7 +291,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
                     out[i][nt][2 * half] += skip * v.x;
                     out[i][nt][2 * half + 1] += skip * v.y;
                 }
-            store_block(y + (t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1],
+            store_block(y + (long long)(t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1],
                         pair);
         }
         update<R>(s, w[DECAY * C + C - 1], w + WEIGHT * C, tx, ldx, tb, LDN);
@@ -296,12 +301,12 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
 
 // Goes through the chunks with nothing but the state. Forward: u = x, v = b, weights exp(l_C - l) step. In reverse:
 // u = dy, v = c, weights exp(l).
-// Grid and block as ssd_forward. Shared memory: u [2][C][ldx], v [2][C][ldn], then f32 [2][heads][KINDS][C].
+// Grid and block as ssd_forward. Shared memory: u [2][C][ldx], v [2][C][ldn], then f32 [heads][2][KINDS][C].
 // start [segments][B,H,P,N]: the state before every segment (its gradient after it), or none.
 // states [B,H,chunks,P,N]: the state before every chunk (its gradient after it), or none.
 // end: with `log_decay` [segments][B,H], the segment's sum of rate step to base 2, [segments][B,H,P,N] after every
 // segment, without it [B,H,P,N] after the last segment.
-template <class R, int NT>
+template <class R, int NT, bool SHARE>
 __device__ __forceinline__ void states(const typename R::elem* u, const typename R::elem* v, const typename R::elem* dt,
                                        const float* a_log, const float* dt_bias, const float* start,
                                        typename R::elem* states, float* end, float* log_decay, int T, int H, int P,
@@ -310,6 +315,7 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
     constexpr int C = CHUNK<R>, LDN = 8 * NT + PAD;
     DYNAMIC_SHARED(memory);
     const int warp = warp_id(), warps = blockDim.x / WARP, ldx = 16 * warps + PAD;
+    if constexpr (!SHARE) heads = 1;
     E* su = reinterpret_cast<E*>(memory);
     E* sv = su + 2 * C * ldx;
     float* decays = reinterpret_cast<float*>(sv + 2 * C * LDN);
@@ -339,7 +345,7 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
         read_steps<C>(raw, dt + (long long)t0 * H, T - t0, H);
     };
     const auto make_decays = [&](int i, float (&raw)[C / WARP]) {
-        chunk_decays<C>(decays + (i % 2 * heads + warp) * KINDS * C, raw, T - chunk_of(i) * C, bias, rate);
+        chunk_decays<C>(decays + (2 * warp + i % 2) * KINDS * C, raw, T - chunk_of(i) * C, bias, rate);
     };
 
     fetch(0);
@@ -352,7 +358,7 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
     load_rows(s, start ? start + segment * size + warp_at : nullptr, rows, N);
     float total = 0.f;
     for (int i = 0; i < count; i++) {
-        const float* w = decays + (i % 2 * heads + at_rows.own) * KINDS * C;
+        const float* w = decays + (2 * at_rows.own + i % 2) * KINDS * C;
         float raw[C / WARP];
         cp_async_wait<0>();
         __syncthreads();
@@ -864,29 +870,37 @@ extern "C" __global__ void __launch_bounds__(256)
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
-#define KERNELS(N_MAX, BLOCKS, SUFFIX, R)                                                                               \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) ssd_forward_n##N_MAX##_##SUFFIX(                         \
-        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c, const float* d,   \
-        const float* dt_bias, const float* state0, R::elem* y, float* state1, R::elem* saved, int T, int H, int P,     \
-        int G, int N, int per_segment, int heads) {                                                                    \
-        forward<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, state0, y, state1, saved, T, H, P, G, N, per_segment,    \
-                              heads);                                                                                  \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) ssd_states_n##N_MAX##_##SUFFIX(                          \
-        const R::elem* u, const R::elem* v, const R::elem* dt, const float* a_log, const float* dt_bias,               \
-        const float* start, R::elem* all, float* end, float* log_decay, int T, int H, int P, int G, int N,             \
-        int per_segment, int reverse, int heads) {                                                                     \
-        states<R, N_MAX / 8>(u, v, dt, a_log, dt_bias, start, all, end, log_decay, T, H, P, G, N, per_segment,         \
-                             reverse, heads);                                                                          \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, GRAD_WARPS<R> > 8 ? 1 : BLOCKS)                   \
-        ssd_grads_n##N_MAX##_##SUFFIX(                                                                                 \
-        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c, const float* d,   \
-        const float* dt_bias, const R::elem* dy, const R::elem* all, const R::elem* d_all, R::elem* dx, R::elem* d_dt, \
-        R::elem* db, R::elem* dc, float* partial, float* params, int T, int H, int P, int G, int N) {                  \
-        grads<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, dy, all, d_all, dx, d_dt, db, dc, partial, params, T, H,   \
-                            P, G, N);                                                                                  \
+// The kernels that carry states; those of blocks that share heads are ssd_forward_heads and ssd_states_heads.
+#define CARRY(FORWARD, STATES, SHARE, N_MAX, BLOCKS, SUFFIX, R)                                                \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) FORWARD##_n##N_MAX##_##SUFFIX(                   \
+        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c,           \
+        const float* d, const float* dt_bias, const float* state0, R::elem* y, float* state1, R::elem* saved,  \
+        int T, int H, int P, int G, int N, int per_segment, int heads) {                                       \
+        forward<R, N_MAX / 8, SHARE>(x, dt, a_log, b, c, d, dt_bias, state0, y, state1, saved, T, H, P, G, N,  \
+                                     per_segment, heads);                                                      \
+    }                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) STATES##_n##N_MAX##_##SUFFIX(                    \
+        const R::elem* u, const R::elem* v, const R::elem* dt, const float* a_log, const float* dt_bias,       \
+        const float* start, R::elem* all, float* end, float* log_decay, int T, int H, int P, int G, int N,     \
+        int per_segment, int reverse, int heads) {                                                             \
+        states<R, N_MAX / 8, SHARE>(u, v, dt, a_log, dt_bias, start, all, end, log_decay, T, H, P, G, N,       \
+                                    per_segment, reverse, heads);                                              \
     }
+#define GRADS(N_MAX, BLOCKS, SUFFIX, R)                                                                        \
+    extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, GRAD_WARPS<R> > 8 ? 1 : BLOCKS)           \
+        ssd_grads_n##N_MAX##_##SUFFIX(                                                                         \
+            const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c,       \
+            const float* d, const float* dt_bias, const R::elem* dy, const R::elem* all, const R::elem* d_all, \
+            R::elem* dx, R::elem* d_dt, R::elem* db, R::elem* dc, float* partial, float* params, int T, int H, \
+            int P, int G, int N) {                                                                             \
+        grads<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, dy, all, d_all, dx, d_dt, db, dc, partial, params, \
+                            T, H, P, G, N);                                                                    \
+    }
+#define KERNELS(N_MAX, BLOCKS, SUFFIX, R)                                \
+    CARRY(ssd_forward, ssd_states, false, N_MAX, BLOCKS, SUFFIX, R)      \
+    GRADS(N_MAX, BLOCKS, SUFFIX, R)
+#define SHARED_HEADS(N_MAX, BLOCKS) \
+    CARRY(ssd_forward_heads, ssd_states_heads, true, N_MAX, BLOCKS, bf16, Bf16)
 #define ROUTE(SUFFIX, R)        \
     KERNELS(64, 2, SUFFIX, R)   \
     KERNELS(128, 2, SUFFIX, R)  \
@@ -894,6 +908,9 @@ extern "C" __global__ void __launch_bounds__(256)
 ROUTE(bf16, Bf16)
 ROUTE(tf32, Tf32)
 ROUTE(f32, F32)
+SHARED_HEADS(64, 2)
+SHARED_HEADS(128, 2)
+SHARED_HEADS(256, 1)
 
 #define SUM(SUFFIX, E)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                          \

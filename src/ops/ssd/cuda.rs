@@ -44,7 +44,8 @@ impl Plan {
         let processors = gpu.multiprocessors();
         // As many as have room in a block, divide a group and leave the GPU full.
         let share = |&heads: &usize| {
-            dims.dim.is_multiple_of(16)
+            route == "bf16"
+                && dims.dim.is_multiple_of(16)
                 && heads * dims.dim <= STATE_ROWS
                 && (dims.heads / dims.groups).is_multiple_of(heads)
                 && dims.batch * dims.heads / heads >= 3 * processors / 2
@@ -84,6 +85,11 @@ impl Plan {
         Launch::grid(blocks, self.segments, 1, 32 * warps as u32).shared(shared)
     }
 
+    /// The name of a kernel that carries states.
+    fn carrier(&self, kernel: &str) -> String {
+        format!("{kernel}{}", if self.heads > 1 { "_heads" } else { "" })
+    }
+
     /// The sizes that every kernel ends its arguments with.
     fn sizes(&self) -> [KernelArg; 5] {
         let Dims { steps, heads, dim, groups, states, .. } = self.dims;
@@ -97,7 +103,7 @@ impl Plan {
         let States { u, v, dt, a_log, dt_bias, reverse } = *args;
         let sizes = [t, h, p, g, n, self.per_segment.into(), i32::from(reverse).into(), self.heads.into()];
         let args = [&[u, v, dt, a_log, dt_bias, start, all], &end[..], &sizes].concat();
-        self.launch("states", self.carrying(2, 0), &args)
+        self.launch(&self.carrier("states"), self.carrying(2, 0), &args)
     }
 
     /// The state before every segment (in reverse: after it), given the one that the sequence begins with.
@@ -147,7 +153,11 @@ pub fn forward(dims: Dims, args: &[Tensor], save: bool) -> Result<Forward> {
     let outputs = [start, gpu.of_value(&y)?, gpu.of_value(&state)?, saved_at];
     let sizes = [&plan.sizes()[..], &[plan.per_segment.into(), plan.heads.into()]].concat();
     let launch = plan.carrying(3, plan.tile(plan.chunk, plan.chunk));
-    plan.launch("forward", launch, &[&[x, dt, a_log, b, c, d, dt_bias], &outputs[..], &sizes].concat())?;
+    plan.launch(
+        &plan.carrier("forward"),
+        launch,
+        &[&[x, dt, a_log, b, c, d, dt_bias], &outputs[..], &sizes].concat(),
+    )?;
     Ok(Forward { outputs: vec![y, state], saved: saved.into_iter().map(Value::into_tensor).collect() })
 }
 
