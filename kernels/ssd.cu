@@ -21,7 +21,8 @@
 //   dstep_t = sum_i Q_it + r_t + rate dlog_t
 //
 // Kernels:
-//   ssd_forward   a block goes through the chunks of one (batch, head, 128 rows of P), the state in registers
+//   ssd_forward   a block goes through the chunks of one (batch, head, 128 rows of P), or of several heads with few
+//                 rows, the state in registers
 //   ssd_states    the state alone: in reverse the gradient of the state at every chunk's end, forward the parts of a
 //                 sequence that is cut into segments; ssd_scan joins the segments
 //   ssd_grads     all other gradients: a block has one chunk and several heads, so that those of B and C are summed
@@ -103,8 +104,9 @@ __device__ __forceinline__ void update(float (&s)[NT][4], float decay, const flo
     }
 }
 
-// Which rows of the states a block and its warps carry: all of P of `heads` neighbouring heads of a group (P a multiple of
-// 16), or up to 128 rows of one head. Heads lie side by side in x, so the block's tokens are one tile either way.
+// Which rows of the states a block and its warps carry: all of P of `heads` neighbouring heads of a group (P a
+// multiple of 16), or up to 128 rows of one head. Heads lie side by side in x, so the block's tokens are one
+// tile either way.
 struct Rows {
     int first, h, p0;   // the block's first head; the warp's head and its first row of P
     int own;            // the warp's head, from the block's first
@@ -291,8 +293,8 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
                     out[i][nt][2 * half] += skip * v.x;
                     out[i][nt][2 * half + 1] += skip * v.y;
                 }
-            store_block(y + (long long)(t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1],
-                        pair);
+            store_block(y + (long long)(t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0],
+                        out[i][1], pair);
         }
         update<R>(s, w[DECAY * C + C - 1], w + WEIGHT * C, tx, ldx, tb, LDN);
     }
@@ -395,8 +397,9 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Parts of the columns of whatever ssd_grads computes; its warps, each with 16 tokens of a chunk and such a part; rows of
-// P that it takes at a time; and how many such slices of its operands are in shared memory, one of them on its way.
+// Parts of the columns of whatever ssd_grads computes; its warps, each with 16 tokens of a chunk and such a
+// part; rows of P that it takes at a time; and how many such slices of its operands are in shared memory, one
+// of them on its way.
 template <class R> constexpr int SIDES = 2;
 template <> constexpr int SIDES<Bf16> = 4;
 template <class R> constexpr int GRAD_WARPS = CHUNK<R> / 16 * SIDES<R>;
@@ -405,8 +408,8 @@ template <class R, int NT> constexpr int SLICES = __is_same(R, Bf16) && NT <= 16
 
 // Gradients of all but the states. Grid: (chunks, G blocks_per_group, B). Block: GRAD_WARPS warps.
 // Shared memory, ldn = 8 NT + PAD, PS = GRAD_SLICE:
-//   b, c [C][ldn], S0, E [SLICES][PS][ldn], x, dy [SLICES][C][PS + PAD], M, C B^T [C][C + PAD], then f32 2 KINDS [C] and
-//   24 [C].
+//   b, c [C][ldn], S0, E [SLICES][PS][ldn], x, dy [SLICES][C][PS + PAD], M, C B^T [C][C + PAD], then f32
+//   2 KINDS [C] and 24 [C].
 // states, d_states [B,H,chunks,P,N]: S0 and E.
 // With one block per group db and dc [B,T,G,N] are written, else partial sums [2][blocks_per_group][B,T,G,N] f32.
 // params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
