@@ -397,23 +397,22 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Parts of the columns of whatever ssd_grads computes; its warps, each with 16 tokens of a chunk and such a
-// part; rows of P that it takes at a time; and how many such slices of its operands are in shared memory, one
-// of them on its way.
+// Parts of the columns of whatever ssd_grads computes; its warps, each with 16 tokens of a chunk and such a part;
+// rows of P that it takes at a time.
 template <class R> constexpr int SIDES = 2;
 template <> constexpr int SIDES<Bf16> = 4;
 template <class R> constexpr int GRAD_WARPS = CHUNK<R> / 16 * SIDES<R>;
 template <class R> constexpr int GRAD_SLICE = CHUNK<R>;
-template <class R, int NT> constexpr int SLICES = __is_same(R, Bf16) && NT <= 16 ? 2 : 1;
 
 // Gradients of all but the states. Grid: (chunks, G blocks_per_group, B). Block: GRAD_WARPS warps.
 // Shared memory, ldn = 8 NT + PAD, PS = GRAD_SLICE:
-//   b, c [C][ldn], S0, E [SLICES][PS][ldn], x, dy [SLICES][C][PS + PAD], M, C B^T [C][C + PAD], then f32
+//   b, c [C][ldn], S0, E [STAGES][PS][ldn], x, dy [STAGES][C][PS + PAD], M, C B^T [C][C + PAD], then f32
 //   2 KINDS [C] and 24 [C].
+// With two STAGES the next slice of the operands is on its way while one is computed with.
 // states, d_states [B,H,chunks,P,N]: S0 and E.
 // With one block per group db and dc [B,T,G,N] are written, else partial sums [2][blocks_per_group][B,T,G,N] f32.
 // params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
-template <class R, int NT>
+template <class R, int NT, int STAGES>
 __device__ __forceinline__ void grads(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
                                       const typename R::elem* b, const typename R::elem* c, const float* d,
                                       const float* dt_bias, const typename R::elem* dy, const typename R::elem* states,
@@ -423,7 +422,6 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     using E = typename R::elem;
     constexpr int C = CHUNK<R>, PS = GRAD_SLICE<R>, LDN = 8 * NT + PAD, LDP = PS + PAD, LDM = C + PAD, MT = C / 16;
     constexpr int PARTS = SIDES<R>, LAST = GRAD_WARPS<R> - 1, MAKER = LAST - PARTS;
-    constexpr int STAGES = SLICES<R, NT>;
     constexpr bool AHEAD = STAGES == 2;
     // Tiles of 8 columns of a warp: of M, of dx, of dB and dC.
     constexpr int UT = C / 8 / PARTS, XT = PS / 8 / PARTS, WT = NT / PARTS;
@@ -889,19 +887,19 @@ extern "C" __global__ void __launch_bounds__(256)
         states<R, N_MAX / 8, SHARE>(u, v, dt, a_log, dt_bias, start, all, end, log_decay, T, H, P, G, N,       \
                                     per_segment, reverse, heads);                                              \
     }
-#define GRADS(N_MAX, BLOCKS, SUFFIX, R)                                                                        \
+#define GRADS(NAME, STAGES, N_MAX, BLOCKS, SUFFIX, R)                                                          \
     extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, GRAD_WARPS<R> > 8 ? 1 : BLOCKS)           \
-        ssd_grads_n##N_MAX##_##SUFFIX(                                                                         \
+        NAME##_n##N_MAX##_##SUFFIX(                                                                            \
             const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c,       \
             const float* d, const float* dt_bias, const R::elem* dy, const R::elem* all, const R::elem* d_all, \
             R::elem* dx, R::elem* d_dt, R::elem* db, R::elem* dc, float* partial, float* params, int T, int H, \
             int P, int G, int N) {                                                                             \
-        grads<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, dy, all, d_all, dx, d_dt, db, dc, partial, params, \
-                            T, H, P, G, N);                                                                    \
+        grads<R, N_MAX / 8, STAGES>(x, dt, a_log, b, c, d, dt_bias, dy, all, d_all, dx, d_dt, db, dc, partial, \
+                                    params, T, H, P, G, N);                                                    \
     }
 #define KERNELS(N_MAX, BLOCKS, SUFFIX, R)                                \
     CARRY(ssd_forward, ssd_states, false, N_MAX, BLOCKS, SUFFIX, R)      \
-    GRADS(N_MAX, BLOCKS, SUFFIX, R)
+    GRADS(ssd_grads, 1, N_MAX, BLOCKS, SUFFIX, R)
 #define SHARED_HEADS(N_MAX, BLOCKS) \
     CARRY(ssd_forward_heads, ssd_states_heads, true, N_MAX, BLOCKS, bf16, Bf16)
 #define ROUTE(SUFFIX, R)        \
@@ -914,6 +912,8 @@ ROUTE(f32, F32)
 SHARED_HEADS(64, 2)
 SHARED_HEADS(128, 2)
 SHARED_HEADS(256, 1)
+GRADS(ssd_grads_ahead, 2, 64, 1, bf16, Bf16)
+GRADS(ssd_grads_ahead, 2, 128, 1, bf16, Bf16)
 
 #define SUM(SUFFIX, E)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                          \
