@@ -11,11 +11,11 @@
 //   dx_s = sum_j w_j da_{s+W-1-j} (+ dfinal),  the same for the steps of the state,
 //   dw_j = sum_{b,t} da_t x_{t-W+1+j},  dbias = sum_{b,t} da_t
 //
-// Bound by memory: a warp owns 32 V neighbouring channels and `run` steps of one batch entry, a lane V of the channels
-// (V: 4, or 1 where D or an address does not allow that). It keeps the last inputs in registers, has the next steps on
-// their way while it computes, and reads each x once, but for the W-1 steps that runs share. The backward pass computes a
-// again. Sums for the weights: in registers over a run, in the block over its warps, in `partial` [slabs, W+1, D] over the
-// blocks, then in order by causal_conv1d_sums.
+// Bound by memory: a warp owns 32 V neighbouring channels and `run` steps of one batch entry, a lane V of the
+// channels (V: 4, or 1 where D or an address does not allow that). It keeps the last inputs in registers, has
+// the next steps on their way while it computes, and reads each x once, but for the W-1 steps that runs share.
+// The backward pass computes a again. Sums for the weights: in registers over a run, in the block over its
+// warps, in `partial` [slabs, W+1, D] over the blocks, then in order by causal_conv1d_sums.
 #include "common.cuh"
 
 namespace {
@@ -98,7 +98,8 @@ __device__ __forceinline__ Packed<T, V> fetch(const T* p) {
     return *reinterpret_cast<const Packed<T, V>*>(p);
 }
 
-// Row `t` of the inputs of a batch entry, channels c..c+V; t from -(W-1) on, t < 0 from the state. Zeros before that.
+// Row `t` of the inputs of a batch entry, channels c..c+V; t from -(W-1) on, t < 0 from the state. Zeros before
+// that.
 template <int V, class T>
 __device__ __forceinline__ Packed<T, V> input(const T* x, const T* state, const Part& part, int t, int steps,
                                               int columns, int width, int taps) {
@@ -108,7 +109,8 @@ __device__ __forceinline__ Packed<T, V> input(const T* x, const T* state, const 
     return {};
 }
 
-// The taps of the block's channels, the current step's in the last place, zeros in front of fewer than TAPS; and the bias.
+// The taps of the block's channels, the current step's in the last place, zeros in front of fewer than TAPS;
+// and the bias.
 template <int V, int TAPS>
 struct Weights {
     alignas(16) float x[TAPS + 1][WARP * V];
@@ -309,7 +311,8 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
                 // Step s is one of the last W-1 inputs: it went to the final state too.
                 if (tail.value && dfinal != nullptr && s >= steps - taps + 1) {
                     float last[V];
-                    load_vec<V>(dfinal + ((long long)part.b * (taps - 1) + s - steps + taps - 1) * width + part.c, last);
+                    load_vec<V>(dfinal + ((long long)part.b * (taps - 1) + s - steps + taps - 1) * width + part.c,
+                                last);
 #pragma unroll
                     for (int v = 0; v < V; v++) out[v] += last[v];
                 }

@@ -231,19 +231,36 @@ __device__ __forceinline__ void fetch_tile(E* s, int lds, const E* g, long long 
                                            int cols_pad) {
     constexpr int V = 16 / sizeof(E);
     const bool vector = cols % V == 0 && ldg % V == 0 && reinterpret_cast<size_t>(g) % 16 == 0;
-    const int per_row = vector ? cols_pad / V : cols_pad, down = blockDim.x / per_row, right = blockDim.x % per_row;
-    int r = threadIdx.x / per_row, c = threadIdx.x % per_row;
+    unsigned thread = threadIdx.x;
+#ifndef SB_EMULATE
+    // Places are worked out anew at each call: kept from one tile to the next they would cost registers.
+    asm volatile("" : "+r"(thread));
+#endif
     // Row and column go on without divisions.
-    const auto next = [&] {
-        r += down, c += right;
-        if (c >= per_row) c -= per_row, r++;
+    const auto go = [&](int per_row, auto copy) {
+        const int down = blockDim.x / per_row, right = blockDim.x % per_row;
+        int r = thread / (unsigned)per_row, c = thread % (unsigned)per_row;
+        while (r < rows_pad) {
+            copy(r, c);
+            c += right, r += down;
+            if (c >= per_row) c -= per_row, r++;
+        }
     };
-    if (vector) {
-        for (; r < rows_pad; next()) {
+    if (vector && blockDim.x % (unsigned)(cols_pad / V) == 0) {
+        const unsigned per_row = cols_pad / V;
+        const int down = blockDim.x / per_row, c = thread % per_row * V, here = c < cols ? rows : 0;
+        int r = thread / per_row;
+        const E* from = g + r * ldg + c;
+        E* to = s + r * lds + c;
+#pragma unroll 1
+        for (; r < rows_pad; r += down, from += down * ldg, to += down * lds)
+            cp_async16(to, r < here ? from : g, r < here ? 16 : 0);
+    } else if (vector) {
+        go(cols_pad / V, [&](int r, int c) {
             const bool inside = r < rows && c * V < cols;
             cp_async16(s + r * lds + c * V, inside ? g + r * ldg + c * V : g, inside ? 16 : 0);
-        }
+        });
     } else {
-        for (; r < rows_pad; next()) s[r * lds + c] = r < rows && c < cols ? g[r * ldg + c] : from_f<E>(0.f);
+        go(cols_pad, [&](int r, int c) { s[r * lds + c] = r < rows && c < cols ? g[r * ldg + c] : from_f<E>(0.f); });
     }
 }

@@ -1,19 +1,21 @@
-// Cross-entropy of given logits, its gradient, and the vote of every window; the matrix products around it are cuBLAS's.
+// Cross-entropy of given logits, its gradient, and the vote of every window; the matrix products around it are
+// cuBLAS's.
 //
 //   logits [rows, C], row stride ld: those of the sequences b0 .. b0 + rows/T of a batch [B, T], all T steps of each
 //   labels, element [B, T] u32: element is ascending along time, PAD on padding (no loss, no vote)
-//   loss = log Σ e^(logit + bias) − (logit + bias)[label];  dlogits = (softmax − onehot) · scale, in place of the logits
+//   z = logits + bias;  loss = log Σ e^z − z[label];  dlogits = (softmax(z) − onehot) · scale, in place of the logits
 //   vote of (b, e): the class with the largest sum of probabilities over the rows of element e, the first on ties
 //
-// A window, the consecutive rows of one element, is one block's: the sums of its probabilities stay in registers. A block
-// takes the windows that begin in its slab of rows, one after the other, with the next rows on their way to shared memory,
-// and adds up the columns of dlogits meanwhile. Long sequences come in pieces of T steps: a window that is still open at
-// the end of a piece goes on in the next one by way of `carry`: sums [B, C], and [2, B] its element (PAD: none) and label.
-// A piece reads one carry and writes another.
+// A window, the consecutive rows of one element, is one block's: the sums of its probabilities stay in
+// registers. A block takes the windows that begin in its slab of rows, one after the other, with the next rows
+// on their way to shared memory, and adds up the columns of dlogits meanwhile. Long sequences come in pieces of
+// T steps: a window that is still open at the end of a piece goes on in the next one by way of `carry`: sums
+// [B, C], and [2, B] its element (PAD: none) and label. A piece reads one carry and writes another.
 //
-//   head_rows_<threads>_<f32|bf16>  losses, votes, gradient: grid ceil(rows/slab), block 32, 64, 128 or 256 threads with 16
-//                          columns each; shared: `Ballot::rows` in src/ops/head/cuda.rs. Rows begin at 16 bytes, ld is a
-//                          multiple of 8, and logits beyond the classes are finite; their gradient is 0
+//   head_rows_<threads>_<f32|bf16>  losses, votes, gradient: grid ceil(rows/slab), block 32, 64, 128 or 256
+//                          threads with 16 columns each; shared: `Ballot::rows` in src/ops/head/cuda.rs. Rows begin
+//                          at 16 bytes, ld is a multiple of 8, and logits beyond the classes are finite; their
+//                          gradient is 0
 //   head_bias              the gradient of the bias from the sums of the slabs: grid ceil(C/32), block 1024
 //   head_flush             votes of the windows in a carry: grid B, block 256
 //   head_fill              fills with PAD: any grid
@@ -211,9 +213,9 @@ __device__ __forceinline__ void slab_of_rows(T* logits, int ld, const float* bia
             }
             // The label's column is item `mine` of one thread; a label that is no class makes the loss NaN.
             const bool known = now_label < (uint32_t)classes;
-            const int vector = known ? (int)now_label / V : 0, far = vector >= THREADS;
-            const bool owner = (int)threadIdx.x == vector - far * THREADS;
-            const int mine = known ? far * V + (int)now_label % V : ITEMS;
+            const uint32_t vector = known ? now_label / V : 0;
+            const bool owner = threadIdx.x == vector % THREADS;
+            const int mine = known ? (int)(vector / THREADS * V + now_label % V) : ITEMS;
             float own = NAN;
             if (owner) {
 #pragma unroll
@@ -323,7 +325,8 @@ extern "C" __global__ void head_flush(const float* sums, const uint32_t* state, 
 }
 
 // A lane has a column, a warp every 32nd slab.
-extern "C" __global__ void __launch_bounds__(1024) head_bias(const float* partial, float* dbias, int slabs, int classes) {
+extern "C" __global__ void __launch_bounds__(1024) head_bias(const float* partial, float* dbias, int slabs,
+                                                             int classes) {
     __shared__ float sums[WARP][WARP + 1];
     const int c = blockIdx.x * WARP + lane_id();
     float sum = 0.f;

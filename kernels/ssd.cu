@@ -21,7 +21,8 @@
 //   dstep_t = sum_i Q_it + r_t + rate dlog_t
 //
 // Kernels:
-//   ssd_forward   a block goes through the chunks of one (batch, head, 128 rows of P), the state in registers
+//   ssd_forward   a block goes through the chunks of one (batch, head, 128 rows of P), or of several heads with few
+//                 rows, the state in registers
 //   ssd_states    the state alone: in reverse the gradient of the state at every chunk's end, forward the parts of a
 //                 sequence that is cut into segments; ssd_scan joins the segments
 //   ssd_grads     all other gradients: a block has one chunk and several heads, so that those of B and C are summed
@@ -103,80 +104,116 @@ __device__ __forceinline__ void update(float (&s)[NT][4], float decay, const flo
     }
 }
 
-// Grid: (B H slices of 128 rows of P, segments). Block: a warp for 16 rows of P, at most 8.
-// Shared memory: see `forward_shared` in src/ops/ssd/cuda.rs; ldx = 16 warps + PAD, ldn = 8 NT + PAD:
-//   x [2][C][ldx], b [2][C][ldn], c [C][ldn], M [C][C + PAD], then f32 [2][KINDS][C].
+// Which rows of the states a block and its warps carry: all of P of `heads` neighbouring heads of a group (P a
+// multiple of 16), or up to 128 rows of one head. Heads lie side by side in x, so the block's tokens are one
+// tile either way.
+struct Rows {
+    int first, h, p0;   // the block's first head; the warp's head and its first row of P
+    int own;            // the warp's head, from the block's first
+    int at, width;      // columns of x from the block's first head on, and how many
+    int rows;           // the warp's rows from p0 on; may be negative
+    long long batch, bh, segment;
+};
+__device__ __forceinline__ Rows block_rows(int H, int P, int heads) {
+    const int warp = warp_id(), warps = blockDim.x / WARP, per_head = warps / heads, slices = ceil_div(P, 128);
+    const int block = blockIdx.x / slices;
+    Rows r;
+    r.at = 128 * (blockIdx.x % slices);
+    r.first = block % (H / heads) * heads;
+    r.own = heads > 1 ? warp / per_head : 0;
+    r.h = r.first + r.own;
+    r.batch = block / (H / heads);
+    r.bh = r.batch * H + r.h;
+    r.segment = (long long)blockIdx.y * (gridDim.x / slices) * heads + r.bh;
+    r.p0 = r.at + 16 * (warp - r.own * per_head);
+    r.width = heads > 1 ? heads * P : min(P - r.at, 16 * warps);
+    r.rows = P - r.p0;
+    return r;
+}
+
+// Grid: (B H / heads slices of 128 rows of P, segments). Block: a warp for 16 rows of P, at most 8.
+// Shared memory: see `carrying` in src/ops/ssd/cuda.rs; ldx = 16 warps + PAD, ldn = 8 NT + PAD:
+//   x [2][C][ldx], b [2][C][ldn], c [C][ldn], M [heads][C][C + PAD], then f32 [heads][2][KINDS][C].
+// SHARE: whether there are several heads, which costs registers.
 // state0 [segments][B,H,P,N]: before every segment's first token, or none; state1: after the last token.
 // saved [B,H,chunks,P,N] in the activations' type: the states before every chunk, or none.
-template <class R, int NT>
+template <class R, int NT, bool SHARE>
 __device__ __forceinline__ void forward(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
                                         const typename R::elem* b, const typename R::elem* c, const float* d,
                                         const float* dt_bias, const float* state0, typename R::elem* y, float* state1,
-                                        typename R::elem* saved, int T, int H, int P, int G, int N, int per_segment) {
+                                        typename R::elem* saved, int T, int H, int P, int G, int N, int per_segment,
+                                        int heads) {
     using E = typename R::elem;
     constexpr int C = CHUNK<R>, LDN = 8 * NT + PAD, LDM = C + PAD, MT = C / 16;
     DYNAMIC_SHARED(memory);
     const int warp = warp_id(), warps = blockDim.x / WARP, ldx = 16 * warps + PAD;
+    if constexpr (!SHARE) heads = 1;
     E* sx = reinterpret_cast<E*>(memory);
     E* sb = sx + 2 * C * ldx;
     E* sc = sb + 2 * C * LDN;
     E* sm = sc + C * LDN;
-    float* decays = reinterpret_cast<float*>(sm + C * LDM);
+    float* decays = reinterpret_cast<float*>(sm + heads * C * LDM);
 
-    const int slices = ceil_div(P, 128), slice = blockIdx.x % slices, h = blockIdx.x / slices % H;
-    const long long batch = blockIdx.x / slices / H, bh = batch * H + h;
-    const int p0 = 128 * slice, width = min(P - p0, 16 * warps), rows = width - 16 * warp;
+    const Rows at_rows = block_rows(H, P, heads);
+    const int width = at_rows.width, rows = at_rows.rows, h = at_rows.h;
+    const long long batch = at_rows.batch, bh = at_rows.bh;
+    const E* const own_m = sm + at_rows.own * C * LDM;
+    const float* const own_decays = decays + at_rows.own * 2 * KINDS * C;
+    float* const made_decays = decays + warp * 2 * KINDS * C;
     const int chunks = ceil_div(T, C), first = blockIdx.y * per_segment, last = min(chunks, first + per_segment);
     const int n_pad = ceil_div(N, 16) * 16;
-    const long long row_x = (long long)H * P, row_b = (long long)G * N, size = (long long)P * N;
+    const int row_x = H * P, row_b = G * N, size = P * N;
     const int group = h / (H / G);
-    x += batch * T * row_x + (long long)h * P + p0;
-    y += batch * T * row_x + (long long)h * P + p0;
+    x += batch * T * row_x + (long long)at_rows.first * P + at_rows.at;
+    y += batch * T * row_x + (long long)at_rows.first * P + at_rows.at;
     b += (batch * T * G + group) * N;
     c += (batch * T * G + group) * N;
-    dt += batch * T * H + h;
-    const float rate = -__expf(a_log[h]), bias = dt_bias[h], skip = d[h];
-    const int warp_at = (p0 + 16 * warp) * N;
+    const float skip = d[h];
+    const int warp_at = at_rows.p0 * N;
+    // The first warps make the decays, of a head each.
+    const int made = at_rows.first + min(warp, heads - 1);
+    const float rate = -__expf(a_log[made]), bias = dt_bias[made];
+    dt += batch * T * H + made;
 
     const auto fetch_xb = [&](int chunk) {
         const int t0 = chunk * C, tokens = min(C, T - t0), at = (chunk - first) % 2;
-        fetch_tile(sx + at * C * ldx, ldx, x + t0 * row_x, row_x, tokens, width, C, 16 * warps);
-        fetch_tile(sb + at * C * LDN, LDN, b + t0 * row_b, row_b, tokens, N, C, 8 * NT);
+        fetch_tile(sx + at * C * ldx, ldx, x + (long long)t0 * row_x, row_x, tokens, width, C, 16 * warps);
+        fetch_tile(sb + at * C * LDN, LDN, b + (long long)t0 * row_b, row_b, tokens, N, C, 8 * NT);
     };
     const auto fetch_c = [&](int chunk) {
         const int t0 = chunk * C;
-        fetch_tile(sc, LDN, c + t0 * row_b, row_b, min(C, T - t0), N, C, 8 * NT);
+        fetch_tile(sc, LDN, c + (long long)t0 * row_b, row_b, min(C, T - t0), N, C, 8 * NT);
     };
 
     fetch_xb(first);
     fetch_c(first);
     cp_async_commit();
-    if (warp == 0) {
+    if (warp < heads) {
         float raw[C / WARP];
         read_steps<C>(raw, dt + (long long)first * C * H, T - first * C, H);
-        chunk_decays<C>(decays, raw, T - first * C, bias, rate);
+        chunk_decays<C>(made_decays, raw, T - first * C, bias, rate);
     }
     float s[NT][4];
-    const long long segment = (long long)blockIdx.y * (gridDim.x / slices) + bh;
-    load_rows(s, state0 ? state0 + segment * size + warp_at : nullptr, rows, N);
+    load_rows(s, state0 ? state0 + at_rows.segment * size + warp_at : nullptr, rows, N);
+    if (saved) saved += (bh * chunks + first) * size + warp_at;
     const bool pair = can_pair(y, row_x, width);
 
     for (int chunk = first; chunk < last; chunk++) {
         const int at = (chunk - first) % 2, t0 = chunk * C, tokens = min(C, T - t0);
         const E* tx = sx + at * C * ldx + 16 * warp;
         const E* tb = sb + at * C * LDN;
-        const float* w = decays + at * KINDS * C;
+        const float* w = own_decays + at * KINDS * C;
         float raw[C / WARP];
         cp_async_wait<0>();
         __syncthreads();
         if (chunk + 1 < last) {
             fetch_xb(chunk + 1);
             cp_async_commit();
-            if (warp == 0) read_steps<C>(raw, dt + (t0 + (long long)C) * H, T - t0 - C, H);
+            if (warp < heads) read_steps<C>(raw, dt + (t0 + (long long)C) * H, T - t0 - C, H);
         }
-        if (saved) store_rows(s, saved + (bh * chunks + chunk) * size + warp_at, rows, N);
+        if (saved) store_rows(s, saved, rows, N), saved += size;
 
-        // M, by blocks of 16 x 16 on and below the diagonal.
+        // M, by blocks of 16 x 16 on and below the diagonal; C B^T is that of all heads.
         for (int unit = warp; unit < MT * (MT + 1) / 2; unit += warps) {
             int i = 0, j = unit;
             while (j > i) j -= ++i;
@@ -188,22 +225,23 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
                 mma<R>(acc[0], fa, fb[0]);
                 mma<R>(acc[1], fa, fb[1]);
             }
+            for (int k = 0; k < heads; k++) {
+                const float* const of = decays + (2 * k + at) * KINDS * C;
 #pragma unroll
-            for (int nt = 0; nt < 2; nt++)
+                for (int nt = 0; nt < 2; nt++)
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int r = 16 * i + acc_row(0, 2 * half), col = 16 * j + acc_col(nt, 0);
-                    float m[2];
-#pragma unroll
-                    for (int e = 0; e < 2; e++)
-                        m[e] = col + e > r ? 0.f
-                                           : acc[nt][2 * half + e] * exp2_neg(w[L * C + r] - w[L * C + col + e]) *
-                                                 w[STEP * C + col + e];
-                    store2(sm + r * LDM + col, m[0], m[1]);
-                }
+                    for (int half = 0; half < 2; half++) {
+                        const int r = 16 * i + acc_row(0, 2 * half), col = 16 * j + acc_col(nt, 0);
+                        const float2 l = load2(of + L * C + col), step = load2(of + STEP * C + col);
+                        const float l_r = of[L * C + r];
+                        const float m0 = acc[nt][2 * half] * exp2_neg(l_r - l.x) * step.x;
+                        const float m1 = acc[nt][2 * half + 1] * exp2_neg(l_r - l.y) * step.y;
+                        store2(sm + (k * C + r) * LDM + col, col > r ? 0.f : m0, col + 1 > r ? 0.f : m1);
+                    }
+            }
         }
-        if (warp == 0 && chunk + 1 < last)
-            chunk_decays<C>(decays + (1 - at) * KINDS * C, raw, T - t0 - C, bias, rate);
+        if (warp < heads && chunk + 1 < last)
+            chunk_decays<C>(made_decays + (1 - at) * KINDS * C, raw, T - t0 - C, bias, rate);
 
         // What the state before the chunk adds to its outputs: C S0^T.
         float out[MT][2][4] = {};
@@ -240,7 +278,7 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
             load_b<R, AlongMN>(fb, tx + 16 * k * ldx, ldx);
 #pragma unroll
             for (int i = k; i < MT; i++) {
-                const FragA<R> fa = load_a<R, AlongK>(sm + 16 * i * LDM + 16 * k, LDM);
+                const FragA<R> fa = load_a<R, AlongK>(own_m + 16 * i * LDM + 16 * k, LDM);
                 mma<R>(out[i][0], fa, fb[0]);
                 mma<R>(out[i][1], fa, fb[1]);
             }
@@ -255,8 +293,8 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
                     out[i][nt][2 * half] += skip * v.x;
                     out[i][nt][2 * half + 1] += skip * v.y;
                 }
-            store_block(y + (t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0], out[i][1],
-                        pair);
+            store_block(y + (long long)(t0 + 16 * i) * row_x + 16 * warp, row_x, tokens - 16 * i, rows, out[i][0],
+                        out[i][1], pair);
         }
         update<R>(s, w[DECAY * C + C - 1], w + WEIGHT * C, tx, ldx, tb, LDN);
     }
@@ -265,35 +303,37 @@ __device__ __forceinline__ void forward(const typename R::elem* x, const typenam
 
 // Goes through the chunks with nothing but the state. Forward: u = x, v = b, weights exp(l_C - l) step. In reverse:
 // u = dy, v = c, weights exp(l).
-// Grid and block as ssd_forward. Shared memory: u [2][C][ldx], v [2][C][ldn], then f32 [2][KINDS][C].
+// Grid and block as ssd_forward. Shared memory: u [2][C][ldx], v [2][C][ldn], then f32 [heads][2][KINDS][C].
 // start [segments][B,H,P,N]: the state before every segment (its gradient after it), or none.
 // states [B,H,chunks,P,N]: the state before every chunk (its gradient after it), or none.
 // end: with `log_decay` [segments][B,H], the segment's sum of rate step to base 2, [segments][B,H,P,N] after every
 // segment, without it [B,H,P,N] after the last segment.
-template <class R, int NT>
+template <class R, int NT, bool SHARE>
 __device__ __forceinline__ void states(const typename R::elem* u, const typename R::elem* v, const typename R::elem* dt,
                                        const float* a_log, const float* dt_bias, const float* start,
                                        typename R::elem* states, float* end, float* log_decay, int T, int H, int P,
-                                       int G, int N, int per_segment, int reverse) {
+                                       int G, int N, int per_segment, int reverse, int heads) {
     using E = typename R::elem;
     constexpr int C = CHUNK<R>, LDN = 8 * NT + PAD;
     DYNAMIC_SHARED(memory);
     const int warp = warp_id(), warps = blockDim.x / WARP, ldx = 16 * warps + PAD;
+    if constexpr (!SHARE) heads = 1;
     E* su = reinterpret_cast<E*>(memory);
     E* sv = su + 2 * C * ldx;
     float* decays = reinterpret_cast<float*>(sv + 2 * C * LDN);
 
-    const int slices = ceil_div(P, 128), slice = blockIdx.x % slices, h = blockIdx.x / slices % H;
-    const long long batch = blockIdx.x / slices / H, bh = batch * H + h;
-    const int p0 = 128 * slice, width = min(P - p0, 16 * warps), rows = width - 16 * warp;
+    const Rows at_rows = block_rows(H, P, heads);
+    const int width = at_rows.width, rows = at_rows.rows;
+    const long long batch = at_rows.batch, bh = at_rows.bh, segment = at_rows.segment;
     const int chunks = ceil_div(T, C), first = blockIdx.y * per_segment, count = min(chunks - first, per_segment);
     const long long row_u = (long long)H * P, row_v = (long long)G * N, size = (long long)P * N;
-    const long long segment = (long long)blockIdx.y * (gridDim.x / slices) + bh;
-    u += batch * T * row_u + (long long)h * P + p0;
-    v += (batch * T * G + h / (H / G)) * N;
-    dt += batch * T * H + h;
-    const float rate = -__expf(a_log[h]), bias = dt_bias[h];
-    const int warp_at = (p0 + 16 * warp) * N;
+    u += batch * T * row_u + (long long)at_rows.first * P + at_rows.at;
+    v += (batch * T * G + at_rows.h / (H / G)) * N;
+    const int warp_at = at_rows.p0 * N;
+    // The first warps make the decays, of a head each.
+    const int made = at_rows.first + min(warp, heads - 1);
+    const float rate = -__expf(a_log[made]), bias = dt_bias[made];
+    dt += batch * T * H + made;
 
     const auto chunk_of = [&](int i) { return reverse ? first + count - 1 - i : first + i; };
     const auto fetch = [&](int i) {
@@ -307,11 +347,11 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
         read_steps<C>(raw, dt + (long long)t0 * H, T - t0, H);
     };
     const auto make_decays = [&](int i, float (&raw)[C / WARP]) {
-        chunk_decays<C>(decays + i % 2 * KINDS * C, raw, T - chunk_of(i) * C, bias, rate);
+        chunk_decays<C>(decays + (2 * warp + i % 2) * KINDS * C, raw, T - chunk_of(i) * C, bias, rate);
     };
 
     fetch(0);
-    if (warp == 0) {
+    if (warp < heads) {
         float raw[C / WARP];
         steps(0, raw);
         make_decays(0, raw);
@@ -320,23 +360,23 @@ __device__ __forceinline__ void states(const typename R::elem* u, const typename
     load_rows(s, start ? start + segment * size + warp_at : nullptr, rows, N);
     float total = 0.f;
     for (int i = 0; i < count; i++) {
-        const float* w = decays + i % 2 * KINDS * C;
+        const float* w = decays + (2 * at_rows.own + i % 2) * KINDS * C;
         float raw[C / WARP];
         cp_async_wait<0>();
         __syncthreads();
         if (i + 1 < count) {
             fetch(i + 1);
-            if (warp == 0) steps(i + 1, raw);
+            if (warp < heads) steps(i + 1, raw);
         }
         if (states) store_rows(s, states + (bh * chunks + chunk_of(i)) * size + warp_at, rows, N);
         total += w[L * C + C - 1];
         update<R>(s, w[DECAY * C + C - 1], w + (reverse ? DECAY : WEIGHT) * C, su + i % 2 * C * ldx + 16 * warp, ldx,
                  sv + i % 2 * C * LDN, LDN);
-        if (warp == 0 && i + 1 < count) make_decays(i + 1, raw);
+        if (warp < heads && i + 1 < count) make_decays(i + 1, raw);
     }
     if (log_decay) {
         if (end) store_rows(s, end + segment * size + warp_at, rows, N);
-        if (threadIdx.x == 0 && slice == 0) log_decay[segment] = total;
+        if (lane_id() == 0 && at_rows.p0 == 0) log_decay[segment] = total;
     } else if (end && blockIdx.y == (reverse ? 0 : gridDim.y - 1)) {
         store_rows(s, end + bh * size + warp_at, rows, N);
     }
@@ -357,22 +397,22 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Parts of the columns of whatever ssd_grads computes; its warps, each with 16 tokens of a chunk and such a part; rows of
-// P that it takes at a time; and how many such slices of its operands are in shared memory, one of them on its way.
+// Parts of the columns of whatever ssd_grads computes; its warps, each with 16 tokens of a chunk and such a part;
+// rows of P that it takes at a time.
 template <class R> constexpr int SIDES = 2;
 template <> constexpr int SIDES<Bf16> = 4;
 template <class R> constexpr int GRAD_WARPS = CHUNK<R> / 16 * SIDES<R>;
 template <class R> constexpr int GRAD_SLICE = CHUNK<R>;
-template <class R, int NT> constexpr int SLICES = __is_same(R, Bf16) && NT <= 16 ? 2 : 1;
 
 // Gradients of all but the states. Grid: (chunks, G blocks_per_group, B). Block: GRAD_WARPS warps.
 // Shared memory, ldn = 8 NT + PAD, PS = GRAD_SLICE:
-//   b, c [C][ldn], S0, E [SLICES][PS][ldn], x, dy [SLICES][C][PS + PAD], M, C B^T [C][C + PAD], then f32 2 KINDS [C] and
-//   24 [C].
+//   b, c [C][ldn], S0, E [STAGES][PS][ldn], x, dy [STAGES][C][PS + PAD], M, C B^T [C][C + PAD], then f32
+//   2 KINDS [C] and 24 [C].
+// With two STAGES the next slice of the operands is on its way while one is computed with.
 // states, d_states [B,H,chunks,P,N]: S0 and E.
 // With one block per group db and dc [B,T,G,N] are written, else partial sums [2][blocks_per_group][B,T,G,N] f32.
 // params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
-template <class R, int NT>
+template <class R, int NT, int STAGES>
 __device__ __forceinline__ void grads(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
                                       const typename R::elem* b, const typename R::elem* c, const float* d,
                                       const float* dt_bias, const typename R::elem* dy, const typename R::elem* states,
@@ -382,7 +422,6 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     using E = typename R::elem;
     constexpr int C = CHUNK<R>, PS = GRAD_SLICE<R>, LDN = 8 * NT + PAD, LDP = PS + PAD, LDM = C + PAD, MT = C / 16;
     constexpr int PARTS = SIDES<R>, LAST = GRAD_WARPS<R> - 1, MAKER = LAST - PARTS;
-    constexpr int STAGES = SLICES<R, NT>;
     constexpr bool AHEAD = STAGES == 2;
     // Tiles of 8 columns of a warp: of M, of dx, of dB and dC.
     constexpr int UT = C / 8 / PARTS, XT = PS / 8 / PARTS, WT = NT / PARTS;
@@ -427,15 +466,15 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
     // Slice i % slices of head first + i / slices.
     const auto fetch = [&](int i) {
         const int h = first + i / slices, p0 = i % slices * PS;
-        const int width = min(PS, P - p0), width_pad = ceil_div(width, 16) * 16;
+        const int width = min(PS, P - p0);
         const long long at = x_at + (long long)h * P + p0;
         const long long state_at = ((batch * H + h) * chunks + chunk) * size + (long long)p0 * N;
         E* const to = tokens_at + i % STAGES * 2 * C * LDP;
         E* const states_to = states_at + i % STAGES * 2 * PS * LDN;
-        fetch_tile(to, LDP, x + at, row_x, tokens, width, C, width_pad);
-        fetch_tile(to + C * LDP, LDP, dy + at, row_x, tokens, width, C, width_pad);
-        fetch_tile(states_to, LDN, states + state_at, N, width, N, width_pad, 8 * NT);
-        fetch_tile(states_to + PS * LDN, LDN, d_states + state_at, N, width, N, width_pad, 8 * NT);
+        fetch_tile(to, LDP, x + at, row_x, tokens, width, C, PS);
+        fetch_tile(to + C * LDP, LDP, dy + at, row_x, tokens, width, C, PS);
+        fetch_tile(states_to, LDN, states + state_at, N, width, N, PS, 8 * NT);
+        fetch_tile(states_to + PS * LDN, LDN, d_states + state_at, N, width, N, PS, 8 * NT);
         cp_async_commit();
     };
     constexpr int PER = C / WARP;
@@ -508,9 +547,12 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
                     }
                 }
                 float by_row[2] = {};
+                const float l_r[2] = {w[L * C + r0 + acc_row(0, 0)], w[L * C + r0 + acc_row(0, 2)]};
 #pragma unroll
                 for (int j = 0; j < UT; j++) {
                     float by_col[2] = {}, m[4], cb[4];
+                    const float2 ls = load2(w + L * C + u0 + acc_col(j, 0));
+                    const float2 steps = load2(w + STEP * C + u0 + acc_col(j, 0));
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         const float2 v = load2(scb + (r0 + acc_row(0, 2 * half)) * LDM + u0 + acc_col(j, 0));
@@ -519,11 +561,11 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int r = r0 + acc_row(0, e), col = u0 + acc_col(j, e);
-                        const float step = w[STEP * C + col];
-                        const float decay = col > r ? 0.f : exp2_neg(w[L * C + r] - w[L * C + col]);
-                        const float q = dm[j][e] * cb[e] * decay;
+                        const float step = e % 2 ? steps.y : steps.x;
+                        const float decay = col > r ? 0.f : exp2_neg(l_r[e / 2] - (e % 2 ? ls.y : ls.x));
+                        const float decayed = dm[j][e] * decay, q = decayed * cb[e];
                         m[e] = cb[e] * decay * step;
-                        a_sum[j][e] += dm[j][e] * decay * step;
+                        a_sum[j][e] += decayed * step;
                         if (col == r) {
                             q_diag[r] = q;
                             yx[r] = dm[j][e];
@@ -563,15 +605,12 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
             product = warp_sum(product);
             if (lane == 0) dots[warp] = product;
 
-            // dC from the state before the chunk, and its product with C.
+            // dC from the state before the chunk, and its product with C; row i times exp(l_i).
             {
                 FragA<R> fa[PS / 16];
 #pragma unroll
-                for (int k = 0; k < PS / 16; k++)
-                    if (16 * k < width_pad) {
-                        fa[k] = load_a<R, AlongK>(sdy + r0 * LDP + 16 * k, LDP);
-                        scale_m(fa[k], w + DECAY * C + r0);
-                    }
+                for (int k = 0; k < PS / 16; k++) fa[k] = load_a<R, AlongK>(sdy + r0 * LDP + 16 * k, LDP);
+                const float decay[2] = {w[DECAY * C + r0 + acc_row(0, 0)], w[DECAY * C + r0 + acc_row(0, 2)]};
                 float by_row[2] = {};
 #pragma unroll
                 for (int j = 0; j < WT; j += 2) {
@@ -589,29 +628,37 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
 #pragma unroll
                         for (int half = 0; half < 2; half++) {
                             const float2 v = load2(sc + (r0 + acc_row(0, 2 * half)) * LDN + n0 + acc_col(j + nt, 0));
-                            by_row[half] += z[nt][2 * half] * v.x + z[nt][2 * half + 1] * v.y;
-                            dc_acc[j + nt][2 * half] += z[nt][2 * half];
-                            dc_acc[j + nt][2 * half + 1] += z[nt][2 * half + 1];
+                            const float a = z[nt][2 * half], b = z[nt][2 * half + 1];
+                            by_row[half] += a * v.x + b * v.y;
+                            dc_acc[j + nt][2 * half] += decay[half] * a;
+                            dc_acc[j + nt][2 * half + 1] += decay[half] * b;
                         }
                 }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const float sum = row_sum(by_row[half]);
+                    const float sum = decay[half] * row_sum(by_row[half]);
                     if (lane % 4 == 0) inter[side * C + r0 + acc_row(0, 2 * half)] = sum;
                 }
             }
-            // dB through the state after the chunk.
+            // dB through the state after the chunk; row j times exp(l_C - l_j) step_j.
+            {
+                float z[WT][4] = {};
 #pragma unroll 1
-            for (int k = 0; k < width_pad; k += 16) {
-                FragA<R> fa = load_a<R, AlongK>(sx + r0 * LDP + k, LDP);
-                scale_m(fa, w + WEIGHT * C + r0);
+                for (int k = 0; k < width_pad; k += 16) {
+                    const FragA<R> fa = load_a<R, AlongK>(sx + r0 * LDP + k, LDP);
 #pragma unroll
-                for (int j = 0; j < WT; j += 2) {
-                    FragB<R> fb[2];
-                    load_b<R, AlongMN>(fb, se + k * LDN + n0 + 8 * j, LDN);
-                    mma<R>(db_acc[j], fa, fb[0]);
-                    mma<R>(db_acc[j + 1], fa, fb[1]);
+                    for (int j = 0; j < WT; j += 2) {
+                        FragB<R> fb[2];
+                        load_b<R, AlongMN>(fb, se + k * LDN + n0 + 8 * j, LDN);
+                        mma<R>(z[j], fa, fb[0]);
+                        mma<R>(z[j + 1], fa, fb[1]);
+                    }
                 }
+                const float weight[2] = {w[WEIGHT * C + r0 + acc_row(0, 0)], w[WEIGHT * C + r0 + acc_row(0, 2)]};
+#pragma unroll
+                for (int j = 0; j < WT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) db_acc[j][e] += weight[e / 2] * z[j][e];
             }
             // dx through the state after the chunk; columns beyond the slice hold rubbish and are not used.
             float out[XT][4] = {};
@@ -824,27 +871,37 @@ extern "C" __global__ void __launch_bounds__(256)
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
-#define KERNELS(N_MAX, BLOCKS, SUFFIX, R)                                                                               \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) ssd_forward_n##N_MAX##_##SUFFIX(                         \
-        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c, const float* d,   \
-        const float* dt_bias, const float* state0, R::elem* y, float* state1, R::elem* saved, int T, int H, int P,     \
-        int G, int N, int per_segment) {                                                                               \
-        forward<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, state0, y, state1, saved, T, H, P, G, N, per_segment);   \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) ssd_states_n##N_MAX##_##SUFFIX(                          \
-        const R::elem* u, const R::elem* v, const R::elem* dt, const float* a_log, const float* dt_bias,               \
-        const float* start, R::elem* all, float* end, float* log_decay, int T, int H, int P, int G, int N,             \
-        int per_segment, int reverse) {                                                                                \
-        states<R, N_MAX / 8>(u, v, dt, a_log, dt_bias, start, all, end, log_decay, T, H, P, G, N, per_segment,         \
-                             reverse);                                                                                 \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, GRAD_WARPS<R> > 8 ? 1 : BLOCKS) ssd_grads_n##N_MAX##_##SUFFIX(\
-        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c, const float* d,   \
-        const float* dt_bias, const R::elem* dy, const R::elem* all, const R::elem* d_all, R::elem* dx, R::elem* d_dt, \
-        R::elem* db, R::elem* dc, float* partial, float* params, int T, int H, int P, int G, int N) {                  \
-        grads<R, N_MAX / 8>(x, dt, a_log, b, c, d, dt_bias, dy, all, d_all, dx, d_dt, db, dc, partial, params, T, H,   \
-                            P, G, N);                                                                                  \
+// The kernels that carry states; those of blocks that share heads are ssd_forward_heads and ssd_states_heads.
+#define CARRY(FORWARD, STATES, SHARE, N_MAX, BLOCKS, SUFFIX, R)                                                \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) FORWARD##_n##N_MAX##_##SUFFIX(                   \
+        const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c,           \
+        const float* d, const float* dt_bias, const float* state0, R::elem* y, float* state1, R::elem* saved,  \
+        int T, int H, int P, int G, int N, int per_segment, int heads) {                                       \
+        forward<R, N_MAX / 8, SHARE>(x, dt, a_log, b, c, d, dt_bias, state0, y, state1, saved, T, H, P, G, N,  \
+                                     per_segment, heads);                                                      \
+    }                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) STATES##_n##N_MAX##_##SUFFIX(                    \
+        const R::elem* u, const R::elem* v, const R::elem* dt, const float* a_log, const float* dt_bias,       \
+        const float* start, R::elem* all, float* end, float* log_decay, int T, int H, int P, int G, int N,     \
+        int per_segment, int reverse, int heads) {                                                             \
+        states<R, N_MAX / 8, SHARE>(u, v, dt, a_log, dt_bias, start, all, end, log_decay, T, H, P, G, N,       \
+                                    per_segment, reverse, heads);                                              \
     }
+#define GRADS(NAME, STAGES, N_MAX, BLOCKS, SUFFIX, R)                                                          \
+    extern "C" __global__ void __launch_bounds__(32 * GRAD_WARPS<R>, GRAD_WARPS<R> > 8 ? 1 : BLOCKS)           \
+        NAME##_n##N_MAX##_##SUFFIX(                                                                            \
+            const R::elem* x, const R::elem* dt, const float* a_log, const R::elem* b, const R::elem* c,       \
+            const float* d, const float* dt_bias, const R::elem* dy, const R::elem* all, const R::elem* d_all, \
+            R::elem* dx, R::elem* d_dt, R::elem* db, R::elem* dc, float* partial, float* params, int T, int H, \
+            int P, int G, int N) {                                                                             \
+        grads<R, N_MAX / 8, STAGES>(x, dt, a_log, b, c, d, dt_bias, dy, all, d_all, dx, d_dt, db, dc, partial, \
+                                    params, T, H, P, G, N);                                                    \
+    }
+#define KERNELS(N_MAX, BLOCKS, SUFFIX, R)                                \
+    CARRY(ssd_forward, ssd_states, false, N_MAX, BLOCKS, SUFFIX, R)      \
+    GRADS(ssd_grads, 1, N_MAX, BLOCKS, SUFFIX, R)
+#define SHARED_HEADS(N_MAX, BLOCKS) \
+    CARRY(ssd_forward_heads, ssd_states_heads, true, N_MAX, BLOCKS, bf16, Bf16)
 #define ROUTE(SUFFIX, R)        \
     KERNELS(64, 2, SUFFIX, R)   \
     KERNELS(128, 2, SUFFIX, R)  \
@@ -852,6 +909,11 @@ extern "C" __global__ void __launch_bounds__(256)
 ROUTE(bf16, Bf16)
 ROUTE(tf32, Tf32)
 ROUTE(f32, F32)
+SHARED_HEADS(64, 2)
+SHARED_HEADS(128, 2)
+SHARED_HEADS(256, 1)
+GRADS(ssd_grads_ahead, 2, 64, 1, bf16, Bf16)
+GRADS(ssd_grads_ahead, 2, 128, 1, bf16, Bf16)
 
 #define SUM(SUFFIX, E)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                          \

@@ -271,6 +271,16 @@ impl Gpu {
         })
     }
 
+    /// The most shared memory that a block can have, in bytes.
+    pub fn most_shared(&self) -> usize {
+        use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
+        static CACHE: LazyLock<Mutex<HashMap<usize, usize>>> = LazyLock::new(Default::default);
+        let context = self.stream.context();
+        *CACHE.lock().unwrap().entry(context.ordinal()).or_insert_with(|| {
+            context.attribute(MOST).ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(48 << 10)
+        })
+    }
+
     /// A new contiguous value whose elements are for a kernel to write.
     pub fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Value> {
         let shape = shape.into();

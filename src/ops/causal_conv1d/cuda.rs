@@ -18,8 +18,8 @@ const MOST_PARTS: usize = 3;
 const MOST_PLAIN: usize = 2;
 const PLACES: usize = MOST_PARTS + MOST_PLAIN;
 /// Steps of a thread where there are many; runs share W − 1 steps, which the backward pass computes twice.
-const FORWARD_RUN: usize = 20;
-const BACKWARD_RUN: usize = 40;
+const FORWARD_RUN: usize = 16;
+const BACKWARD_RUN: usize = 52;
 /// So many threads fill a GPU.
 const MANY_THREADS: usize = 1 << 16;
 

@@ -15,6 +15,7 @@ const DECAYS: usize = 5;
 const GRAD_NUMBERS: usize = 34;
 
 /// One call: its sizes, and how its kernels are instantiated.
+#[derive(Clone)]
 struct Plan {
     gpu: Gpu,
     dtype: DType,
@@ -25,6 +26,8 @@ struct Plan {
     /// Tokens of a chunk.
     chunk: usize,
     chunks: usize,
+    /// Heads of a block that carries a state: they share B, C and their product.
+    heads: usize,
     /// Chunks of a segment: a sequence is cut where its heads alone leave the GPU idle.
     per_segment: usize,
     segments: usize,
@@ -39,13 +42,24 @@ impl Plan {
         };
         let chunk = if route == "bf16" { 64 } else { 32 };
         let chunks = dims.steps.div_ceil(chunk);
-        let blocks = dims.batch * dims.heads * dims.dim.div_ceil(STATE_ROWS);
-        let processors = gpu.multiprocessors();
+        let plan =
+            Self { gpu, dtype, route, dims, columns, chunk, chunks, heads: 1, per_segment: 0, segments: 1 };
+        let processors = plan.gpu.multiprocessors();
+        // As many as have room in a block, divide a group and leave the GPU full.
+        let share = |&heads: &usize| {
+            route == "bf16"
+                && dims.dim.is_multiple_of(16)
+                && heads * dims.dim <= STATE_ROWS
+                && (dims.heads / dims.groups).is_multiple_of(heads)
+                && dims.batch * dims.heads / heads >= 3 * processors / 2
+                && Self { heads, ..plan.clone() }.forward_launch().shared <= plan.gpu.most_shared()
+        };
+        let heads = [4, 2].into_iter().find(share).unwrap_or(1);
+        let blocks = dims.batch * dims.heads / heads * dims.dim.div_ceil(STATE_ROWS);
         let wanted = if 2 * blocks <= processors { 2 * processors / blocks } else { 1 };
         // A segment is worth its two extra passes from a few chunks on.
         let per_segment = chunks.div_ceil(wanted).max(chunks.min(8));
-        let segments = chunks.div_ceil(per_segment);
-        Ok(Self { gpu, dtype, route, dims, columns, chunk, chunks, per_segment, segments })
+        Ok(Self { heads, per_segment, segments: chunks.div_ceil(per_segment), ..plan })
     }
 
     fn launch(&self, kernel: &str, launch: Launch, args: &[KernelArg]) -> Result<()> {
@@ -62,16 +76,25 @@ impl Plan {
         rows * (columns + PAD) * self.dtype.size_in_bytes()
     }
 
-    /// The launch of a kernel that carries states, with `tiles` of B or C in shared memory.
+    /// The launch of a kernel that carries states, with `tiles` of B or C in shared memory, and `more` bytes for
+    /// every head.
     fn carrying(&self, tiles: usize, more: usize) -> Launch {
         let Dims { batch, heads, dim, .. } = self.dims;
-        let warps = dim.div_ceil(16).min(STATE_ROWS / 16);
+        let warps = (self.heads * dim.div_ceil(16)).min(STATE_ROWS / 16);
         let shared = self.tile(2 * self.chunk, 16 * warps)
             + self.tile(tiles * self.chunk, self.columns)
-            + more
-            + 2 * DECAYS * self.chunk * 4;
-        let blocks = batch * heads * dim.div_ceil(STATE_ROWS);
+            + self.heads * (more + 2 * DECAYS * self.chunk * 4);
+        let blocks = batch * heads / self.heads * dim.div_ceil(STATE_ROWS);
         Launch::grid(blocks, self.segments, 1, 32 * warps as u32).shared(shared)
+    }
+
+    fn forward_launch(&self) -> Launch {
+        self.carrying(3, self.tile(self.chunk, self.chunk))
+    }
+
+    /// The name of a kernel that carries states.
+    fn carrier(&self, kernel: &str) -> String {
+        format!("{kernel}{}", if self.heads > 1 { "_heads" } else { "" })
     }
 
     /// The sizes that every kernel ends its arguments with.
@@ -85,9 +108,9 @@ impl Plan {
     fn states(&self, args: &States, start: KernelArg, all: KernelArg, end: [KernelArg; 2]) -> Result<()> {
         let [t, h, p, g, n] = self.sizes();
         let States { u, v, dt, a_log, dt_bias, reverse } = *args;
-        let sizes = [t, h, p, g, n, self.per_segment.into(), i32::from(reverse).into()];
+        let sizes = [t, h, p, g, n, self.per_segment.into(), i32::from(reverse).into(), self.heads.into()];
         let args = [&[u, v, dt, a_log, dt_bias, start, all], &end[..], &sizes].concat();
-        self.launch("states", self.carrying(2, 0), &args)
+        self.launch(&self.carrier("states"), self.carrying(2, 0), &args)
     }
 
     /// The state before every segment (in reverse: after it), given the one that the sequence begins with.
@@ -135,9 +158,13 @@ pub fn forward(dims: Dims, args: &[Tensor], save: bool) -> Result<Forward> {
     let start = segments.as_ref().map_or(Ok(start), |value| gpu.of_value(value))?;
     let saved_at = saved.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
     let outputs = [start, gpu.of_value(&y)?, gpu.of_value(&state)?, saved_at];
-    let sizes = [&plan.sizes()[..], &[plan.per_segment.into()]].concat();
-    let launch = plan.carrying(3, plan.tile(plan.chunk, plan.chunk));
-    plan.launch("forward", launch, &[&[x, dt, a_log, b, c, d, dt_bias], &outputs[..], &sizes].concat())?;
+    let sizes = [&plan.sizes()[..], &[plan.per_segment.into(), plan.heads.into()]].concat();
+    let launch = plan.forward_launch();
+    plan.launch(
+        &plan.carrier("forward"),
+        launch,
+        &[&[x, dt, a_log, b, c, d, dt_bias], &outputs[..], &sizes].concat(),
+    )?;
     Ok(Forward { outputs: vec![y, state], saved: saved.into_iter().map(Value::into_tensor).collect() })
 }
 
@@ -180,22 +207,24 @@ pub fn backward(
     let partial_at = partial.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
     let shares = plan.empty([3, batch * plan.chunks, heads], DType::F32)?;
     let (chunk, slice) = (plan.chunk, plan.chunk);
-    // Warps for 16 tokens, and slices in shared memory, as in the kernel.
-    let (sides, slices) = match plan.route {
-        "bf16" => (4, if plan.columns <= 128 { 2 } else { 1 }),
-        _ => (2, 1),
+    // Slices of the operands in shared memory: two, one of them on its way, where there is room.
+    let shared = |slices: usize| {
+        plan.tile(2 * chunk + slices * 2 * slice, plan.columns)
+            + plan.tile(slices * 2 * chunk, slice)
+            + plan.tile(2 * chunk, chunk)
+            + GRAD_NUMBERS * chunk * 4
     };
-    let shared = plan.tile(2 * chunk + slices * 2 * slice, plan.columns)
-        + plan.tile(slices * 2 * chunk, slice)
-        + plan.tile(2 * chunk, chunk)
-        + GRAD_NUMBERS * chunk * 4;
+    let ahead = plan.route == "bf16" && plan.columns <= 128 && shared(2) <= gpu.most_shared();
+    let (kernel, shared) = if ahead { ("grads_ahead", shared(2)) } else { ("grads", shared(1)) };
+    // Warps for 16 tokens, as in the kernel.
+    let sides = if plan.route == "bf16" { 4 } else { 2 };
     let threads = (chunk / 16 * sides * 32) as u32;
     let launch = Launch::grid(plan.chunks, groups * blocks, batch, threads).shared(shared);
     let inputs = [x, dt, a_log, b, c, d, dt_bias, dy, gpu.ptr(saved)?, gpu.of_value(&d_states)?];
     let (db_at, dc_at) = (gpu.of_value(&db)?, gpu.of_value(&dc)?);
     let outputs =
         [gpu.of_value(&dx)?, gpu.of_value(&d_dt)?, db_at, dc_at, partial_at, gpu.of_value(&shares)?];
-    plan.launch("grads", launch, &[&inputs[..], &outputs, &plan.sizes()].concat())?;
+    plan.launch(kernel, launch, &[&inputs[..], &outputs, &plan.sizes()].concat())?;
 
     if blocks > 1 {
         let size = batch * steps * groups * states;
