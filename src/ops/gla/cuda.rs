@@ -13,7 +13,9 @@ const STAGE: usize = 32;
 const BLOCK: usize = 16;
 /// Tokens between two states that one backward kernel keeps for the next.
 const SPAN: usize = 256;
-/// Rows of K of a block of gla_keys.
+/// Rows of a tile with the inner factors of a block's queries.
+const QUERY_ROWS: usize = 24;
+/// Rows of K of a block of gla_dq and gla_dk.
 const KEY_ROWS: usize = 128;
 
 /// One call: its sizes, and how its kernels are instantiated.
@@ -51,6 +53,13 @@ impl Plan {
         tiles * STAGE * (columns + PAD) * size
     }
 
+    /// Bytes of what a stage of keys and queries becomes: a tile of keys, one of queries, A or D, exp(L).
+    fn decayed(&self, columns: usize) -> usize {
+        let size = self.dtype.size_in_bytes();
+        let queries = STAGE / BLOCK * QUERY_ROWS * (columns + PAD) * size;
+        self.tiles(1, columns, size) + queries + self.tiles(1, BLOCK, size) + STAGE / BLOCK * columns * 4
+    }
+
     /// Stages in shared memory: two, unless they do not fit.
     fn buffers(&self, columns: usize) -> usize {
         if self.dtype == DType::F32 && columns == 256 { 1 } else { 2 }
@@ -68,7 +77,7 @@ impl Plan {
         let slices = tiles.div_ceil(warps);
         let stage =
             self.tiles(2, columns, size) + self.tiles(1, 16 * warps, size) + self.tiles(1, columns, 4);
-        let shared = self.buffers(columns) * stage + self.tiles(1, BLOCK, size) + STAGE / BLOCK * columns * 4;
+        let shared = self.buffers(columns) * stage + self.decayed(columns);
         let launch = Launch::new(batch * heads * slices, 32 * warps as u32).shared(shared);
         let sizes = [steps, heads, key, value, slices].map(KernelArg::from);
         let args = [&inputs[..], &outputs, &sizes, &[self.scale.into(), i32::from(reverse).into()]].concat();
@@ -76,25 +85,24 @@ impl Plan {
         self.gpu.launch(&kernels::GLA, &name, launch, &args)
     }
 
-    /// Launches gla_keys: dq, in reverse dk, dg and the gradient of the initial state.
+    /// Launches gla_dq or gla_dk: dq, or dk, dg and the gradient of the initial state.
     fn keys(
         &self,
+        kernel: &str,
         inputs: [KernelArg; 6],
         outputs: [KernelArg; 5],
-        reverse: bool,
         keep_end: bool,
     ) -> Result<()> {
         let Dims { batch, steps, heads, key, value } = self.dims;
         let (columns, size) = (padded(value)?, self.dtype.size_in_bytes());
         let rows = (key.div_ceil(16) * 16).min(KEY_ROWS);
         let stage = self.tiles(2, columns, size) + self.tiles(2, rows, size) + self.tiles(1, rows, 4);
-        let more = (STAGE / BLOCK * rows + STAGE + rows) * 4;
-        let shared = self.buffers(columns) * stage + self.tiles(1, BLOCK, size) + more;
+        let shared = self.buffers(columns) * stage + self.decayed(rows) + (STAGE + rows) * 4;
         let blocks = batch * heads * key.div_ceil(KEY_ROWS);
         let launch = Launch::new(blocks, 2 * rows as u32).shared(shared);
         let sizes = [steps, heads, key, value].map(KernelArg::from);
-        let flags = [self.scale.into(), i32::from(reverse).into(), i32::from(keep_end).into()];
-        let name = format!("gla_keys_n{columns}_{}", self.route);
+        let flags = [self.scale.into(), i32::from(keep_end).into()];
+        let name = format!("{kernel}_n{columns}_{}", self.route);
         self.gpu.launch(&kernels::GLA, &name, launch, &[&inputs[..], &outputs, &sizes, &flags].concat())
     }
 }
@@ -138,8 +146,8 @@ pub fn backward(
     let products = plan.empty([tiles, steps.div_ceil(BLOCK), 16, BLOCK], DType::F32)?;
     let shared = [gpu.of_value(&kept)?, gpu.of_value(&products)?];
     let outputs = [gpu.of_value(&dq)?, NULL, NULL, shared[0], shared[1]];
-    plan.keys([k, q, g, d_o, v, start], outputs, false, d_state.is_some())?;
+    plan.keys("gla_dq", [k, q, g, d_o, v, start], outputs, d_state.is_some())?;
     let outputs = [gpu.of_value(&dk)?, gpu.of_value(&dg)?, gpu.of_value(&d_initial)?, shared[0], shared[1]];
-    plan.keys([q, k, g, v, d_o, end], outputs, true, false)?;
+    plan.keys("gla_dk", [q, k, g, v, d_o, end], outputs, false)?;
     Ok([dq, dk, dv, dg, d_initial].into_iter().map(Value::into_tensor).collect())
 }
