@@ -64,6 +64,53 @@ template <> constexpr float OPAQUE<F32> = -16.f;
 // Buffers for stages: with two the next is on its way during the work on this one.
 template <class R, int NT> constexpr int BUFFERS = sizeof(typename R::elem) == 4 && NT == 32 ? 1 : 2;
 
+// N matrices of the same shape, of whose rows STAGE at a time go to tiles [STAGE][padded] with row stride lds. Threads
+// keep their column. A block has at least padded / V threads.
+template <class E, int N>
+struct Rows {
+    static constexpr int V = 16 / sizeof(E);
+    const E* from[N];
+    E* to[N];
+    long long ld;
+    int cols, padded, lds, row, col, down;
+    bool vector;
+
+    __device__ __forceinline__ Rows(const E* const (&matrices)[N], long long ld, int cols, E* const (&tiles)[N],
+                                    int padded, int lds)
+        : ld(ld), cols(cols), padded(padded), lds(lds) {
+        vector = cols % V == 0 && ld % V == 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            from[n] = matrices[n], to[n] = tiles[n];
+            vector = vector && reinterpret_cast<size_t>(from[n]) % 16 == 0;
+        }
+        down = blockDim.x / (padded / V);
+        row = threadIdx.x / (padded / V), col = threadIdx.x % (padded / V) * V;
+        if (row >= down) row = STAGE;
+    }
+    // Starts filling tile `at` with rows t0 ... of which there are `rows`; zeros outside.
+    __device__ __forceinline__ void fetch(int at, int t0, int rows) const {
+        if (vector) {
+            long long source = (t0 + row) * ld + col;
+            int target = (at * STAGE + row) * lds + col;
+            for (int r = row; r < STAGE; r += down, source += down * ld, target += down * lds) {
+                const bool inside = r < rows && col < cols;
+#pragma unroll
+                for (int n = 0; n < N; n++)
+                    cp_async16(to[n] + target, inside ? from[n] + source : from[n], inside ? 16 : 0);
+            }
+        } else {
+            for (int i = threadIdx.x; i < STAGE * padded; i += blockDim.x) {
+                const int r = i / padded, c = i % padded;
+#pragma unroll
+                for (int n = 0; n < N; n++)
+                    to[n][(at * STAGE + r) * lds + c] =
+                        r < rows && c < cols ? from[n][(t0 + r) * ld + c] : from_f<E>(0.f);
+            }
+        }
+    }
+};
+
 // One warp: the decays of a block of 16 tokens and 16 channels. A lane has tokens row, row + 1, row + 2, row + 3 and
 // channels col, col + 1.
 struct Decays {
@@ -106,7 +153,7 @@ struct Decays {
     // 15 for the first anchor, then rows 8 to 15 for the second.
     template <class E>
     __device__ __forceinline__ void queries(const E* q, E* read, E* inner, int ld, float scale) const {
-        const float2 m = anchor(), start = exp2_of(m.x, m.y), step = exp2_of(second.x - first.x, second.y - first.y);
+        const float2 m = anchor(), start = exp2_of(m.x, m.y);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int at = (row + i) * ld + col;
@@ -115,7 +162,10 @@ struct Decays {
             x.x *= scale, x.y *= scale;
             store2(read + at, x.x * (f.x * start.x), x.y * (f.y * start.y));
             store2(inner + at + (upper() ? 8 * ld : 0), x.x * f.x, x.y * f.y);
-            if (upper()) store2(inner + at, x.x * (f.x * step.x), x.y * (f.y * step.y));
+            if (upper()) {
+                const float2 f = exp2_of(l[i].x - first.x, l[i].y - first.y);
+                store2(inner + at, x.x * f.x, x.y * f.y);
+            }
         }
     }
     // From the rows k: k exp(L - l) to `write`, k exp(anchor - l) to `inner`, rows 0 to 7 for the first anchor, 8 to 15
@@ -214,12 +264,14 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
     z += batch * T * row_v + h * V + v0;
     out += batch * T * row_v + h * V + v0;
 
+    const Rows<float, 1> rows_g({g}, row_k, K, {sg}, COLS, LD);
+    const Rows<E, 2> rows_qk({q, k}, row_k, K, {sq, sk}, COLS, LD);
+    const Rows<E, 1> rows_z({z}, row_v, width, {sz}, 16 * warps, ldz);
     const auto fetch = [&](int i) {
-        const int t0 = (reverse ? stages - 1 - i : i) * STAGE, tokens = min(STAGE, T - t0), at = i % N;
-        fetch_tile(sg + at * STAGE * LD, LD, g + t0 * row_k, row_k, tokens, K, STAGE, COLS);
-        fetch_tile(sq + at * STAGE * LD, LD, q + t0 * row_k, row_k, tokens, K, STAGE, COLS);
-        fetch_tile(sk + at * STAGE * LD, LD, k + t0 * row_k, row_k, tokens, K, STAGE, COLS);
-        fetch_tile(sz + at * STAGE * ldz, ldz, z + t0 * row_v, row_v, tokens, width, STAGE, 16 * warps);
+        const int t0 = (reverse ? stages - 1 - i : i) * STAGE, tokens = min(STAGE, T - t0);
+        rows_g.fetch(i % N, t0, tokens);
+        rows_qk.fetch(i % N, t0, tokens);
+        rows_z.fetch(i % N, t0, tokens);
         cp_async_commit();
     };
     if (N == 2) fetch(0);
@@ -320,6 +372,13 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
     }
 }
 
+// Brings what is soon read nearer.
+__device__ __forceinline__ void prefetch(const void* p) {
+#ifndef SB_EMULATE
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Eight numbers of every lane, for the same lane of the other call.
 __device__ __forceinline__ void keep(float* p, const float (&a)[4], const float (&b)[4]) {
     store_vec<4>(p, a);
@@ -377,14 +436,22 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
         return kept + (((bh * spans + span - 1) * tiles + tile) * (NT / 2) * WARP + lane) * 8;
     };
 
+    const auto product_at = [&](int block) {
+        return products + (((bh * ceil_div(T, 16) + block) * tiles + tile) * WARP + lane) * 8;
+    };
+    const Rows<float, 1> rows_g({g}, row_k, width, {sg}, columns, ldx);
+    const Rows<E, 2> rows_xy({x, y}, row_k, width, {sx, sy}, columns, ldx);
+    const Rows<E, 2> rows_zu({z, u}, row_v, V, {sz, su}, 8 * NT, LDV);
     const auto fetch = [&](int i) {
-        const int t0 = (REVERSE ? stages - 1 - i : i) * STAGE, tokens = min(STAGE, T - t0), at = i % N;
-        fetch_tile(sg + at * STAGE * ldx, ldx, g + t0 * row_k, row_k, tokens, width, STAGE, columns);
-        fetch_tile(sx + at * STAGE * ldx, ldx, x + t0 * row_k, row_k, tokens, width, STAGE, columns);
-        fetch_tile(sy + at * STAGE * ldx, ldx, y + t0 * row_k, row_k, tokens, width, STAGE, columns);
-        fetch_tile(sz + at * STAGE * LDV, LDV, z + t0 * row_v, row_v, tokens, V, STAGE, 8 * NT);
-        fetch_tile(su + at * STAGE * LDV, LDV, u + t0 * row_v, row_v, tokens, V, STAGE, 8 * NT);
+        const int t0 = (REVERSE ? stages - 1 - i : i) * STAGE, tokens = min(STAGE, T - t0);
+        rows_g.fetch(i % N, t0, tokens);
+        rows_xy.fetch(i % N, t0, tokens);
+        rows_zu.fetch(i % N, t0, tokens);
         cp_async_commit();
+        if (REVERSE && useful)
+#pragma unroll
+            for (int block = 0; block < BLOCKS; block++)
+                if (t0 + 16 * block < T) prefetch(product_at(t0 / 16 + block));
     };
     if (N == 2) fetch(0);
     float s[NT][4];
@@ -472,9 +539,6 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
         for (int n = 0; n < (useful ? BLOCKS : 0); n++) {
             const int block = REVERSE ? BLOCKS - 1 - n : n, r0 = 16 * block, sub = t0 / 16 + block;
             if (t0 + r0 >= T) continue;
-            float* product = products + (((bh * ceil_div(T, 16) + sub) * tiles + tile) * WARP + lane) * 8;
-            float qdq[2][4];
-            if (REVERSE) recall(product, qdq[0], qdq[1]);
             // Through the state; inside the block, without its diagonal, forward for each anchor.
             float outer[2][4] = {}, inner[2][4] = {}, later[2][4] = {};
 #pragma unroll
@@ -485,6 +549,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 mma<R>(outer[0], fa, fb[0]);
                 mma<R>(outer[1], fa, fb[1]);
             }
+            float qdq[2][4];
+            if (REVERSE) recall(product_at(sub), qdq[0], qdq[1]);
             {
                 const E* rows = inner_x + ROWS * block * ldx + c0;
                 const FragA<R> d = REVERSE ? load_a<R, AlongMN>(sd + r0 * LDD, LDD) : load_a<R, AlongK>(sd + r0 * LDD, LDD);
@@ -506,7 +572,6 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 const float2 end = load2(l + 15 * ldx), m[2] = {load2(l + ANCHORS[0] * ldx), load2(l + ANCHORS[1] * ldx)};
                 opaque[nt][0] = end.x < LOG2E * OPAQUE<R>, opaque[nt][1] = end.y < LOG2E * OPAQUE<R>;
                 // Factors and products as in Decays, so that they are rounded alike.
-                const float2 step = Decays::exp2_of(m[1].x - m[0].x, m[1].y - m[0].y);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int r = acc_row(0, 2 * half), at = (r0 + r) * ldx + c;
@@ -514,12 +579,14 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                     const float2 from = REVERSE ? Decays::exp2_of(end.x - a.x, end.y - a.y) : Decays::exp2_of(a.x, a.y);
                     const float2 f = REVERSE ? Decays::exp2_of(a.x - lr.x, a.y - lr.y)
                                              : Decays::exp2_of(lr.x - a.x, lr.y - a.y);
+                    float2 g = f;
+                    if (!REVERSE && half) g = Decays::exp2_of(lr.x - m[0].x, lr.y - m[0].y);
                     const float own = diagonal[r0 + r];
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const int i = 2 * half + e;
                         const float factor = e ? f.y : f.x, outer_factor = factor * (e ? from.y : from.x);
-                        const float first_factor = factor * (e ? step.y : step.x), x = e ? xs.y : xs.x;
+                        const float first_factor = e ? g.y : g.x, x = e ? xs.y : xs.x;
                         const float y = REVERSE ? (e ? ys.y : ys.x) : scale * (e ? ys.y : ys.x);
                         outer_product[nt][i] = operand<R>(y * outer_factor) * outer[nt][i];
                         inner_product[nt][i] = operand<R>(y * factor) * (!REVERSE && half ? later : inner)[nt][i];
@@ -538,7 +605,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 for (int nt = 0; nt < 2; nt++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) inner_product[nt][e] += outer_product[nt][e];
-                keep(product, inner_product[0], inner_product[1]);
+                keep(product_at(sub), inner_product[0], inner_product[1]);
             } else {
                 const bool sparse = __any_sync(FULL, opaque[0][0] || opaque[0][1] || opaque[1][0] || opaque[1][1]);
                 // Rows g and g + 8 of a column; what is inside the block counts from each row on, what leaves it

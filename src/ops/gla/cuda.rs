@@ -15,6 +15,8 @@ const BLOCK: usize = 16;
 const SPAN: usize = 256;
 /// Rows of a tile with the inner factors of a block's queries.
 const QUERY_ROWS: usize = 24;
+/// Warps of a block, at least.
+const WARPS: usize = 2;
 /// Rows of K of a block of gla_dq and gla_dk.
 const KEY_ROWS: usize = 128;
 
@@ -71,9 +73,9 @@ impl Plan {
         let (columns, size) = (padded(key)?, self.dtype.size_in_bytes());
         // Few large blocks share the work on q, k and g; many small ones fill the GPU.
         let tiles = value.div_ceil(16);
-        let wanted = (2 * self.gpu.multiprocessors()).div_ceil(batch * heads);
+        let wanted = 2 * self.gpu.multiprocessors() / (batch * heads);
         let slices = tiles.div_ceil(8).max(wanted.min(tiles.div_ceil(4)));
-        let warps = tiles.div_ceil(slices);
+        let warps = tiles.div_ceil(slices).max(WARPS);
         let slices = tiles.div_ceil(warps);
         let stage =
             self.tiles(2, columns, size) + self.tiles(1, 16 * warps, size) + self.tiles(1, columns, 4);
@@ -95,7 +97,7 @@ impl Plan {
     ) -> Result<()> {
         let Dims { batch, steps, heads, key, value } = self.dims;
         let (columns, size) = (padded(value)?, self.dtype.size_in_bytes());
-        let rows = (key.div_ceil(16) * 16).min(KEY_ROWS);
+        let rows = key.next_multiple_of(16).clamp(16 * WARPS, KEY_ROWS);
         let stage = self.tiles(2, columns, size) + self.tiles(2, rows, size) + self.tiles(1, rows, 4);
         let shared = self.buffers(columns) * stage + self.decayed(rows) + (STAGE + rows) * 4;
         let blocks = batch * heads * key.div_ceil(KEY_ROWS);
