@@ -63,7 +63,6 @@ template <> constexpr float OPAQUE<F32> = -16.f;
 
 // Buffers for stages: with two the next is on its way during the work on this one.
 template <class R, int NT> constexpr int BUFFERS = sizeof(typename R::elem) == 4 && NT == 32 ? 1 : 2;
-template <class R, int NT> constexpr int KEY_BUFFERS = sizeof(typename R::elem) == 4 && NT >= 16 ? 1 : 2;
 
 // N matrices of the same shape, of whose rows STAGE at a time go to tiles [STAGE][padded] with row stride lds. Threads
 // keep their column. A block has at least padded / V threads.
@@ -380,45 +379,6 @@ __device__ __forceinline__ void prefetch(const void* p) {
 #endif
 }
 
-// Two neighbouring warps wait for each other.
-__device__ __forceinline__ void pair_barrier() {
-    const int id = 1 + warp_id() / 2;
-#ifdef SB_EMULATE
-    emu::named_barrier(id, 2 * WARP);
-#else
-    asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory");
-#endif
-}
-
-// One of two accumulators or fragments.
-__device__ __forceinline__ void choose(float (&to)[4], bool second, const float (&a)[4], const float (&b)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) to[e] = second ? b[e] : a[e];
-}
-template <class R>
-__device__ __forceinline__ FragB<R> choose(bool second, const FragB<R> (&f)[2]) {
-    FragB<R> to;
-#pragma unroll
-    for (int e = 0; e < (int)(sizeof(to) / 4); e++) to.x[e] = second ? f[1].x[e] : f[0].x[e];
-    return to;
-}
-
-// Writes an accumulator tile of 16 x 8 to memory, as far as `rows` x `cols` go; in pairs if that is aligned.
-template <class E>
-__device__ __forceinline__ void store_tile(E* p, long long ld, int rows, int cols, const float (&a)[4], bool pair) {
-    const int c = acc_col(0, 0);
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-        const int r = acc_row(0, e);
-        if (r >= rows || c >= cols) continue;
-        if (pair) store2(p + r * ld + c, a[e], a[e + 1]);
-        else {
-            p[r * ld + c] = from_f<E>(a[e]);
-            if (c + 1 < cols) p[r * ld + c + 1] = from_f<E>(a[e + 1]);
-        }
-    }
-}
-
 // Eight numbers of every lane, for the same lane of the other call.
 __device__ __forceinline__ void keep(float* p, const float (&a)[4], const float (&b)[4]) {
     store_vec<4>(p, a);
@@ -432,25 +392,22 @@ __device__ __forceinline__ void recall(const float* p, float (&a)[4], float (&b)
 // Forward: x = k, y = q, z = do, u = v, state0 the state before the first token; writes dx = dq, kept and products.
 // In reverse: x = q, y = k, z = v, u = do, state0 the gradient of the state after the last token; writes dx = dk, dg
 // and the gradient of the initial state, and reads what the forward call wrote.
-// kept [B,H,ceil(T/SPAN),tiles,NT/2,32,8] and products [B,H,ceil(T/16),tiles,2,32,4] f32, as the lanes hold them;
+// kept [B,H,ceil(T/SPAN),tiles,NT/2,32,8] and products [B,H,ceil(T/16),tiles,32,8] f32, as the lanes hold them;
 // tiles = ceil(K/16). The last of `kept`, after the last token, is written only with `keep_end`: without a gradient of
 // the final state, state0 none, nobody reads it.
-// Grid: B H slices of 128 rows of K. Block: two warps for 16 rows of K, at most 16. Each has half of V's columns; what
-// they read from the state they add up, and each goes on with 8 of the rows.
-// Shared memory, KEY_BUFFERS times: g f32 [STAGE][ldx], z, u [STAGE][8 NT + PAD], x, y [STAGE][ldx] with
-// ldx = 8 warps + PAD; then x' [STAGE][ldx], inner factors of x [BLOCKS QUERY_ROWS][ldx], D [STAGE][16 + PAD], f32
-// exp(L) [BLOCKS][8 warps], D_ii [STAGE], <S, dS> [warps][16], exchanged sums [2][warps][32][4].
+// Grid: B H slices of 128 rows of K. Block: a warp for 16 rows of K, at most 8.
+// Shared memory, BUFFERS times: g f32 [STAGE][ldx], z, u [STAGE][8 NT + PAD], x, y [STAGE][ldx] with
+// ldx = 16 warps + PAD; then x' [STAGE][ldx], inner factors of x [BLOCKS QUERY_ROWS][ldx], D [STAGE][16 + PAD], f32
+// exp(L) [BLOCKS][16 warps], D_ii [STAGE], <S, dS> [16 warps].
 template <class R, int NT, bool REVERSE>
 __device__ __forceinline__ void keys(const typename R::elem* x, const typename R::elem* y, const float* g,
                                      const typename R::elem* z, const typename R::elem* u, const float* state0,
                                      typename R::elem* dx, float* dg, float* d_state0, float* kept, float* products,
                                      int T, int H, int K, int V, float scale, int keep_end) {
     using E = typename R::elem;
-    constexpr int LDV = 8 * NT + PAD, LDD = 16 + PAD, N = KEY_BUFFERS<R, NT>, ROWS = REVERSE ? QUERY_ROWS : 16;
-    constexpr int MINE = NT / 2; // tiles of a warp
+    constexpr int LDV = 8 * NT + PAD, LDD = 16 + PAD, N = BUFFERS<R, NT>, ROWS = REVERSE ? QUERY_ROWS : 16;
     DYNAMIC_SHARED(memory);
-    const int warp = warp_id(), lane = lane_id(), warps = blockDim.x / WARP, columns = 8 * warps, ldx = columns + PAD;
-    const bool second = warp % 2;
+    const int warp = warp_id(), lane = lane_id(), warps = blockDim.x / WARP, columns = 16 * warps, ldx = columns + PAD;
     float* sg = reinterpret_cast<float*>(memory);
     E* sz = reinterpret_cast<E*>(sg + N * STAGE * ldx);
     E* su = sz + N * STAGE * LDV;
@@ -462,13 +419,12 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     float* last = reinterpret_cast<float*>(sd + STAGE * LDD);
     float* diagonal = last + BLOCKS * columns;
     float* flow = diagonal + STAGE + 16 * warp;
-    float* exchange = diagonal + STAGE + 16 * warps + 4 * lane;
 
     const int slices = ceil_div(K, 128), tiles = ceil_div(K, 16);
     const int spans = ceil_div(T, SPAN), stages = ceil_div(T, STAGE);
     const long long bh = blockIdx.x / slices, batch = bh / H, h = bh % H;
-    const int k0 = blockIdx.x % slices * 128, width = min(K - k0, columns), c0 = warp / 2 * 16, mine = width - c0;
-    const int tile = k0 / 16 + warp / 2, v0 = second ? 8 * MINE : 0, own = second ? 8 : 0;
+    const int k0 = blockIdx.x % slices * 128, width = min(K - k0, columns), mine = width - 16 * warp;
+    const int tile = k0 / 16 + warp, c0 = 16 * warp;
     // Warps beyond K only help with D.
     const bool useful = mine > 0;
     const long long row_k = (long long)H * K, row_v = (long long)H * V, at_k = batch * T * row_k + h * K + k0;
@@ -477,14 +433,12 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     z += batch * T * row_v + h * V;
     u += batch * T * row_v + h * V;
     const auto state_at = [&](int span) {
-        const long long at = (bh * spans + span - 1) * tiles + tile;
-        return kept + (((2 * at + second) * (MINE / 2)) * WARP + lane) * 8;
-    };
-    const auto product_at = [&](int block) {
-        const long long at = (bh * ceil_div(T, 16) + block) * tiles + tile;
-        return products + ((2 * at + second) * WARP + lane) * 4;
+        return kept + (((bh * spans + span - 1) * tiles + tile) * (NT / 2) * WARP + lane) * 8;
     };
 
+    const auto product_at = [&](int block) {
+        return products + (((bh * ceil_div(T, 16) + block) * tiles + tile) * WARP + lane) * 8;
+    };
     const Rows<float, 1> rows_g({g}, row_k, width, {sg}, columns, ldx);
     const Rows<E, 2> rows_xy({x, y}, row_k, width, {sx, sy}, columns, ldx);
     const Rows<E, 2> rows_zu({z, u}, row_v, V, {sz, su}, 8 * NT, LDV);
@@ -500,26 +454,16 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 if (t0 + 16 * block < T) prefetch(product_at(t0 / 16 + block));
     };
     if (N == 2) fetch(0);
-    float s[MINE][4];
-    {
-        const float* from = state0 ? state0 + bh * K * V + (long long)(k0 + c0) * V : nullptr;
-#pragma unroll
-        for (int j = 0; j < MINE; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int r = acc_row(0, e), c = v0 + acc_col(j, e);
-                s[j][e] = from && r < mine && c < V ? from[r * V + c] : 0.f;
-            }
-    }
-    // In reverse, <S, dS> at the end of the block for the lane's two rows of K.
-    float through[2] = {};
-    const bool pair = row_k % 2 == 0 && width % 2 == 0 && reinterpret_cast<size_t>(dx) % (2 * sizeof(E)) == 0;
-    const bool pair_g = REVERSE && row_k % 2 == 0 && width % 2 == 0 && reinterpret_cast<size_t>(dg) % 8 == 0;
+    float s[NT][4];
+    load_rows(s, state0 ? state0 + bh * K * V + (long long)(k0 + c0) * V : nullptr, mine, V);
+    // In reverse, <S, dS> at the end of the block for the lane's four columns.
+    float through[2][2] = {};
+    const bool pair = can_pair(dx, row_k, width), pair_g = REVERSE && can_pair(dg, row_k, width);
     const auto keep_state = [&](int span) {
         if (!useful) return;
         float* p = state_at(span);
 #pragma unroll
-        for (int j = 0; j < MINE; j += 2) keep(p + j / 2 * WARP * 8, s[j], s[j + 1]);
+        for (int j = 0; j < NT; j += 2) keep(p + j / 2 * WARP * 8, s[j], s[j + 1]);
     };
 
     for (int i = 0; i < stages; i++) {
@@ -551,9 +495,9 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 store2(sd + (16 * block + r) * LDD + c, c >= r ? 0.f : d[e], c + 1 >= r ? 0.f : d[e + 1]);
             }
         }
-        // The columns of a pair of warps, a block each.
+        // A warp's own columns.
 #pragma unroll 1
-        for (int block = second; block < BLOCKS; block += 2) {
+        for (int block = 0; block < BLOCKS; block++) {
             const int at = 16 * block * ldx;
             const Decays decays(tg + at, ldx);
             E* inner = inner_x + ROWS * block * ldx + c0;
@@ -561,8 +505,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             else decays.keys(tx + at, outer_x + at + c0, inner, ldx);
             decays.total(last + block * columns + c0);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                store2(tg + at + (decays.row + i) * ldx + decays.col, decays.l[i].x, decays.l[i].y);
+            for (int i = 0; i < 4; i++) store2(tg + at + (decays.row + i) * ldx + decays.col, decays.l[i].x, decays.l[i].y);
         }
         __syncthreads();
 
@@ -571,7 +514,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             const float* p = state_at(stage + 1 == stages ? spans : (t0 + STAGE) / SPAN);
             float sums[2] = {};
 #pragma unroll
-            for (int j = 0; j < MINE; j += 2) {
+            for (int j = 0; j < NT; j += 2) {
                 float a[2][4];
                 recall(p + j / 2 * WARP * 8, a[0], a[1]);
 #pragma unroll
@@ -584,10 +527,12 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                 const float sum = row_sum(sums[half]);
                 if (lane % 4 == 0) flow[acc_row(0, 2 * half)] = sum;
             }
-            pair_barrier();
-            const float* both = flow - 2 * own + own + acc_col(0, 0);
+            __syncwarp();
 #pragma unroll
-            for (int e = 0; e < 2; e++) through[e] = both[e] + both[16 + e];
+            for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) through[nt][e] = flow[acc_col(nt, e)];
+            __syncwarp();
         }
 
 #pragma unroll 1
@@ -595,121 +540,121 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             const int block = REVERSE ? BLOCKS - 1 - n : n, r0 = 16 * block, sub = t0 / 16 + block;
             if (t0 + r0 >= T) continue;
             // Through the state; inside the block, without its diagonal, forward for each anchor.
-            float outer[4], inner[4] = {}, later[4] = {};
-            {
-                float sums[2][4] = {}, other[4];
+            float outer[2][4] = {}, inner[2][4] = {}, later[2][4] = {};
 #pragma unroll
-                for (int j = 0; j < MINE; j += 2) {
-                    FragB<R> fb[2];
-                    acc_as_b<R>(fb, s[j], s[j + 1]);
-                    const FragA<R> fa = load_a<R, AlongK>(tz + r0 * LDV + v0 + 8 * j, LDV);
-                    mma<R>(sums[0], fa, fb[0]);
-                    mma<R>(sums[1], fa, fb[1]);
-                }
-                choose(outer, second, sums[0], sums[1]);
-                choose(other, second, sums[1], sums[0]);
-                store_vec<4>(exchange + (n * warps + warp) * WARP * 4, other);
-                pair_barrier();
-                load_vec<4>(exchange + (n * warps + (warp ^ 1)) * WARP * 4, other);
-#pragma unroll
-                for (int e = 0; e < 4; e++) outer[e] += other[e];
+            for (int j = 0; j < NT; j += 2) {
+                FragB<R> fb[2];
+                acc_as_b<R>(fb, s[j], s[j + 1]);
+                const FragA<R> fa = load_a<R, AlongK>(tz + r0 * LDV + 8 * j, LDV);
+                mma<R>(outer[0], fa, fb[0]);
+                mma<R>(outer[1], fa, fb[1]);
             }
-            float qdq[4];
-            if (REVERSE) load_vec<4>(product_at(sub), qdq);
+            float qdq[2][4];
+            if (REVERSE) recall(product_at(sub), qdq[0], qdq[1]);
             {
                 const E* rows = inner_x + ROWS * block * ldx + c0;
                 const FragA<R> d = REVERSE ? load_a<R, AlongMN>(sd + r0 * LDD, LDD) : load_a<R, AlongK>(sd + r0 * LDD, LDD);
                 FragB<R> fb[2];
                 load_b<R, AlongMN>(fb, rows, ldx);
-                mma<R>(inner, REVERSE ? part<R>(d, 0, -1) : part<R>(d, -1, 0), choose<R>(second, fb));
+                const FragA<R> first = REVERSE ? part<R>(d, 0, -1) : part<R>(d, -1, 0), second = part<R>(d, 1, 1);
+                mma<R>(inner[0], first, fb[0]);
+                mma<R>(inner[1], first, fb[1]);
                 if (REVERSE) load_b<R, AlongMN>(fb, rows + 8 * ldx, ldx);
-                mma<R>(REVERSE ? inner : later, part<R>(d, 1, 1), choose<R>(second, fb));
+                mma<R>(REVERSE ? inner[0] : later[0], second, fb[0]);
+                mma<R>(REVERSE ? inner[1] : later[1], second, fb[1]);
             }
-            float total[4], outer_product[4], inner_product[4];
-            const int c = own + acc_col(0, 0);
-            const float* l = tg + r0 * ldx + c;
-            const float2 end = load2(l + 15 * ldx), m[2] = {load2(l + ANCHORS[0] * ldx), load2(l + ANCHORS[1] * ldx)};
-            const bool opaque[2] = {end.x < LOG2E * OPAQUE<R>, end.y < LOG2E * OPAQUE<R>};
-            // Factors and products as in Decays, so that they are rounded alike.
+            float total[2][4], outer_product[2][4], inner_product[2][4];
+            bool opaque[2][2];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int r = acc_row(0, 2 * half), at = (r0 + r) * ldx + c;
-                const float2 lr = load2(l + r * ldx), ys = load2(ty + at), xs = load2(tx + at), a = m[half];
-                const float2 from = REVERSE ? Decays::exp2_of(end.x - a.x, end.y - a.y) : Decays::exp2_of(a.x, a.y);
-                const float2 f = REVERSE ? Decays::exp2_of(a.x - lr.x, a.y - lr.y)
-                                         : Decays::exp2_of(lr.x - a.x, lr.y - a.y);
-                float2 g = f;
-                if (!REVERSE && half) g = Decays::exp2_of(lr.x - m[0].x, lr.y - m[0].y);
-                const float same = diagonal[r0 + r];
+            for (int nt = 0; nt < 2; nt++) {
+                const int c = acc_col(nt, 0);
+                const float* l = tg + r0 * ldx + c;
+                const float2 end = load2(l + 15 * ldx), m[2] = {load2(l + ANCHORS[0] * ldx), load2(l + ANCHORS[1] * ldx)};
+                opaque[nt][0] = end.x < LOG2E * OPAQUE<R>, opaque[nt][1] = end.y < LOG2E * OPAQUE<R>;
+                // Factors and products as in Decays, so that they are rounded alike.
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int i = 2 * half + e;
-                    const float factor = e ? f.y : f.x, outer_factor = factor * (e ? from.y : from.x);
-                    const float first_factor = e ? g.y : g.x, x = e ? xs.y : xs.x;
-                    const float y = REVERSE ? (e ? ys.y : ys.x) : scale * (e ? ys.y : ys.x);
-                    const float nearer = !REVERSE && half ? later[i] : inner[i];
-                    outer_product[i] = operand<R>(y * outer_factor) * outer[i];
-                    inner_product[i] = operand<R>(y * factor) * nearer;
-                    float sum = outer_factor * outer[i] + factor * nearer;
-                    if (!REVERSE && half) {
-                        inner_product[i] += operand<R>(y * first_factor) * inner[i];
-                        sum += first_factor * inner[i];
+                for (int half = 0; half < 2; half++) {
+                    const int r = acc_row(0, 2 * half), at = (r0 + r) * ldx + c;
+                    const float2 lr = load2(l + r * ldx), ys = load2(ty + at), xs = load2(tx + at), a = m[half];
+                    const float2 from = REVERSE ? Decays::exp2_of(end.x - a.x, end.y - a.y) : Decays::exp2_of(a.x, a.y);
+                    const float2 f = REVERSE ? Decays::exp2_of(a.x - lr.x, a.y - lr.y)
+                                             : Decays::exp2_of(lr.x - a.x, lr.y - a.y);
+                    float2 g = f;
+                    if (!REVERSE && half) g = Decays::exp2_of(lr.x - m[0].x, lr.y - m[0].y);
+                    const float own = diagonal[r0 + r];
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const int i = 2 * half + e;
+                        const float factor = e ? f.y : f.x, outer_factor = factor * (e ? from.y : from.x);
+                        const float first_factor = e ? g.y : g.x, x = e ? xs.y : xs.x;
+                        const float y = REVERSE ? (e ? ys.y : ys.x) : scale * (e ? ys.y : ys.x);
+                        outer_product[nt][i] = operand<R>(y * outer_factor) * outer[nt][i];
+                        inner_product[nt][i] = operand<R>(y * factor) * (!REVERSE && half ? later : inner)[nt][i];
+                        float sum = outer_factor * outer[nt][i] + factor * (!REVERSE && half ? later : inner)[nt][i];
+                        if (!REVERSE && half) {
+                            inner_product[nt][i] += operand<R>(y * first_factor) * inner[nt][i];
+                            sum += first_factor * inner[nt][i];
+                        }
+                        total[nt][i] = REVERSE ? sum + scale * own * x : scale * (sum + own * x);
                     }
-                    total[i] = REVERSE ? sum + scale * same * x : scale * (sum + same * x);
                 }
             }
-            const int cols = mine - own;
-            store_tile(dx + (t0 + r0) * row_k + c0 + own, row_k, T - t0 - r0, cols, total, pair);
+            store_block(dx + (t0 + r0) * row_k + c0, row_k, T - t0 - r0, mine, total[0], total[1], pair);
             if (!REVERSE) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) inner_product[e] += outer_product[e];
-                store_vec<4>(product_at(sub), inner_product);
+                for (int nt = 0; nt < 2; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) inner_product[nt][e] += outer_product[nt][e];
+                keep(product_at(sub), inner_product[0], inner_product[1]);
             } else {
-                const bool sparse = __any_sync(FULL, opaque[0] || opaque[1]);
+                const bool sparse = __any_sync(FULL, opaque[0][0] || opaque[0][1] || opaque[1][0] || opaque[1][1]);
                 // Rows g and g + 8 of a column; what is inside the block counts from each row on, what leaves it
                 // through the state up to each row, or, where all else passes through as well, from each row on.
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float low = qdq[e] - inner_product[e], high = qdq[2 + e] - inner_product[2 + e];
-                    float low_out = outer_product[e], high_out = outer_product[2 + e];
-                    float passing = through[e];
-                    if (sparse) {
+                for (int nt = 0; nt < 2; nt++) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float low = qdq[nt][e] - inner_product[nt][e], high = qdq[nt][2 + e] - inner_product[nt][2 + e];
+                        float low_out = outer_product[nt][e], high_out = outer_product[nt][2 + e];
+                        float passing = through[nt][e];
+                        if (sparse) {
+#pragma unroll
+                            for (int o = 4; o < WARP; o *= 2) {
+                                const float l = __shfl_up_sync(FULL, low_out, o), r = __shfl_up_sync(FULL, high_out, o);
+                                if (lane >= o) low_out += l, high_out += r;
+                            }
+                            const float half = __shfl_sync(FULL, low_out, WARP - 4 + lane % 4);
+                            const float all = half + __shfl_sync(FULL, high_out, WARP - 4 + lane % 4);
+                            // Without the row itself.
+                            const float l = __shfl_up_sync(FULL, low_out, 4), r = __shfl_up_sync(FULL, high_out, 4);
+                            low_out = lane < 4 ? 0.f : l;
+                            high_out = lane < 4 ? half : half + r;
+                            passing = opaque[nt][e] ? 0.f : passing - all;
+                        } else {
+                            low -= low_out, high -= high_out;
+                            low_out = high_out = 0.f;
+                        }
 #pragma unroll
                         for (int o = 4; o < WARP; o *= 2) {
-                            const float l = __shfl_up_sync(FULL, low_out, o), r = __shfl_up_sync(FULL, high_out, o);
-                            if (lane >= o) low_out += l, high_out += r;
+                            const float l = __shfl_down_sync(FULL, low, o), r = __shfl_down_sync(FULL, high, o);
+                            if (lane + o < WARP) low += l, high += r;
                         }
-                        const float half = __shfl_sync(FULL, low_out, WARP - 4 + lane % 4);
-                        const float all = half + __shfl_sync(FULL, high_out, WARP - 4 + lane % 4);
-                        // Without the row itself.
-                        const float l = __shfl_up_sync(FULL, low_out, 4), r = __shfl_up_sync(FULL, high_out, 4);
-                        low_out = lane < 4 ? 0.f : l;
-                        high_out = lane < 4 ? half : half + r;
-                        passing = opaque[e] ? 0.f : passing - all;
-                    } else {
-                        low -= low_out, high -= high_out;
-                        low_out = high_out = 0.f;
+                        low += __shfl_sync(FULL, high, lane % 4) + low_out + passing;
+                        high += high_out + passing;
+                        qdq[nt][e] = low, qdq[nt][2 + e] = high;
+                        through[nt][e] = __shfl_sync(FULL, low, lane % 4);
                     }
-#pragma unroll
-                    for (int o = 4; o < WARP; o *= 2) {
-                        const float l = __shfl_down_sync(FULL, low, o), r = __shfl_down_sync(FULL, high, o);
-                        if (lane + o < WARP) low += l, high += r;
-                    }
-                    low += __shfl_sync(FULL, high, lane % 4) + low_out + passing;
-                    high += high_out + passing;
-                    qdq[e] = low, qdq[2 + e] = high;
-                    through[e] = __shfl_sync(FULL, low, lane % 4);
                 }
-                store_tile(dg + (t0 + r0) * row_k + c0 + own, row_k, T - t0 - r0, cols, qdq, pair_g);
+                store_block(dg + (t0 + r0) * row_k + c0, row_k, T - t0 - r0, mine, qdq[0], qdq[1], pair_g);
             }
 
             const float low = last[block * columns + c0 + acc_row(0, 0)];
             const float high = last[block * columns + c0 + acc_row(0, 2)];
             const FragA<R> fu = load_a<R, AlongMN>(outer_x + r0 * ldx + c0, ldx);
 #pragma unroll
-            for (int j = 0; j < MINE; j += 2) {
+            for (int j = 0; j < NT; j += 2) {
                 FragB<R> fb[2];
-                load_b<R, AlongMN>(fb, tu + r0 * LDV + v0 + 8 * j, LDV);
+                load_b<R, AlongMN>(fb, tu + r0 * LDV + 8 * j, LDV);
 #pragma unroll
                 for (int nt = 0; nt < 2; nt++) {
                     s[j + nt][0] *= low, s[j + nt][1] *= low, s[j + nt][2] *= high, s[j + nt][3] *= high;
@@ -719,35 +664,29 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
         }
     }
     if (!REVERSE && keep_end) keep_state(spans);
-    if (REVERSE && d_state0 && useful) {
-        float* to = d_state0 + bh * K * V + (long long)(k0 + c0) * V + v0;
-        const bool pair = can_pair(to, V, V);
-#pragma unroll
-        for (int j = 0; j < MINE; j += 2)
-            if (v0 + 8 * j < V) store_block(to + 8 * j, V, mine, V - v0 - 8 * j, s[j], s[j + 1], pair);
-    }
+    if (REVERSE && d_state0 && useful) store_rows(s, d_state0 + bh * K * V + (long long)(k0 + c0) * V, mine, V);
 }
 
-#define KEYS(NAME, REVERSE, N_MAX, SUFFIX, R)                                                                           \
-    extern "C" __global__ void __launch_bounds__(512, 1) NAME##_n##N_MAX##_##SUFFIX(                                   \
+#define KEYS(NAME, REVERSE, N_MAX, BLOCKS, SUFFIX, R)                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                              \
         const R::elem* x, const R::elem* y, const float* g, const R::elem* z, const R::elem* u, const float* state0,   \
         R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T, int H, int K, int V,             \
         float scale, int keep_end) {                                                                                   \
         keys<R, N_MAX / 8, REVERSE>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V, scale,        \
                                     keep_end);                                                                         \
     }
-#define KERNELS(N_MAX, VALUE_BLOCKS, SUFFIX, R)                                                                         \
+#define KERNELS(N_MAX, VALUE_BLOCKS, KEY_BLOCKS, SUFFIX, R)                                                             \
     extern "C" __global__ void __launch_bounds__(256, VALUE_BLOCKS) gla_values_n##N_MAX##_##SUFFIX(                    \
         const R::elem* q, const R::elem* k, const float* g, const R::elem* z, const float* state0, R::elem* out,       \
         float* state1, int T, int H, int K, int V, int slices, float scale, int reverse) {                             \
         values<R, N_MAX / 8>(q, k, g, z, state0, out, state1, T, H, K, V, slices, scale, reverse);                     \
     }                                                                                                                  \
-    KEYS(gla_dq, false, N_MAX, SUFFIX, R)                                                                              \
-    KEYS(gla_dk, true, N_MAX, SUFFIX, R)
+    KEYS(gla_dq, false, N_MAX, KEY_BLOCKS, SUFFIX, R)                                                                  \
+    KEYS(gla_dk, true, N_MAX, KEY_BLOCKS, SUFFIX, R)
 #define ROUTE(SUFFIX, R)          \
-    KERNELS(64, 2, SUFFIX, R)  \
-    KERNELS(128, 2, SUFFIX, R) \
-    KERNELS(256, 1, SUFFIX, R)
+    KERNELS(64, 2, 2, SUFFIX, R)  \
+    KERNELS(128, 2, 1, SUFFIX, R) \
+    KERNELS(256, 1, 1, SUFFIX, R)
 ROUTE(bf16, Bf16)
 ROUTE(tf32, Tf32)
 ROUTE(f32, F32)

@@ -15,7 +15,7 @@ const BLOCK: usize = 16;
 const SPAN: usize = 256;
 /// Rows of a tile with the inner factors of a block's queries.
 const QUERY_ROWS: usize = 24;
-/// Warps of a block of gla_values, at least.
+/// Warps of a block, at least.
 const WARPS: usize = 2;
 /// Rows of K of a block of gla_dq and gla_dk.
 const KEY_ROWS: usize = 128;
@@ -62,9 +62,9 @@ impl Plan {
         self.tiles(1, columns, size) + queries + self.tiles(1, BLOCK, size) + STAGE / BLOCK * columns * 4
     }
 
-    /// Stages in shared memory: two, unless they do not fit or f32 rows have `wide` columns.
-    fn buffers(&self, columns: usize, wide: usize) -> usize {
-        if self.dtype == DType::F32 && columns >= wide { 1 } else { 2 }
+    /// Stages in shared memory: two, unless they do not fit.
+    fn buffers(&self, columns: usize) -> usize {
+        if self.dtype == DType::F32 && columns == 256 { 1 } else { 2 }
     }
 
     /// Launches gla_values: o and the final state from z = v, in reverse dv from z = do.
@@ -79,7 +79,7 @@ impl Plan {
         let slices = tiles.div_ceil(warps);
         let stage =
             self.tiles(2, columns, size) + self.tiles(1, 16 * warps, size) + self.tiles(1, columns, 4);
-        let shared = self.buffers(columns, 256) * stage + self.decayed(columns);
+        let shared = self.buffers(columns) * stage + self.decayed(columns);
         let launch = Launch::new(batch * heads * slices, 32 * warps as u32).shared(shared);
         let sizes = [steps, heads, key, value, slices].map(KernelArg::from);
         let args = [&inputs[..], &outputs, &sizes, &[self.scale.into(), i32::from(reverse).into()]].concat();
@@ -97,13 +97,11 @@ impl Plan {
     ) -> Result<()> {
         let Dims { batch, steps, heads, key, value } = self.dims;
         let (columns, size) = (padded(value)?, self.dtype.size_in_bytes());
-        let rows = key.next_multiple_of(16).min(KEY_ROWS);
+        let rows = key.next_multiple_of(16).clamp(16 * WARPS, KEY_ROWS);
         let stage = self.tiles(2, columns, size) + self.tiles(2, rows, size) + self.tiles(1, rows, 4);
-        let warps = rows / 8;
-        let sums = (STAGE + warps * 16 + STAGE / BLOCK * warps * 128) * 4;
-        let shared = self.buffers(columns, 128) * stage + self.decayed(rows) + sums;
+        let shared = self.buffers(columns) * stage + self.decayed(rows) + (STAGE + rows) * 4;
         let blocks = batch * heads * key.div_ceil(KEY_ROWS);
-        let launch = Launch::new(blocks, 32 * warps as u32).shared(shared);
+        let launch = Launch::new(blocks, 2 * rows as u32).shared(shared);
         let sizes = [steps, heads, key, value].map(KernelArg::from);
         let flags = [self.scale.into(), i32::from(keep_end).into()];
         let name = format!("{kernel}_n{columns}_{}", self.route);
