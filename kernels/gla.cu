@@ -32,6 +32,8 @@
 // state that they need whole in registers, forward or backward in time:
 //
 //   gla_values  forward: o and the final state; in reverse: dv. A warp has 16 columns of V.
+//   gla_states  the state alone: forward or in reverse, the parts of a sequence that is cut into segments, so that few
+//               sequences fill a GPU; gla_scan joins the segments
 //   gla_dq      forward: dq, and for the next the states every SPAN tokens and q dq. A warp has 16 rows of K.
 //   gla_dk      in reverse: dk, dg and the gradient of the initial state. Likewise.
 //
@@ -63,6 +65,16 @@ template <> constexpr float OPAQUE<F32> = -16.f;
 
 // Buffers for stages: with two the next is on its way during the work on this one.
 template <class R, int NT> constexpr int BUFFERS = sizeof(typename R::elem) == 4 && NT == 32 ? 1 : 2;
+template <class R, int NT> constexpr int KEY_BUFFERS = sizeof(typename R::elem) == 4 && NT >= 16 ? 1 : 2;
+
+// The stages of a segment.
+struct Segment {
+    int first, last;
+
+    __device__ __forceinline__ Segment(int T, int per_segment)
+        : first(blockIdx.y * per_segment), last(min(ceil_div(T, STAGE), first + per_segment)) {}
+    __device__ __forceinline__ int stage(int i, bool reverse) const { return reverse ? last - 1 - i : first + i; }
+};
 
 // N matrices of the same shape, of whose rows STAGE at a time go to tiles [STAGE][padded] with row stride lds. Threads
 // keep their column. A block has at least padded / V threads.
@@ -232,15 +244,17 @@ __device__ __forceinline__ FragA<R> part(FragA<R> f, int rows, int k) {
 
 // z: v (in reverse do). out: o (in reverse dv). state0 and state1 [B,H,K,V]: the state before the first and after the
 // last token, in reverse its gradient after the last token and none.
-// Grid: B H slices. Block: a warp for 16 columns of V, at most 8; a slice has as many as the block's warps.
+// With several segments state0 is [segments][B,H,K,V]. STATES: no out, and for every segment state1
+// [segments][B,H,K,V], what becomes of a state of zeros, and `decays` [segments][B,H,K], what is left of any.
+// Grid: (B H slices, segments). Block: a warp for 16 columns of V, 2 to 8; a slice has as many as the block's warps.
 // Shared memory, BUFFERS times: q, k [STAGE][8 NT + PAD], z [STAGE][16 warps + PAD], g f32 [STAGE][8 NT + PAD]; then
 // inner factors of k [STAGE][8 NT + PAD] and q [BLOCKS QUERY_ROWS][8 NT + PAD], A [STAGE][16 + PAD], f32 exp(L)
 // [BLOCKS][8 NT].
-template <class R, int NT>
+template <class R, int NT, bool STATES>
 __device__ __forceinline__ void values(const typename R::elem* q, const typename R::elem* k, const float* g,
                                        const typename R::elem* z, const float* state0, typename R::elem* out,
-                                       float* state1, int T, int H, int K, int V, int slices, float scale,
-                                       int reverse) {
+                                       float* state1, float* decays, int T, int H, int K, int V, int slices,
+                                       int per_segment, float scale, int reverse) {
     using E = typename R::elem;
     constexpr int COLS = 8 * NT, LD = COLS + PAD, LDA = 16 + PAD, N = BUFFERS<R, NT>;
     DYNAMIC_SHARED(memory);
@@ -257,18 +271,20 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
     const long long bh = blockIdx.x / slices, batch = bh / H, h = bh % H;
     const int v0 = blockIdx.x % slices * 16 * warps, width = min(V - v0, 16 * warps), mine = width - 16 * warp;
     const long long row_k = (long long)H * K, row_v = (long long)H * V;
-    const int stages = ceil_div(T, STAGE);
+    const Segment segment(T, per_segment);
+    const int stages = segment.last - segment.first;
+    const long long heads = gridDim.x / slices, own = blockIdx.y * heads + bh;
     q += batch * T * row_k + h * K;
     k += batch * T * row_k + h * K;
     g += batch * T * row_k + h * K;
     z += batch * T * row_v + h * V + v0;
-    out += batch * T * row_v + h * V + v0;
+    if (!STATES) out += batch * T * row_v + h * V + v0;
 
     const Rows<float, 1> rows_g({g}, row_k, K, {sg}, COLS, LD);
     const Rows<E, 2> rows_qk({q, k}, row_k, K, {sq, sk}, COLS, LD);
     const Rows<E, 1> rows_z({z}, row_v, width, {sz}, 16 * warps, ldz);
     const auto fetch = [&](int i) {
-        const int t0 = (reverse ? stages - 1 - i : i) * STAGE, tokens = min(STAGE, T - t0);
+        const int t0 = segment.stage(i, reverse) * STAGE, tokens = min(STAGE, T - t0);
         rows_g.fetch(i % N, t0, tokens);
         rows_qk.fetch(i % N, t0, tokens);
         rows_z.fetch(i % N, t0, tokens);
@@ -277,7 +293,7 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
     if (N == 2) fetch(0);
     // The state, transposed: rows are columns of V.
     float s[NT][4];
-    const float* start = state0 ? state0 + bh * K * V + v0 + 16 * warp : nullptr;
+    const float* start = state0 ? state0 + own * K * V + v0 + 16 * warp : nullptr;
 #pragma unroll
     for (int j = 0; j < NT; j++)
 #pragma unroll
@@ -286,9 +302,13 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
             s[j][e] = start && r < mine && c < K ? start[(long long)c * V + r] : 0.f;
         }
     const bool pair = can_pair(out, row_v, width);
+    // What is left of a state: of columns threadIdx.x ... of K.
+    float left[STATES ? COLS / (2 * WARP) : 1];
+#pragma unroll
+    for (float& x : left) x = 1.f;
 
     for (int i = 0; i < stages; i++) {
-        const int t0 = (reverse ? stages - 1 - i : i) * STAGE, at = i % N;
+        const int t0 = segment.stage(i, reverse) * STAGE, at = i % N;
         if (N == 1) {
             __syncthreads();
             fetch(i);
@@ -304,12 +324,22 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
         for (int unit = warp; unit < BLOCKS * NT / 2; unit += warps) {
             const int block = unit / (NT / 2), c = unit % (NT / 2) * 16, at = 16 * block * LD + c;
             const Decays decays(tg + at, LD);
-            decays.queries(tq + at, tq + at, inner_q + QUERY_ROWS * block * LD + c, LD, scale);
-            decays.keys(tk + at, tk + at, inner_k + at, LD);
+            if (!STATES || reverse)
+                decays.queries(tq + at, tq + at, inner_q + QUERY_ROWS * block * LD + c, LD, scale);
+            if (!STATES || !reverse) decays.keys(tk + at, tk + at, inner_k + at, LD);
             decays.total(last + block * COLS + c);
         }
         __syncthreads();
-        for (int unit = warps - 1 - warp; unit < 2 * BLOCKS; unit += warps) {
+        if constexpr (STATES) {
+            int c = threadIdx.x;
+            for (float& x : left) {
+                if (c >= COLS) break;
+#pragma unroll
+                for (int block = 0; block < BLOCKS; block++) x *= last[block * COLS + c];
+                c += blockDim.x;
+            }
+        }
+        for (int unit = warps - 1 - warp; unit < (STATES ? 0 : 2 * BLOCKS); unit += warps) {
             const int block = unit / 2, half = unit % 2, c = acc_col(half, 0);
             float a[4];
             narrow_product<R>(a, inner_q + (QUERY_ROWS * block + 8 * half) * LD, inner_k + (16 * block + 8 * half) * LD,
@@ -324,27 +354,28 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
 #pragma unroll 1
         for (int n = 0; n < BLOCKS; n++) {
             const int block = reverse ? BLOCKS - 1 - n : n, r0 = 16 * block;
-            const E* a = sa + r0 * LDA;
-            const E* read = (reverse ? tk : tq) + r0 * LD;
             const E* write = (reverse ? tq : tk) + r0 * LD;
-            float o[2][4] = {};
+            if (!STATES) {
+                const E* a = sa + r0 * LDA;
+                const E* read = (reverse ? tk : tq) + r0 * LD;
+                float o[2][4] = {};
 #pragma unroll
-            for (int x = 0; x < NT; x += 2) {
-                FragB<R> fb[2];
-                acc_as_b<R>(fb, s[x], s[x + 1]);
-                const FragA<R> fa = load_a<R, AlongK>(read + 8 * x, LD);
-                mma<R>(o[0], fa, fb[0]);
-                mma<R>(o[1], fa, fb[1]);
+                for (int x = 0; x < NT; x += 2) {
+                    FragB<R> fb[2];
+                    acc_as_b<R>(fb, s[x], s[x + 1]);
+                    const FragA<R> fa = load_a<R, AlongK>(read + 8 * x, LD);
+                    mma<R>(o[0], fa, fb[0]);
+                    mma<R>(o[1], fa, fb[1]);
+                }
+                // A is there from here on.
+                if (n == 0) __syncthreads();
+                FragB<R> fz[2];
+                load_b<R, AlongMN>(fz, tz + r0 * ldz, ldz);
+                const FragA<R> fa = reverse ? load_a<R, AlongMN>(a, LDA) : load_a<R, AlongK>(a, LDA);
+                mma<R>(o[0], fa, fz[0]);
+                mma<R>(o[1], fa, fz[1]);
+                store_block(out + (t0 + r0) * row_v + 16 * warp, row_v, T - t0 - r0, mine, o[0], o[1], pair);
             }
-            // A is there from here on.
-            if (n == 0) __syncthreads();
-            FragB<R> fz[2];
-            load_b<R, AlongMN>(fz, tz + r0 * ldz, ldz);
-            const FragA<R> fa = reverse ? load_a<R, AlongMN>(a, LDA) : load_a<R, AlongK>(a, LDA);
-            mma<R>(o[0], fa, fz[0]);
-            mma<R>(o[1], fa, fz[1]);
-            store_block(out + (t0 + r0) * row_v + 16 * warp, row_v, T - t0 - r0, mine, o[0], o[1], pair);
-
             const float* decay = last + block * COLS + acc_col(0, 0);
             const FragA<R> fu = load_a<R, AlongMN>(tz + r0 * ldz, ldz);
 #pragma unroll
@@ -360,8 +391,8 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
             }
         }
     }
-    if (state1) {
-        float* end = state1 + bh * K * V + v0 + 16 * warp;
+    if (STATES || (state1 && segment.last == ceil_div(T, STAGE))) {
+        float* end = state1 + (STATES ? own : bh) * K * V + v0 + 16 * warp;
 #pragma unroll
         for (int j = 0; j < NT; j++)
 #pragma unroll
@@ -369,6 +400,13 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
                 const int r = acc_row(0, e), c = acc_col(j, e);
                 if (r < mine && c < K) end[(long long)c * V + r] = s[j][e];
             }
+    }
+    if (STATES && v0 == 0) {
+        int c = threadIdx.x;
+        for (const float x : left) {
+            if (c < K) decays[own * K + c] = x;
+            c += blockDim.x;
+        }
     }
 }
 
@@ -395,17 +433,18 @@ __device__ __forceinline__ void recall(const float* p, float (&a)[4], float (&b)
 // kept [B,H,ceil(T/SPAN),tiles,NT/2,32,8] and products [B,H,ceil(T/16),tiles,32,8] f32, as the lanes hold them;
 // tiles = ceil(K/16). The last of `kept`, after the last token, is written only with `keep_end`: without a gradient of
 // the final state, state0 none, nobody reads it.
-// Grid: B H slices of 128 rows of K. Block: a warp for 16 rows of K, at most 8.
-// Shared memory, BUFFERS times: g f32 [STAGE][ldx], z, u [STAGE][8 NT + PAD], x, y [STAGE][ldx] with
+// With several segments state0 is [segments][B,H,K,V].
+// Grid: (B H slices of 128 rows of K, segments). Block: a warp for 16 rows of K, 2 to 8.
+// Shared memory, KEY_BUFFERS times: g f32 [STAGE][ldx], z, u [STAGE][8 NT + PAD], x, y [STAGE][ldx] with
 // ldx = 16 warps + PAD; then x' [STAGE][ldx], inner factors of x [BLOCKS QUERY_ROWS][ldx], D [STAGE][16 + PAD], f32
 // exp(L) [BLOCKS][16 warps], D_ii [STAGE], <S, dS> [16 warps].
 template <class R, int NT, bool REVERSE>
 __device__ __forceinline__ void keys(const typename R::elem* x, const typename R::elem* y, const float* g,
                                      const typename R::elem* z, const typename R::elem* u, const float* state0,
                                      typename R::elem* dx, float* dg, float* d_state0, float* kept, float* products,
-                                     int T, int H, int K, int V, float scale, int keep_end) {
+                                     int T, int H, int K, int V, int per_segment, float scale, int keep_end) {
     using E = typename R::elem;
-    constexpr int LDV = 8 * NT + PAD, LDD = 16 + PAD, N = BUFFERS<R, NT>, ROWS = REVERSE ? QUERY_ROWS : 16;
+    constexpr int LDV = 8 * NT + PAD, LDD = 16 + PAD, N = KEY_BUFFERS<R, NT>, ROWS = REVERSE ? QUERY_ROWS : 16;
     DYNAMIC_SHARED(memory);
     const int warp = warp_id(), lane = lane_id(), warps = blockDim.x / WARP, columns = 16 * warps, ldx = columns + PAD;
     float* sg = reinterpret_cast<float*>(memory);
@@ -421,7 +460,9 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     float* flow = diagonal + STAGE + 16 * warp;
 
     const int slices = ceil_div(K, 128), tiles = ceil_div(K, 16);
-    const int spans = ceil_div(T, SPAN), stages = ceil_div(T, STAGE);
+    const int spans = ceil_div(T, SPAN), all_stages = ceil_div(T, STAGE);
+    const Segment segment(T, per_segment);
+    const int stages = segment.last - segment.first;
     const long long bh = blockIdx.x / slices, batch = bh / H, h = bh % H;
     const int k0 = blockIdx.x % slices * 128, width = min(K - k0, columns), mine = width - 16 * warp;
     const int tile = k0 / 16 + warp, c0 = 16 * warp;
@@ -443,7 +484,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     const Rows<E, 2> rows_xy({x, y}, row_k, width, {sx, sy}, columns, ldx);
     const Rows<E, 2> rows_zu({z, u}, row_v, V, {sz, su}, 8 * NT, LDV);
     const auto fetch = [&](int i) {
-        const int t0 = (REVERSE ? stages - 1 - i : i) * STAGE, tokens = min(STAGE, T - t0);
+        const int t0 = segment.stage(i, REVERSE) * STAGE, tokens = min(STAGE, T - t0);
         rows_g.fetch(i % N, t0, tokens);
         rows_xy.fetch(i % N, t0, tokens);
         rows_zu.fetch(i % N, t0, tokens);
@@ -455,7 +496,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     };
     if (N == 2) fetch(0);
     float s[NT][4];
-    load_rows(s, state0 ? state0 + bh * K * V + (long long)(k0 + c0) * V : nullptr, mine, V);
+    const long long start = (blockIdx.y * (gridDim.x / slices) + bh) * K * V + (long long)(k0 + c0) * V;
+    load_rows(s, state0 ? state0 + start : nullptr, mine, V);
     // In reverse, <S, dS> at the end of the block for the lane's four columns.
     float through[2][2] = {};
     const bool pair = can_pair(dx, row_k, width), pair_g = REVERSE && can_pair(dg, row_k, width);
@@ -467,7 +509,7 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
     };
 
     for (int i = 0; i < stages; i++) {
-        const int stage = REVERSE ? stages - 1 - i : i, t0 = stage * STAGE, at = i % N;
+        const int stage = segment.stage(i, REVERSE), t0 = stage * STAGE, at = i % N;
         if (N == 1) {
             __syncthreads();
             fetch(i);
@@ -510,8 +552,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
         __syncthreads();
 
         if (!REVERSE && t0 > 0 && t0 % SPAN == 0) keep_state(t0 / SPAN);
-        if (useful && REVERSE && (stage + 1 == stages ? state0 != nullptr : (t0 + STAGE) % SPAN == 0)) {
-            const float* p = state_at(stage + 1 == stages ? spans : (t0 + STAGE) / SPAN);
+        if (useful && REVERSE && (stage + 1 == all_stages ? state0 != nullptr : (t0 + STAGE) % SPAN == 0)) {
+            const float* p = state_at(stage + 1 == all_stages ? spans : (t0 + STAGE) / SPAN);
             float sums[2] = {};
 #pragma unroll
             for (int j = 0; j < NT; j += 2) {
@@ -663,25 +705,45 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             }
         }
     }
-    if (!REVERSE && keep_end) keep_state(spans);
-    if (REVERSE && d_state0 && useful) store_rows(s, d_state0 + bh * K * V + (long long)(k0 + c0) * V, mine, V);
+    if (!REVERSE && keep_end && segment.last == all_stages) keep_state(spans);
+    if (REVERSE && d_state0 && useful && segment.first == 0) store_rows(s, d_state0 + bh * K * V + (long long)(k0 + c0) * V, mine, V);
 }
 
-#define KEYS(NAME, REVERSE, N_MAX, BLOCKS, SUFFIX, R)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                              \
-        const R::elem* x, const R::elem* y, const float* g, const R::elem* z, const R::elem* u, const float* state0,   \
-        R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T, int H, int K, int V,             \
-        float scale, int keep_end) {                                                                                   \
-        keys<R, N_MAX / 8, REVERSE>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V, scale,        \
-                                    keep_end);                                                                         \
+// The state before every segment, in reverse after it, from what becomes of zeros in a segment, in its place.
+// ends [segments][B,H,K,V], decays [segments][B,H,K], start [B,H,K,V] or none. Grid: (B H, K V / 256).
+extern "C" __global__ void __launch_bounds__(256)
+    gla_scan(float* ends, const float* decays, const float* start, int segments, int K, int V, int reverse) {
+    const int i = blockIdx.y * 256 + threadIdx.x, size = K * V;
+    if (i >= size) return;
+    float s = start ? start[(long long)blockIdx.x * size + i] : 0.f;
+    for (int n = 0; n < segments; n++) {
+        const long long at = (long long)(reverse ? segments - 1 - n : n) * gridDim.x + blockIdx.x;
+        const float end = ends[at * size + i];
+        ends[at * size + i] = s;
+        s = decays[at * K + i / V] * s + end;
     }
-#define KERNELS(N_MAX, VALUE_BLOCKS, KEY_BLOCKS, SUFFIX, R)                                                             \
-    extern "C" __global__ void __launch_bounds__(256, VALUE_BLOCKS) gla_values_n##N_MAX##_##SUFFIX(                    \
-        const R::elem* q, const R::elem* k, const float* g, const R::elem* z, const float* state0, R::elem* out,       \
-        float* state1, int T, int H, int K, int V, int slices, float scale, int reverse) {                             \
-        values<R, N_MAX / 8>(q, k, g, z, state0, out, state1, T, H, K, V, slices, scale, reverse);                     \
-    }                                                                                                                  \
-    KEYS(gla_dq, false, N_MAX, KEY_BLOCKS, SUFFIX, R)                                                                  \
+}
+
+#define VALUES(NAME, STATES, N_MAX, BLOCKS, SUFFIX, R)                                                          \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                       \
+        const R::elem* q, const R::elem* k, const float* g, const R::elem* z, const float* state0,              \
+        R::elem* out, float* state1, float* decays, int T, int H, int K, int V, int slices, int per_segment,    \
+        float scale, int reverse) {                                                                             \
+        values<R, N_MAX / 8, STATES>(q, k, g, z, state0, out, state1, decays, T, H, K, V, slices, per_segment,  \
+                                     scale, reverse);                                                           \
+    }
+#define KEYS(NAME, REVERSE, N_MAX, BLOCKS, SUFFIX, R)                                                           \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                       \
+        const R::elem* x, const R::elem* y, const float* g, const R::elem* z, const R::elem* u,                 \
+        const float* state0, R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T,      \
+        int H, int K, int V, int per_segment, float scale, int keep_end) {                                      \
+        keys<R, N_MAX / 8, REVERSE>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V,        \
+                                    per_segment, scale, keep_end);                                              \
+    }
+#define KERNELS(N_MAX, VALUE_BLOCKS, KEY_BLOCKS, SUFFIX, R)           \
+    VALUES(gla_values, false, N_MAX, VALUE_BLOCKS, SUFFIX, R)         \
+    VALUES(gla_states, true, N_MAX, VALUE_BLOCKS, SUFFIX, R)          \
+    KEYS(gla_dq, false, N_MAX, KEY_BLOCKS, SUFFIX, R)                 \
     KEYS(gla_dk, true, N_MAX, KEY_BLOCKS, SUFFIX, R)
 #define ROUTE(SUFFIX, R)          \
     KERNELS(64, 2, 2, SUFFIX, R)  \
