@@ -1,20 +1,21 @@
-// Gated linear attention (Yang et al. 2024, arXiv:2312.06635, eq. 3): a matrix state whose rows decay on their own.
+// Gated linear attention (Yang et al. 2024, arXiv:2312.06635, eq. 3): a matrix state whose rows decay on their
+// own.
 //
 //   q, k [B,T,H,K]  v, o [B,T,H,V]  in the activations' type
 //   g [B,T,H,K]  log decays, at most 0, and states [B,H,K,V]  f32
 //
-// The sequence is cut into blocks of 16 tokens. With l = the inclusive sum of g from the block's start, its last row
-// L, the state S0 before the block, S1 after it, and row vectors:
+// The sequence is cut into blocks of 16 tokens. With l = the inclusive sum of g from the block's start, its
+// last row L, the state S0 before the block, S1 after it, and row vectors:
 //
 //   o_i = (q'_i S0 + sum_{j <= i} A_ij v_j)      A_ij = scale sum_k q_ik k_jk exp(l_ik - l_jk)
 //   S1  = diag(exp L) S0 + sum_j k'_j^T v_j      q'_i = scale q_i exp(l_i),  k'_j = k_j exp(L - l_j)
 //
-// So short a block makes the chunked form as cheap as it gets: its work between tokens and state is the same for every
-// length, and only the work inside a block grows. The exponents of q' and k' are at most 0. A is a product of two
-// factors that meet at an anchor m, the l of a token in the middle of eight: for j < 8 of scale q_i exp(l_i - m) and
-// k_j exp(m - l_j) with m = l_3, for j >= 8 with m = l_11. Four steps at most lie between j and its anchor, and as
-// many between the anchor and an i that comes before it: however strong the decay, exponents end at -4 CLOSED, and
-// what underflows is nothing beside the rest of its sum.
+// So short a block makes the chunked form as cheap as it gets: its work between tokens and state is the same
+// for every length, and only the work inside a block grows. The exponents of q' and k' are at most 0. A is a
+// product of two factors that meet at an anchor m, the l of a token in the middle of eight: for j < 8 of scale
+// q_i exp(l_i - m) and k_j exp(m - l_j) with m = l_3, for j >= 8 with m = l_11. Four steps at most lie between
+// j and its anchor, and as many between the anchor and an i that comes before it: however strong the decay,
+// exponents end at -4 CLOSED, and what underflows is nothing beside the rest of its sum.
 //
 // Gradients, with dS1 that of the state after the block and D_ij = do_i . v_j:
 //
@@ -24,16 +25,17 @@
 //   dk_j = exp(L - l_j) (v_j dS1^T) + sum_{i >= j} D_ij scale q_i exp(l_i - l_j)
 //   dg_t = <S1, dS1>_k + sum_{i >= t} (q_i dq_i - k_i dk_i)
 //
-// dg without the terms i = j, which cancel, and with <S1, dS1> computed anew every SPAN tokens: between them it is the
-// dg of the block's first token. Its other terms cancel in part, too, so that both of its products are made of the very
-// operands that the tensor cores multiplied, rounded as they were: what is then left is right but for f32's rounding.
+// dg without the terms i = j, which cancel, and with <S1, dS1> computed anew every SPAN tokens: between them it
+// is the dg of the block's first token. Its other terms cancel in part, too, so that both of its products are
+// made of the very operands that the tensor cores multiplied, rounded as they were: what is then left is right
+// but for f32's rounding.
 //
-// Value columns are independent of each other in o and dv, key rows in dq and dk. Hence two kinds of kernels, with the
-// state that they need whole in registers, forward or backward in time:
+// Value columns are independent of each other in o and dv, key rows in dq and dk. Hence two kinds of kernels,
+// with the state that they need whole in registers, forward or backward in time:
 //
 //   gla_values  forward: o and the final state; in reverse: dv. A warp has 16 columns of V.
-//   gla_states  the state alone: forward or in reverse, the parts of a sequence that is cut into segments, so that few
-//               sequences fill a GPU; gla_scan joins the segments
+//   gla_states  the state alone, forward or in reverse: the parts of a sequence that is cut into segments, so
+//               that few sequences fill a GPU; gla_scan joins the segments
 //   gla_dq      forward: dq, and for the next the states every SPAN tokens and q dq. A warp has 16 rows of K.
 //   gla_dk      in reverse: dk, dg and the gradient of the initial state. Likewise.
 //
@@ -46,7 +48,8 @@ constexpr int STAGE = 32, BLOCKS = STAGE / 16, SPAN = 256;
 // Log decays below this count as this: what is left of the past, 1e-7, is what f32 rounds away.
 constexpr float CLOSED = -16.f;
 
-// Where l of a block is an anchor, and rows that the queries of a block take: 8 to 15 are there for both anchors.
+// Where l of a block is an anchor, and rows that the queries of a block take: 8 to 15 are there for both
+// anchors.
 constexpr int ANCHORS[2] = {3, 11}, QUERY_ROWS = 24;
 
 // What a product on route R makes of an operand.
@@ -57,8 +60,8 @@ __device__ __forceinline__ float operand(float x) {
     return x;
 }
 
-// Where a channel decays by more than this in a block, what passes through the whole block is nothing beside what the
-// route rounds.
+// Where a channel decays by more than this in a block, what passes through the whole block is nothing beside
+// what the route rounds.
 template <class R> constexpr float OPAQUE = -7.f;
 template <> constexpr float OPAQUE<Tf32> = -9.f;
 template <> constexpr float OPAQUE<F32> = -16.f;
@@ -73,11 +76,13 @@ struct Segment {
 
     __device__ __forceinline__ Segment(int T, int per_segment)
         : first(blockIdx.y * per_segment), last(min(ceil_div(T, STAGE), first + per_segment)) {}
-    __device__ __forceinline__ int stage(int i, bool reverse) const { return reverse ? last - 1 - i : first + i; }
+    __device__ __forceinline__ int stage(int i, bool reverse) const {
+        return reverse ? last - 1 - i : first + i;
+    }
 };
 
-// N matrices of the same shape, of whose rows STAGE at a time go to tiles [STAGE][padded] with row stride lds. Threads
-// keep their column. A block has at least padded / V threads.
+// N matrices of the same shape, of whose rows STAGE at a time go to tiles [STAGE][padded] with row stride lds.
+// Threads keep their column. A block has at least padded / V threads.
 template <class E, int N>
 struct Rows {
     static constexpr int V = 16 / sizeof(E);
@@ -123,8 +128,8 @@ struct Rows {
     }
 };
 
-// One warp: the decays of a block of 16 tokens and 16 channels. A lane has tokens row, row + 1, row + 2, row + 3 and
-// channels col, col + 1.
+// One warp: the decays of a block of 16 tokens and 16 channels. A lane has tokens row, row + 1, row + 2, row +
+// 3 and channels col, col + 1.
 struct Decays {
     int row, col;
     float2 l[4];          // inclusive sums, to base 2
@@ -161,8 +166,8 @@ struct Decays {
     __device__ __forceinline__ bool upper() const { return row >= 8; }
     __device__ __forceinline__ float2 anchor() const { return upper() ? second : first; }
 
-    // From the rows q of a block: scale q exp(l) to `read`, scale q exp(l - anchor) to `inner` [QUERY_ROWS]: rows 0 to
-    // 15 for the first anchor, then rows 8 to 15 for the second.
+    // From the rows q of a block: scale q exp(l) to `read`, scale q exp(l - anchor) to `inner` [QUERY_ROWS]:
+    // rows 0 to 15 for the first anchor, then rows 8 to 15 for the second.
     template <class E>
     __device__ __forceinline__ void queries(const E* q, E* read, E* inner, int ld, float scale) const {
         const float2 m = anchor(), start = exp2_of(m.x, m.y);
@@ -180,8 +185,8 @@ struct Decays {
             }
         }
     }
-    // From the rows k: k exp(L - l) to `write`, k exp(anchor - l) to `inner`, rows 0 to 7 for the first anchor, 8 to 15
-    // for the second.
+    // From the rows k: k exp(L - l) to `write`, k exp(anchor - l) to `inner`, rows 0 to 7 for the first anchor,
+    // 8 to 15 for the second.
     template <class E>
     __device__ __forceinline__ void keys(const E* k, E* write, E* inner, int ld) const {
         const float2 m = anchor(), tail = exp2_of(last.x - m.x, last.y - m.y);
@@ -204,7 +209,8 @@ struct Decays {
     }
 };
 
-// One warp: a product [16 x 8] over n values, from tiles that hold a multiple of 32. Two sums hide each other's latency.
+// One warp: a product [16 x 8] over n values, from tiles that hold a multiple of 32. Two sums hide each other's
+// latency.
 template <class R>
 __device__ __forceinline__ void narrow_product(float (&c)[4], const typename R::elem* rows,
                                                const typename R::elem* cols, int ld, int n) {
@@ -242,14 +248,15 @@ __device__ __forceinline__ FragA<R> part(FragA<R> f, int rows, int k) {
     return f;
 }
 
-// z: v (in reverse do). out: o (in reverse dv). state0 and state1 [B,H,K,V]: the state before the first and after the
-// last token, in reverse its gradient after the last token and none.
+// z: v (in reverse do). out: o (in reverse dv). state0 and state1 [B,H,K,V]: the state before the first and
+// after the last token, in reverse its gradient after the last token and none.
 // With several segments state0 is [segments][B,H,K,V]. STATES: no out, and for every segment state1
 // [segments][B,H,K,V], what becomes of a state of zeros, and `decays` [segments][B,H,K], what is left of any.
-// Grid: (B H slices, segments). Block: a warp for 16 columns of V, 2 to 8; a slice has as many as the block's warps.
-// Shared memory, BUFFERS times: q, k [STAGE][8 NT + PAD], z [STAGE][16 warps + PAD], g f32 [STAGE][8 NT + PAD]; then
-// inner factors of k [STAGE][8 NT + PAD] and q [BLOCKS QUERY_ROWS][8 NT + PAD], A [STAGE][16 + PAD], f32 exp(L)
-// [BLOCKS][8 NT].
+// Grid: (B H slices, segments). Block: a warp for 16 columns of V, 2 to 8; a slice has as many as the block's
+// warps.
+// Shared memory, BUFFERS times: q, k [STAGE][8 NT + PAD], z [STAGE][16 warps + PAD], g f32 [STAGE][8 NT + PAD];
+// then inner factors of k [STAGE][8 NT + PAD] and q [BLOCKS QUERY_ROWS][8 NT + PAD], A [STAGE][16 + PAD], f32
+// exp(L) [BLOCKS][8 NT].
 template <class R, int NT, bool STATES>
 __device__ __forceinline__ void values(const typename R::elem* q, const typename R::elem* k, const float* g,
                                        const typename R::elem* z, const float* state0, typename R::elem* out,
@@ -342,8 +349,8 @@ __device__ __forceinline__ void values(const typename R::elem* q, const typename
         for (int unit = warps - 1 - warp; unit < (STATES ? 0 : 2 * BLOCKS); unit += warps) {
             const int block = unit / 2, half = unit % 2, c = acc_col(half, 0);
             float a[4];
-            narrow_product<R>(a, inner_q + (QUERY_ROWS * block + 8 * half) * LD, inner_k + (16 * block + 8 * half) * LD,
-                              LD, K);
+            narrow_product<R>(a, inner_q + (QUERY_ROWS * block + 8 * half) * LD,
+                              inner_k + (16 * block + 8 * half) * LD, LD, K);
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const int r = acc_row(0, e);
@@ -427,26 +434,29 @@ __device__ __forceinline__ void recall(const float* p, float (&a)[4], float (&b)
     load_vec<4>(p + 4, b);
 }
 
-// Forward: x = k, y = q, z = do, u = v, state0 the state before the first token; writes dx = dq, kept and products.
-// In reverse: x = q, y = k, z = v, u = do, state0 the gradient of the state after the last token; writes dx = dk, dg
-// and the gradient of the initial state, and reads what the forward call wrote.
+// Forward: x = k, y = q, z = do, u = v, state0 the state before the first token; writes dx = dq, kept and
+// products.
+// In reverse: x = q, y = k, z = v, u = do, state0 the gradient of the state after the last token; writes dx =
+// dk, dg and the gradient of the initial state, and reads what the forward call wrote.
 // kept [B,H,ceil(T/SPAN),tiles,NT/2,32,8] and products [B,H,ceil(T/16),tiles,32,8] f32, as the lanes hold them;
-// tiles = ceil(K/16). The last of `kept`, after the last token, is written only with `keep_end`: without a gradient of
-// the final state, state0 none, nobody reads it.
+// tiles = ceil(K/16). The last of `kept`, after the last token, is written only with `keep_end`: without a
+// gradient of the final state, state0 none, nobody reads it.
 // With several segments state0 is [segments][B,H,K,V].
 // Grid: (B H slices of 128 rows of K, segments). Block: a warp for 16 rows of K, 2 to 8.
-// Shared memory, KEY_BUFFERS times: g f32 [STAGE][ldx], z, u [STAGE][8 NT + PAD], x, y [STAGE][ldx] with
-// ldx = 16 warps + PAD; then x' [STAGE][ldx], inner factors of x [BLOCKS QUERY_ROWS][ldx], D [STAGE][16 + PAD], f32
+// Shared memory, KEY_BUFFERS times: g f32 [STAGE][ldx], z, u [STAGE][8 NT + PAD], x, y [STAGE][ldx] with ldx =
+// 16 warps + PAD; then x' [STAGE][ldx], inner factors of x [BLOCKS QUERY_ROWS][ldx], D [STAGE][16 + PAD], f32
 // exp(L) [BLOCKS][16 warps], D_ii [STAGE], <S, dS> [16 warps].
 template <class R, int NT, bool REVERSE>
 __device__ __forceinline__ void keys(const typename R::elem* x, const typename R::elem* y, const float* g,
                                      const typename R::elem* z, const typename R::elem* u, const float* state0,
-                                     typename R::elem* dx, float* dg, float* d_state0, float* kept, float* products,
-                                     int T, int H, int K, int V, int per_segment, float scale, int keep_end) {
+                                     typename R::elem* dx, float* dg, float* d_state0, float* kept,
+                                     float* products, int T, int H, int K, int V, int per_segment, float scale,
+                                     int keep_end) {
     using E = typename R::elem;
     constexpr int LDV = 8 * NT + PAD, LDD = 16 + PAD, N = KEY_BUFFERS<R, NT>, ROWS = REVERSE ? QUERY_ROWS : 16;
     DYNAMIC_SHARED(memory);
-    const int warp = warp_id(), lane = lane_id(), warps = blockDim.x / WARP, columns = 16 * warps, ldx = columns + PAD;
+    const int warp = warp_id(), lane = lane_id(), warps = blockDim.x / WARP;
+    const int columns = 16 * warps, ldx = columns + PAD;
     float* sg = reinterpret_cast<float*>(memory);
     E* sz = reinterpret_cast<E*>(sg + N * STAGE * ldx);
     E* su = sz + N * STAGE * LDV;
@@ -547,7 +557,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             else decays.keys(tx + at, outer_x + at + c0, inner, ldx);
             decays.total(last + block * columns + c0);
 #pragma unroll
-            for (int i = 0; i < 4; i++) store2(tg + at + (decays.row + i) * ldx + decays.col, decays.l[i].x, decays.l[i].y);
+            for (int i = 0; i < 4; i++)
+                store2(tg + at + (decays.row + i) * ldx + decays.col, decays.l[i].x, decays.l[i].y);
         }
         __syncthreads();
 
@@ -595,10 +606,11 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             if (REVERSE) recall(product_at(sub), qdq[0], qdq[1]);
             {
                 const E* rows = inner_x + ROWS * block * ldx + c0;
-                const FragA<R> d = REVERSE ? load_a<R, AlongMN>(sd + r0 * LDD, LDD) : load_a<R, AlongK>(sd + r0 * LDD, LDD);
+                const FragA<R> d = load_a<R, REVERSE ? AlongMN : AlongK>(sd + r0 * LDD, LDD);
                 FragB<R> fb[2];
                 load_b<R, AlongMN>(fb, rows, ldx);
-                const FragA<R> first = REVERSE ? part<R>(d, 0, -1) : part<R>(d, -1, 0), second = part<R>(d, 1, 1);
+                const FragA<R> first = part<R>(d, REVERSE ? 0 : -1, REVERSE ? -1 : 0);
+                const FragA<R> second = part<R>(d, 1, 1);
                 mma<R>(inner[0], first, fb[0]);
                 mma<R>(inner[1], first, fb[1]);
                 if (REVERSE) load_b<R, AlongMN>(fb, rows + 8 * ldx, ldx);
@@ -611,14 +623,16 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
             for (int nt = 0; nt < 2; nt++) {
                 const int c = acc_col(nt, 0);
                 const float* l = tg + r0 * ldx + c;
-                const float2 end = load2(l + 15 * ldx), m[2] = {load2(l + ANCHORS[0] * ldx), load2(l + ANCHORS[1] * ldx)};
+                const float2 m[2] = {load2(l + ANCHORS[0] * ldx), load2(l + ANCHORS[1] * ldx)};
+                const float2 end = load2(l + 15 * ldx);
                 opaque[nt][0] = end.x < LOG2E * OPAQUE<R>, opaque[nt][1] = end.y < LOG2E * OPAQUE<R>;
                 // Factors and products as in Decays, so that they are rounded alike.
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int r = acc_row(0, 2 * half), at = (r0 + r) * ldx + c;
                     const float2 lr = load2(l + r * ldx), ys = load2(ty + at), xs = load2(tx + at), a = m[half];
-                    const float2 from = REVERSE ? Decays::exp2_of(end.x - a.x, end.y - a.y) : Decays::exp2_of(a.x, a.y);
+                    const float2 from =
+                        REVERSE ? Decays::exp2_of(end.x - a.x, end.y - a.y) : Decays::exp2_of(a.x, a.y);
                     const float2 f = REVERSE ? Decays::exp2_of(a.x - lr.x, a.y - lr.y)
                                              : Decays::exp2_of(lr.x - a.x, lr.y - a.y);
                     float2 g = f;
@@ -631,8 +645,9 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                         const float first_factor = e ? g.y : g.x, x = e ? xs.y : xs.x;
                         const float y = REVERSE ? (e ? ys.y : ys.x) : scale * (e ? ys.y : ys.x);
                         outer_product[nt][i] = operand<R>(y * outer_factor) * outer[nt][i];
-                        inner_product[nt][i] = operand<R>(y * factor) * (!REVERSE && half ? later : inner)[nt][i];
-                        float sum = outer_factor * outer[nt][i] + factor * (!REVERSE && half ? later : inner)[nt][i];
+                        const float nearer = !REVERSE && half ? later[nt][i] : inner[nt][i];
+                        inner_product[nt][i] = operand<R>(y * factor) * nearer;
+                        float sum = outer_factor * outer[nt][i] + factor * nearer;
                         if (!REVERSE && half) {
                             inner_product[nt][i] += operand<R>(y * first_factor) * inner[nt][i];
                             sum += first_factor * inner[nt][i];
@@ -649,26 +664,31 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
                     for (int e = 0; e < 4; e++) inner_product[nt][e] += outer_product[nt][e];
                 keep(product_at(sub), inner_product[0], inner_product[1]);
             } else {
-                const bool sparse = __any_sync(FULL, opaque[0][0] || opaque[0][1] || opaque[1][0] || opaque[1][1]);
-                // Rows g and g + 8 of a column; what is inside the block counts from each row on, what leaves it
-                // through the state up to each row, or, where all else passes through as well, from each row on.
+                const bool sparse =
+                    __any_sync(FULL, opaque[0][0] || opaque[0][1] || opaque[1][0] || opaque[1][1]);
+                // Rows g and g + 8 of a column; what is inside the block counts from each row on, what leaves
+                // it through the state up to each row, or, where all else passes through as well, from each row
+                // on.
 #pragma unroll
                 for (int nt = 0; nt < 2; nt++) {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        float low = qdq[nt][e] - inner_product[nt][e], high = qdq[nt][2 + e] - inner_product[nt][2 + e];
+                        float low = qdq[nt][e] - inner_product[nt][e];
+                        float high = qdq[nt][2 + e] - inner_product[nt][2 + e];
                         float low_out = outer_product[nt][e], high_out = outer_product[nt][2 + e];
                         float passing = through[nt][e];
                         if (sparse) {
 #pragma unroll
                             for (int o = 4; o < WARP; o *= 2) {
-                                const float l = __shfl_up_sync(FULL, low_out, o), r = __shfl_up_sync(FULL, high_out, o);
+                                const float l = __shfl_up_sync(FULL, low_out, o);
+                                const float r = __shfl_up_sync(FULL, high_out, o);
                                 if (lane >= o) low_out += l, high_out += r;
                             }
                             const float half = __shfl_sync(FULL, low_out, WARP - 4 + lane % 4);
                             const float all = half + __shfl_sync(FULL, high_out, WARP - 4 + lane % 4);
                             // Without the row itself.
-                            const float l = __shfl_up_sync(FULL, low_out, 4), r = __shfl_up_sync(FULL, high_out, 4);
+                            const float l = __shfl_up_sync(FULL, low_out, 4);
+                            const float r = __shfl_up_sync(FULL, high_out, 4);
                             low_out = lane < 4 ? 0.f : l;
                             high_out = lane < 4 ? half : half + r;
                             passing = opaque[nt][e] ? 0.f : passing - all;
@@ -706,7 +726,8 @@ __device__ __forceinline__ void keys(const typename R::elem* x, const typename R
         }
     }
     if (!REVERSE && keep_end && segment.last == all_stages) keep_state(spans);
-    if (REVERSE && d_state0 && useful && segment.first == 0) store_rows(s, d_state0 + bh * K * V + (long long)(k0 + c0) * V, mine, V);
+    if (REVERSE && d_state0 && useful && segment.first == 0)
+        store_rows(s, d_state0 + bh * K * V + (long long)(k0 + c0) * V, mine, V);
 }
 
 // The state before every segment, in reverse after it, from what becomes of zeros in a segment, in its place.
@@ -724,21 +745,21 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-#define VALUES(NAME, STATES, N_MAX, BLOCKS, SUFFIX, R)                                                          \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                       \
-        const R::elem* q, const R::elem* k, const float* g, const R::elem* z, const float* state0,              \
-        R::elem* out, float* state1, float* decays, int T, int H, int K, int V, int slices, int per_segment,    \
-        float scale, int reverse) {                                                                             \
-        values<R, N_MAX / 8, STATES>(q, k, g, z, state0, out, state1, decays, T, H, K, V, slices, per_segment,  \
-                                     scale, reverse);                                                           \
+#define VALUES(NAME, STATES, N_MAX, BLOCKS, SUFFIX, R)                                                         \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                      \
+        const R::elem* q, const R::elem* k, const float* g, const R::elem* z, const float* state0,             \
+        R::elem* out, float* state1, float* decays, int T, int H, int K, int V, int slices, int per_segment,   \
+        float scale, int reverse) {                                                                            \
+        values<R, N_MAX / 8, STATES>(q, k, g, z, state0, out, state1, decays, T, H, K, V, slices, per_segment, \
+                                     scale, reverse);                                                          \
     }
-#define KEYS(NAME, REVERSE, N_MAX, BLOCKS, SUFFIX, R)                                                           \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                       \
-        const R::elem* x, const R::elem* y, const float* g, const R::elem* z, const R::elem* u,                 \
-        const float* state0, R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T,      \
-        int H, int K, int V, int per_segment, float scale, int keep_end) {                                      \
-        keys<R, N_MAX / 8, REVERSE>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V,        \
-                                    per_segment, scale, keep_end);                                              \
+#define KEYS(NAME, REVERSE, N_MAX, BLOCKS, SUFFIX, R)                                                          \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                      \
+        const R::elem* x, const R::elem* y, const float* g, const R::elem* z, const R::elem* u,                \
+        const float* state0, R::elem* dx, float* dg, float* d_state0, float* kept, float* products, int T,     \
+        int H, int K, int V, int per_segment, float scale, int keep_end) {                                     \
+        keys<R, N_MAX / 8, REVERSE>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V,       \
+                                    per_segment, scale, keep_end);                                             \
     }
 #define KERNELS(N_MAX, VALUE_BLOCKS, KEY_BLOCKS, SUFFIX, R)           \
     VALUES(gla_values, false, N_MAX, VALUE_BLOCKS, SUFFIX, R)         \
