@@ -252,8 +252,8 @@ __device__ __forceinline__ FragA<R> part(FragA<R> f, int rows, int k) {
 // after the last token, in reverse its gradient after the last token and none.
 // With several segments state0 is [segments][B,H,K,V]. STATES: no out, and for every segment state1
 // [segments][B,H,K,V], what becomes of a state of zeros, and `decays` [segments][B,H,K], what is left of any.
-// Grid: (B H slices, segments). Block: a warp for 16 columns of V, 2 to 8; a slice has as many as the block's
-// warps.
+// Grid: (B H slices, segments). Block: a warp for 16 columns of V, 2 to 16 (8 for NT = 32); a slice has as many
+// as the block's warps.
 // Shared memory, BUFFERS times: q, k [STAGE][8 NT + PAD], z [STAGE][16 warps + PAD], g f32 [STAGE][8 NT + PAD];
 // then inner factors of k [STAGE][8 NT + PAD] and q [BLOCKS QUERY_ROWS][8 NT + PAD], A [STAGE][16 + PAD], f32
 // exp(L) [BLOCKS][8 NT].
@@ -745,8 +745,8 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-#define VALUES(NAME, STATES, N_MAX, BLOCKS, SUFFIX, R)                                                         \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_n##N_MAX##_##SUFFIX(                      \
+#define VALUES(NAME, STATES, N_MAX, THREADS, SUFFIX, R)                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_n##N_MAX##_##SUFFIX(                       \
         const R::elem* q, const R::elem* k, const float* g, const R::elem* z, const float* state0,             \
         R::elem* out, float* state1, float* decays, int T, int H, int K, int V, int slices, int per_segment,   \
         float scale, int reverse) {                                                                            \
@@ -761,15 +761,15 @@ extern "C" __global__ void __launch_bounds__(256)
         keys<R, N_MAX / 8, REVERSE>(x, y, g, z, u, state0, dx, dg, d_state0, kept, products, T, H, K, V,       \
                                     per_segment, scale, keep_end);                                             \
     }
-#define KERNELS(N_MAX, VALUE_BLOCKS, KEY_BLOCKS, SUFFIX, R)           \
-    VALUES(gla_values, false, N_MAX, VALUE_BLOCKS, SUFFIX, R)         \
-    VALUES(gla_states, true, N_MAX, VALUE_BLOCKS, SUFFIX, R)          \
-    KEYS(gla_dq, false, N_MAX, KEY_BLOCKS, SUFFIX, R)                 \
+#define KERNELS(N_MAX, THREADS, KEY_BLOCKS, SUFFIX, R)      \
+    VALUES(gla_values, false, N_MAX, THREADS, SUFFIX, R)    \
+    VALUES(gla_states, true, N_MAX, THREADS, SUFFIX, R)     \
+    KEYS(gla_dq, false, N_MAX, KEY_BLOCKS, SUFFIX, R)       \
     KEYS(gla_dk, true, N_MAX, KEY_BLOCKS, SUFFIX, R)
-#define ROUTE(SUFFIX, R)          \
-    KERNELS(64, 2, 2, SUFFIX, R)  \
-    KERNELS(128, 2, 1, SUFFIX, R) \
-    KERNELS(256, 1, 1, SUFFIX, R)
+#define ROUTE(SUFFIX, R)            \
+    KERNELS(64, 512, 2, SUFFIX, R)  \
+    KERNELS(128, 512, 1, SUFFIX, R) \
+    KERNELS(256, 256, 1, SUFFIX, R)
 ROUTE(bf16, Bf16)
 ROUTE(tf32, Tf32)
 ROUTE(f32, F32)

@@ -102,7 +102,9 @@ impl Plan {
         // Few large blocks share the work on q, k and g; many small ones fill the GPU.
         let tiles = value.div_ceil(16);
         let wanted = 2 * self.gpu.multiprocessors() / (batch * heads * self.segments);
-        let slices = tiles.div_ceil(8).max(wanted.min(tiles.div_ceil(4)));
+        // As many warps as their registers allow.
+        let most = if columns == 256 { 8 } else { 16 };
+        let slices = tiles.div_ceil(most).max(wanted.min(tiles.div_ceil(4)));
         let warps = tiles.div_ceil(slices).max(WARPS);
         let slices = tiles.div_ceil(warps);
         let stage =
