@@ -66,7 +66,8 @@ template <class R> constexpr float OPAQUE = -7.f;
 template <> constexpr float OPAQUE<Tf32> = -9.f;
 template <> constexpr float OPAQUE<F32> = -16.f;
 
-// Buffers for stages: with two the next is on its way during the work on this one.
+// Buffers for stages: with two the next is on its way during the work on this one. Where they are as large as in
+// f32, two blocks of gla_dq and gla_dk on a multiprocessor are worth more.
 template <class R, int NT> constexpr int BUFFERS = sizeof(typename R::elem) == 4 && NT == 32 ? 1 : 2;
 template <class R, int NT> constexpr int KEY_BUFFERS = sizeof(typename R::elem) == 4 && NT >= 16 ? 1 : 2;
 
