@@ -34,12 +34,22 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-__device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef SB_EMULATE
+    return 1.f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+__device__ __forceinline__ float fast_sigmoid(float x) { return reciprocal_approx(1.f + exp2_approx(-LOG2E * x)); }
 
 // max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm as 2 artanh(e / (2 + e)), precise for small e as well.
 __device__ __forceinline__ float fast_softplus(float x) {
-    const float e = __expf(-fabsf(x));
-    const float s = __fdividef(e, 2.f + e), s2 = s * s;
+    const float e = exp2_approx(-LOG2E * fabsf(x));
+    const float s = e * reciprocal_approx(2.f + e), s2 = s * s;
     float p = 1.f / 15.f;
     p = fmaf(p, s2, 1.f / 13.f);
     p = fmaf(p, s2, 1.f / 11.f);
@@ -49,6 +59,18 @@ __device__ __forceinline__ float fast_softplus(float x) {
     p = fmaf(p, s2, 1.f / 3.f);
     p = fmaf(p, s2, 1.f);
     return fmaxf(x, 0.f) + 2.f * s * p;
+}
+
+// sigmoid(x) = 1 - exp(-softplus(x)) from y = softplus(x): a series where the difference would cancel.
+__device__ __forceinline__ float sigmoid_of_softplus(float y) {
+    float p = 1.f / 5040.f;
+    p = fmaf(-p, y, 1.f / 720.f);
+    p = fmaf(-p, y, 1.f / 120.f);
+    p = fmaf(-p, y, 1.f / 24.f);
+    p = fmaf(-p, y, 1.f / 6.f);
+    p = fmaf(-p, y, 0.5f);
+    p = fmaf(-p, y, 1.f);
+    return y < 0.375f ? y * p : 1.f - exp2_approx(-LOG2E * y);
 }
 
 // ---- pieces: 4 neighbours in a row. A thread stages, converts and finishes the same pieces, so that what it staged
@@ -373,9 +395,10 @@ __device__ void walk(const Walk<T>& w) {
 
 // ---- backward
 
-constexpr int SUB = 8;      // steps whose decays and states a thread keeps in registers
-constexpr int WARPS = 8;    // of a block
-constexpr int OWN = 4;      // states of a lane
+constexpr int SUB = 8;    // steps whose decays and states a thread keeps in registers
+constexpr int WARPS = 4;  // of a block
+constexpr int OWN = 4;    // states of a lane
+constexpr int PAIR = 2;   // channels that a lane works on side by side
 constexpr int ROW = SUB * 4 + 4, OUT_ROW = 2 * SUB + 1;
 
 template <class T>
@@ -385,49 +408,51 @@ struct Backward {
     T *du, *ddelta, *dz;
     float *dstate, *maps, *parameters, *scratch;
     int batch, steps, width, states;
-    int lanes;     // of a channel: 2 to 32, a power of two
-    int tiles;     // of 4 lanes states
-    int group;     // channels of a block: a power of two, at least 8 (32 / lanes)
+    int tiles;     // of 4 LANES states
+    int group;     // channels of a block: a power of two, at least 256 / LANES, at most 64, or 128 where LANES = 4
     int segments;  // of time
     int per_segment;  // chunks of a segment
 };
 
-// One step of the plan for a chunk: first the states before every SUB steps are computed again (`main` false) and put
-// into the scratch buffer, then the blocks of SUB steps follow in reverse.
+// What a block does with SUB steps. Of a chunk, first the states are computed again (`reverse` false), which gives dC
+// and, in the scratch buffer, the states before every SUB steps; then all else follows in reverse.
 struct Job {
     int chunk, sub;
-    bool main;
+    bool reverse;
 };
 
 // A block owns `group` channels of one batch entry and segment, and works on SUB steps of all of them before it moves
-// on. A warp takes its channels one after the other (32 / lanes at a time), so that the sums over channels, dB and dC,
-// stay in its registers: 2 x SUB x OWN numbers a lane. Only then they are added over the warps, through shared memory.
-// Gradients of states and rates live in shared memory meanwhile. Blocks take several (channels, batch entry, segment)s
-// one after the other: `scratch` is as large as the blocks that run, 7 x group x padded floats each.
-template <class T>
+// on. LANES lanes share a channel. A warp takes its channels one after the other (WARP / LANES x PAIR at a time), so
+// that the sums over channels, dB or dC, stay in its registers: SUB x OWN numbers a lane. Only then they are added over
+// the warps, through shared memory. Gradients of states and rates live in shared memory meanwhile. Two blocks run on a
+// multiprocessor: one computes while the other waits at a barrier. Blocks take several (channels, batch entry,
+// segment)s one after the other: `scratch` is as large as the blocks that run, 7 x group x padded floats each.
+template <class T, int LANES>
 __device__ void backward(const Backward<T>& w) {
     DYNAMIC_SHARED(shared);
-    const int tid = threadIdx.x, threads = WARPS * WARP;
-    const int lanes = w.lanes, lane = lane_id() & (lanes - 1), side = WARP / lanes, group = w.group;
-    const int columns = lanes * OWN, padded = columns * w.tiles, size = group * padded;
-    const int mine = group / WARPS, first_own = warp_id() * mine + lane_id() / lanes;
+    constexpr int SIDE = WARP / LANES, COLUMNS = LANES * OWN, THREADS = WARPS * WARP;
+    constexpr int PASSES = LANES == 4 ? 2 : 1;  // of the threads over the group's pieces
+    const int tid = threadIdx.x, lane = lane_id() & (LANES - 1), group = w.group;
+    const int padded = COLUMNS * w.tiles, size = group * padded;
+    const int mine = group / WARPS, first_own = warp_id() * mine + lane_id() / LANES;
     const int chunks = ceil_div(w.steps, CHUNK), groups = ceil_div(w.width, group);
 
     float* rates = reinterpret_cast<float*>(shared);
     float* dh_all = rates + size;
     float* da_all = dh_all + size;
-    float* sums = da_all + size;  // [WARPS, 2, SUB, columns]; while states are computed again: h [group, padded]
-    float* h_all = sums;
-    const int sums_size = max(WARPS * 2 * SUB * columns, size);
+    float* sums = da_all + size;  // [SUB, WARPS, SIDE, COLUMNS]
+    float* skips = sums + SUB * WARPS * WARP * OWN;
+    float* biases = skips + group;
     // Two buffers: (dt, dt u, g, u) [group, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
     // [group]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
     const int map_size = padded / OWN * ROW, buffer_size = group * (ROW + OUT_ROW) + 2 * map_size;
-    float* buffers = sums + sums_size;
+    float* buffers = biases + group;
     T* raw = reinterpret_cast<T*>(buffers + 2 * buffer_size);
     const int b_at = group * ROW, c_at = b_at + map_size, out_at = c_at + map_size;
 
-    const int per_row = group / PIECE, pieces = SUB * per_row;
-    const int map_row = padded / PIECE, maps = SUB * map_row;
+    // A piece is SUB-periodic in the step, so that the lanes of a warp meet in few banks.
+    const int pieces = SUB * group / PIECE, maps = SUB * padded / PIECE;
+    const int own_step = tid % SUB;
     const bool vector = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) &&
                         aligned(w.dy, w.width);
     const bool map_vector = aligned(w.b, w.states) && aligned(w.c, w.states);
@@ -440,121 +465,111 @@ __device__ void backward(const Backward<T>& w) {
         const int first_chunk = segment * w.per_segment, end_chunk = min(first_chunk + w.per_segment, chunks);
         float* slab_sums = w.parameters + row * slab;
 
-        auto subs = [&](int chunk) { return ceil_div(min(CHUNK, w.steps - chunk * CHUNK), SUB); };
-        auto first_job = [&](int chunk) { return Job{chunk, 0, chunk >= first_chunk && subs(chunk) == 1}; };
+        auto last_sub = [&](int chunk) { return ceil_div(min(CHUNK, w.steps - chunk * CHUNK), SUB) - 1; };
         auto next_job = [&](Job job) {
-            if (!job.main) {
-                const int last = subs(job.chunk) - 1;
-                return job.sub + 1 < last ? Job{job.chunk, job.sub + 1, false} : Job{job.chunk, last, true};
-            }
-            return job.sub > 0 ? Job{job.chunk, job.sub - 1, true} : first_job(job.chunk - 1);
+            if (job.reverse) return job.sub > 0 ? Job{job.chunk, job.sub - 1, true} : Job{job.chunk - 1, 0, false};
+            return job.sub < last_sub(job.chunk) ? Job{job.chunk, job.sub + 1, false} : Job{job.chunk, job.sub, true};
         };
         auto stage = [&](Job job) {
-            const int t0 = job.chunk * CHUNK + job.sub * SUB;
+            const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
+            const long long line = (long long)batch * w.steps + t;
 #pragma unroll 1
-            for (int i = tid; i < pieces; i += threads) {
-                const Place place(i, per_row);
-                const int t = t0 + place.row, c = c0 + place.column;
+            for (int i = tid; i < pieces; i += THREADS) {
+                const int c = c0 + i / SUB * PIECE;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
-                const long long at = ((long long)batch * w.steps + t) * w.width + c;
+                const long long at = line * w.width + c;
                 T* to = raw + i * PIECE;
                 stage_piece(to, w.u + at, valid, vector);
                 stage_piece(to + pieces * PIECE, w.delta + at, valid, vector);
-                if (job.main) {
-                    stage_piece(to + 2 * pieces * PIECE, w.dy + at, valid, vector);
-                    if (w.z != nullptr) {
-                        stage_piece(to + 3 * pieces * PIECE, w.z + at, valid, vector);
-                        stage_piece(to + 4 * pieces * PIECE, w.plain + at, valid, vector);
-                    }
+                stage_piece(to + 2 * pieces * PIECE, w.dy + at, valid, vector);
+                if (w.z != nullptr) {
+                    stage_piece(to + 3 * pieces * PIECE, w.z + at, valid, vector);
+                    if (job.reverse) stage_piece(to + 4 * pieces * PIECE, w.plain + at, valid, vector);
                 }
             }
             T* maps_to = raw + 5 * pieces * PIECE;
 #pragma unroll 1
-            for (int i = tid; i < maps; i += threads) {
-                const Place place(i, map_row);
-                const int t = t0 + place.row, n = place.column;
+            for (int i = tid; i < maps; i += THREADS) {
+                const int n = i / SUB * PIECE;
                 const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
-                const long long at = ((long long)batch * w.steps + t) * w.states + n;
+                const long long at = line * w.states + n;
                 stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
-                if (job.main) stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
+                stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
             }
             cp_async_commit();
         };
         // Of what was staged: the scalars, B and C to a buffer; dz to its place.
         auto convert = [&](Job job, float* buffer) {
-            const int t0 = job.chunk * CHUNK + job.sub * SUB;
+            const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
             cp_async_wait<0>();
 #pragma unroll 1
-            for (int i = tid; i < pieces; i += threads) {
-                const Place place(i, per_row);
-                const int t = t0 + place.row, c = c0 + place.column;
+            for (int i = tid; i < pieces; i += THREADS) {
+                const int column = i / SUB * PIECE, c = c0 + column;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                 const T* from = raw + i * PIECE;
-                float u[PIECE], delta[PIECE], dy[PIECE];
+                float u[PIECE], delta[PIECE], dy[PIECE], bias[PIECE];
                 load_vec<PIECE>(from, u);
                 load_vec<PIECE>(from + pieces * PIECE, delta);
-                if (job.main) {
-                    load_vec<PIECE>(from + 2 * pieces * PIECE, dy);
-                    if (w.z != nullptr) {
-                        float z[PIECE], plain[PIECE], dz[PIECE];
-                        load_vec<PIECE>(from + 3 * pieces * PIECE, z);
+                load_vec<PIECE>(from + 2 * pieces * PIECE, dy);
+                load_vec<PIECE>(biases + column, bias);
+                if (w.z != nullptr) {
+                    float z[PIECE], s[PIECE];
+                    load_vec<PIECE>(from + 3 * pieces * PIECE, z);
+#pragma unroll
+                    for (int j = 0; j < PIECE; j++) s[j] = fast_sigmoid(z[j]);
+                    if (job.reverse) {
+                        float plain[PIECE], dz[PIECE];
                         load_vec<PIECE>(from + 4 * pieces * PIECE, plain);
 #pragma unroll
-                        for (int j = 0; j < PIECE; j++) {
-                            const float s = fast_sigmoid(z[j]);
-                            dz[j] = dy[j] * plain[j] * s * (1.f + z[j] * (1.f - s));
-                            dy[j] *= z[j] * s;
-                        }
+                        for (int j = 0; j < PIECE; j++)
+                            dz[j] = dy[j] * plain[j] * s[j] * fmaf(z[j], 1.f - s[j], 1.f);
                         store_piece(w.dz + ((long long)batch * w.steps + t) * w.width + c, dz, valid,
                                     w.width % PIECE == 0);
                     }
+#pragma unroll
+                    for (int j = 0; j < PIECE; j++) dy[j] *= z[j] * s[j];
                 }
 #pragma unroll
                 for (int j = 0; j < PIECE; j++) {
-                    const float dt = j < valid ? fast_softplus(delta[j] + w.delta_bias[c + j]) : 0.f;
-                    const float scalars[4] = {dt, dt * u[j], job.main ? dy[j] : 0.f, u[j]};
-                    store_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalars);
+                    // Where there is no step or channel, nothing decays.
+                    const float dt = fast_softplus(delta[j] + bias[j]) * (j < valid ? 1.f : 0.f);
+                    const float scalars[4] = {dt, dt * u[j], dy[j], u[j]};
+                    store_vec<4>(buffer + (column + j) * ROW + own_step * 4, scalars);
                 }
             }
             const T* maps_from = raw + 5 * pieces * PIECE;
 #pragma unroll 1
-            for (int i = tid; i < maps; i += threads) {
-                const Place place(i, map_row);
-                const int at = place.column / OWN * ROW + place.row * OWN;
+            for (int i = tid; i < maps; i += THREADS) {
+                float* to = buffer + b_at + i / SUB * ROW + own_step * OWN;
                 float x[PIECE];
                 load_vec<PIECE>(maps_from + i * PIECE, x);
-                store_vec<PIECE>(buffer + b_at + at, x);
-                if (job.main) {
-                    load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
-                    store_vec<PIECE>(buffer + c_at + at, x);
-                }
+                store_vec<PIECE>(to, x);
+                load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
+                store_vec<PIECE>(to + map_size, x);
             }
         };
-        // The states before the first step of a job.
-        auto load_h = [&](Job job, int c, int n, float (&h)[OWN]) {
-            if (job.sub == 0)
-                load_states<OWN>(
-                    w.checkpoints + (((long long)batch * chunks + job.chunk) * w.width + c0 + c) * w.states, n,
-                    w.states, c0 + c < w.width, h);
-            else
-                load_vec<OWN>(scratch + (long long)(job.sub - 1) * size + c * padded + n, h);
-        };
-        // One step forward of the lane's states.
-        auto step = [&](const float* scalars, const float (&b)[OWN], const float (&a)[OWN], float (&decay)[OWN],
-                        float (&h)[OWN]) {
-            float scalar[2];
-            load_vec<2>(scalars, scalar);
+        // The states before the first step of a job, of a pair of channels.
+        auto load_h = [&](Job job, int c, int n, float (&h)[PAIR][OWN]) {
 #pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                decay[i] = exp2_approx(scalar[0] * a[i]);
-                h[i] = fmaf(decay[i], h[i], scalar[1] * b[i]);
+            for (int s = 0; s < PAIR; s++) {
+                const int own = c + s * SIDE;
+                if (job.sub == 0)
+                    load_states<OWN>(
+                        w.checkpoints + (((long long)batch * chunks + job.chunk) * w.width + c0 + own) * w.states, n,
+                        w.states, c0 + own < w.width, h[s]);
+                else
+                    load_vec<OWN>(scratch + (long long)(job.sub - 1) * size + own * padded + n, h[s]);
             }
         };
 
         __syncthreads();
+        for (int i = tid; i < group; i += THREADS) {
+            skips[i] = c0 + i < w.width ? w.d[c0 + i] : 0.f;
+            biases[i] = c0 + i < w.width ? w.delta_bias[c0 + i] : 0.f;
+        }
         for (int tile = 0; tile < w.tiles; tile++) {
-            for (int k = 0; k < mine; k += side) {
-                const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+            for (int k = 0; k < mine; k += SIDE) {
+                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * padded + n;
                 const bool exists = c0 + c < w.width;
                 float x[OWN], zeros[OWN] = {};
                 load_rates<OWN>(w.a_log + (long long)(c0 + c) * w.states, n, w.states, exists, x);
@@ -568,174 +583,176 @@ __device__ void backward(const Backward<T>& w) {
                 store_vec<OWN>(dh_all + at, x);
             }
         }
-        float dd[PIECE] = {}, dbias[PIECE] = {};
+        float dd[PASSES][PIECE] = {}, dbias[PASSES][PIECE] = {};
+        __syncthreads();
 
-        float before[OWN] = {};  // the states before a job, of the first channel
-        Job job = first_job(end_chunk - 1), next = next_job(job);
+        float before[PAIR][OWN];  // the states before a job, of the first channels
+        Job job = {end_chunk - 1, 0, false}, next = next_job(job);
         stage(job);
         convert(job, buffers);
-        if (job.main) load_h(job, first_own, lane * OWN, before);
-        if (next.chunk >= first_chunk) stage(next);
+        load_h(job, first_own, lane * OWN, before);
+        stage(next);
         __syncthreads();
         for (int turn = 0; job.chunk >= first_chunk; turn++) {
             float* buffer = buffers + (turn & 1) * buffer_size;
-            if (!job.main) {
-                // h_all shares its memory with the sums, which the last job may still be reading.
-                if (job.sub == 0) __syncthreads();
-                for (int tile = 0; tile < w.tiles; tile++) {
-                    const int n = tile * columns + lane * OWN;
-                    const float* b_row = buffer + b_at + n / OWN * ROW;
-                    // Two channels at a time share the loads of B; the second may be missing.
-                    for (int k = 0; k < mine; k += 2 * side) {
-                        const int pair = k + side < mine ? 2 : 1;
-                        float a[2][OWN], h[2][OWN], decay[OWN], b[OWN];
+            const bool more = next.chunk >= first_chunk;
+            for (int tile = 0; tile < w.tiles; tile++) {
+                float acc[SUB][OWN] = {};  // dB or dC
+                const int n = tile * COLUMNS + lane * OWN;
+                const float *b_row = buffer + b_at + n / OWN * ROW, *c_row = b_row + map_size;
+                if (tile > 0) load_h(job, first_own, n, before);
+#pragma unroll 1
+                for (int k = 0; k < mine; k += PAIR * SIDE) {
+                    const int c = first_own + k, at = c * padded + n;
+                    const float* scalars = buffer + c * ROW;
+                    float a[PAIR][OWN], h[PAIR][OWN];
 #pragma unroll
-                        for (int s = 0; s < 2; s++) {
-                            const int c = first_own + k + (s < pair ? s : 0) * side;
-                            load_vec<OWN>(rates + c * padded + n, a[s]);
-                            if (job.sub == 0)
-                                load_h(job, c, n, h[s]);
-                            else
-                                load_vec<OWN>(h_all + c * padded + n, h[s]);
-                        }
-                        const float* scalars[2] = {buffer + (first_own + k) * ROW,
-                                                   buffer + (first_own + k + (pair - 1) * side) * ROW};
+                    for (int s = 0; s < PAIR; s++) {
+                        load_vec<OWN>(rates + at + s * SIDE * padded, a[s]);
 #pragma unroll
-                        for (int r = 0; r < SUB; r++) {
-                            load_vec<OWN>(b_row + r * OWN, b);
-#pragma unroll
-                            for (int s = 0; s < 2; s++) step(scalars[s] + r * 4, b, a[s], decay, h[s]);
-                        }
-#pragma unroll
-                        for (int s = 0; s < 2; s++) {
-                            const int at = (first_own + k + s * side) * padded + n;
-                            if (s < pair) {
-                                store_vec<OWN>(h_all + at, h[s]);
-                                store_vec<OWN>(scratch + (long long)job.sub * size + at, h[s]);
-                            }
-                        }
+                        for (int i = 0; i < OWN; i++) h[s][i] = before[s][i];
                     }
-                }
-            }
-            for (int tile = 0; tile < (job.main ? w.tiles : 1); tile++) {
-                float acc[2 * SUB * OWN];  // dB, dC
-                if (job.main) {
-#pragma unroll
-                    for (int i = 0; i < 2 * SUB * OWN; i++) acc[i] = 0.f;
-                    const int n = tile * columns + lane * OWN;
-                    const float *b_row = buffer + b_at + n / OWN * ROW, *c_row = b_row + map_size;
-                    if (tile > 0) load_h(job, first_own, n, before);
-                    for (int k = 0; k < mine; k += side) {
-                        const int c = first_own + k, at = c * padded + n;
-                        const float* scalars = buffer + c * ROW;
-                        float a[OWN], dh[OWN], da[OWN], decay[SUB][OWN], h[SUB][OWN], after[OWN], out[2 * SUB];
-                        if (k + side < mine) load_h(job, c + side, n, after);
-                        const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + c0 + c;
-                        prefetch(w.checkpoints + earlier * w.states + n,
-                                 job.sub == 0 && job.chunk > first_chunk && c0 + c < w.width && n < w.states);
-                        load_vec<OWN>(rates + at, a);
-                        load_vec<OWN>(dh_all + at, dh);
-                        load_vec<OWN>(da_all + at, da);
+                    if (k + PAIR * SIDE < mine) load_h(job, c + PAIR * SIDE, n, before);
+                    if (!job.reverse) {
 #pragma unroll
                         for (int r = 0; r < SUB; r++) {
-#pragma unroll
-                            for (int i = 0; i < OWN; i++) h[r][i] = r == 0 ? before[i] : h[r - 1][i];
-                            float b[OWN];
-                            load_vec<OWN>(b_row + r * OWN, b);
-                            step(scalars + r * 4, b, a, decay[r], h[r]);
-                        }
-#pragma unroll
-                        for (int r = SUB - 1; r >= 0; r--) {
-                            float scalar[4], b[OWN], cc[OWN];
-                            load_vec<4>(scalars + r * 4, scalar);
+                            float b[OWN], cc[OWN];
                             load_vec<OWN>(b_row + r * OWN, b);
                             load_vec<OWN>(c_row + r * OWN, cc);
-                            out[r] = out[SUB + r] = 0.f;
 #pragma unroll
-                            for (int i = 0; i < OWN; i++) {
-                                const float g = fmaf(scalar[2], cc[i], dh[i]);
-                                acc[r * OWN + i] = fmaf(scalar[1], g, acc[r * OWN + i]);
-                                acc[(SUB + r) * OWN + i] = fmaf(scalar[2], h[r][i], acc[(SUB + r) * OWN + i]);
-                                out[r] = fmaf(g, b[i], out[r]);
-                                dh[i] = decay[r][i] * g;
-                                const float q = dh[i] * (r == 0 ? before[i] : h[r > 0 ? r - 1 : 0][i]);
-                                out[SUB + r] = fmaf(a[i], q, out[SUB + r]);
-                                da[i] = fmaf(scalar[0], q, da[i]);
+                            for (int s = 0; s < PAIR; s++) {
+                                float scalar[4];
+                                load_vec<4>(scalars + s * SIDE * ROW + r * 4, scalar);
+#pragma unroll
+                                for (int i = 0; i < OWN; i++) {
+                                    h[s][i] = fmaf(scalar[1], b[i], exp2_approx(scalar[0] * a[s][i]) * h[s][i]);
+                                    acc[r][i] = fmaf(scalar[2], h[s][i], acc[r][i]);
+                                }
                             }
                         }
-                        store_vec<OWN>(dh_all + at, dh);
-                        store_vec<OWN>(da_all + at, da);
-                        sum_over_lanes<2 * SUB, 1>(out, 0, 1, lanes, [&](int first, const auto& x) {
-                            constexpr int V = sizeof(x) / sizeof(float);
-                            float* to = buffer + out_at + c * OUT_ROW + first;
+                        if (job.sub < last_sub(job.chunk)) {
 #pragma unroll
-                            for (int i = 0; i < V; i++) to[i] = tile == 0 ? x[i] : to[i] + x[i];
-                        });
-#pragma unroll
-                        for (int i = 0; i < OWN; i++) before[i] = after[i];
-                    }
-                }
-                __syncthreads();
-                if (job.main) {
-                    // [2, SUB, columns] of the warp
-                    float* to = sums + warp_id() * 2 * SUB * columns + lane * OWN;
-                    sum_over_lanes<2 * SUB * OWN, OWN>(acc, 0, lanes, WARP, [&](int first, const auto& x) {
-                        constexpr int V = sizeof(x) / sizeof(float);
-#pragma unroll
-                        for (int i = 0; i < V; i += OWN) {
-                            const float y[OWN] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-                            store_vec<OWN>(to + (first + i) / OWN * columns, y);
+                            for (int s = 0; s < PAIR; s++)
+                                store_vec<OWN>(scratch + (long long)job.sub * size + at + s * SIDE * padded, h[s]);
                         }
+                        continue;
+                    }
+                    // Of every step the decay and what it leaves of the state before.
+                    float decay[PAIR][SUB][OWN], kept[PAIR][SUB][OWN];
+                    float dh[PAIR][OWN], da[PAIR][OWN], out[PAIR * 2 * SUB];
+#pragma unroll
+                    for (int r = 0; r < SUB; r++) {
+                        float b[OWN];
+                        load_vec<OWN>(b_row + r * OWN, b);
+#pragma unroll
+                        for (int s = 0; s < PAIR; s++) {
+                            float scalar[2];
+                            load_vec<2>(scalars + s * SIDE * ROW + r * 4, scalar);
+#pragma unroll
+                            for (int i = 0; i < OWN; i++) {
+                                decay[s][r][i] = exp2_approx(scalar[0] * a[s][i]);
+                                kept[s][r][i] = decay[s][r][i] * h[s][i];
+                                h[s][i] = fmaf(scalar[1], b[i], kept[s][r][i]);
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int s = 0; s < PAIR; s++) {
+                        const int own = c0 + c + s * SIDE;
+                        const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + own;
+                        prefetch(w.checkpoints + earlier * w.states + n,
+                                 job.sub == 0 && job.chunk > first_chunk && own < w.width && n < w.states);
+                        load_vec<OWN>(dh_all + at + s * SIDE * padded, dh[s]);
+                        load_vec<OWN>(da_all + at + s * SIDE * padded, da[s]);
+                    }
+#pragma unroll
+                    for (int r = SUB - 1; r >= 0; r--) {
+                        float b[OWN], cc[OWN];
+                        load_vec<OWN>(b_row + r * OWN, b);
+                        load_vec<OWN>(c_row + r * OWN, cc);
+#pragma unroll
+                        for (int s = 0; s < PAIR; s++) {
+                            float scalar[4];
+                            load_vec<4>(scalars + s * SIDE * ROW + r * 4, scalar);
+                            float by_b = 0.f, by_a = 0.f;
+#pragma unroll
+                            for (int i = 0; i < OWN; i++) {
+                                const float g = fmaf(scalar[2], cc[i], dh[s][i]), q = g * kept[s][r][i];
+                                acc[r][i] = fmaf(scalar[1], g, acc[r][i]);
+                                dh[s][i] = decay[s][r][i] * g;
+                                da[s][i] = fmaf(scalar[0], q, da[s][i]);
+                                by_b = fmaf(g, b[i], by_b);
+                                by_a = fmaf(a[s][i], q, by_a);
+                            }
+                            out[s * 2 * SUB + r] = by_b;
+                            out[s * 2 * SUB + SUB + r] = by_a;
+                        }
+                    }
+#pragma unroll
+                    for (int s = 0; s < PAIR; s++) {
+                        store_vec<OWN>(dh_all + at + s * SIDE * padded, dh[s]);
+                        store_vec<OWN>(da_all + at + s * SIDE * padded, da[s]);
+                    }
+                    sum_over_lanes<PAIR * 2 * SUB, 1>(out, 0, 1, LANES, [&](int first, const auto& x) {
+                        constexpr int V = sizeof(x) / sizeof(float);
+                        const int s = first / (2 * SUB);
+                        float* to = buffer + out_at + (c + s * SIDE) * OUT_ROW + first % (2 * SUB);
+#pragma unroll
+                        for (int i = 0; i < V; i++) to[i] = tile == 0 ? x[i] : to[i] + x[i];
                     });
                 }
-                if (tile + 1 == (job.main ? w.tiles : 1) && next.chunk >= first_chunk) {
+                __syncthreads();
+#pragma unroll
+                for (int r = 0; r < SUB; r++)
+                    store_vec<OWN>(sums + (r * WARPS * WARP + tid) * OWN, acc[r]);
+                if (tile + 1 == w.tiles && more) {
                     convert(next, buffers + (~turn & 1) * buffer_size);
+                    load_h(next, first_own, lane * OWN, before);
                     const Job after = next_job(next);
                     if (after.chunk >= first_chunk) stage(after);
                 }
-                if (next.main && next.chunk >= first_chunk) load_h(next, first_own, lane * OWN, before);
                 __syncthreads();
-                if (job.main) {
-                    const int t0 = job.chunk * CHUNK + job.sub * SUB;
-                    for (int i = tid; i < 2 * SUB * lanes; i += threads) {
-                        const int r = i >> (31 - __clz(lanes)), t = t0 + r % SUB;
-                        float total[OWN] = {};
+                const int t0 = job.chunk * CHUNK + job.sub * SUB;
+                constexpr int V = LANES < 16 ? LANES / 4 : 4;
 #pragma unroll
-                        for (int warp = 0; warp < WARPS; warp++) {
-                            float x[OWN];
-                            load_vec<OWN>(sums + (warp * 2 * SUB * lanes + i) * OWN, x);
+                for (int i = tid * V; i < SUB * COLUMNS; i += THREADS * V) {
+                    const int r = i / COLUMNS, column = i % COLUMNS;
+                    float total[V] = {};
 #pragma unroll
-                            for (int j = 0; j < OWN; j++) total[j] += x[j];
-                        }
-                        const long long map = r / SUB * groups + part;
-                        if (t < w.steps)
-                            store_vec<OWN>(w.maps + ((map * w.batch + batch) * w.steps + t) * padded + tile * columns +
-                                               (i & (lanes - 1)) * OWN,
-                                           total);
+                    for (int j = 0; j < WARPS * SIDE; j++) {
+                        float x[V];
+                        load_vec<V>(sums + (r * WARPS * SIDE + j) * COLUMNS + column, x);
+#pragma unroll
+                        for (int l = 0; l < V; l++) total[l] += x[l];
                     }
+                    const long long map = (job.reverse ? 0 : groups) + part;
+                    if (t0 + r < w.steps)
+                        store_vec<V>(w.maps + ((map * w.batch + batch) * w.steps + t0 + r) * padded + tile * COLUMNS +
+                                         column,
+                                     total);
                 }
             }
-            if (job.main) {
-                const int t0 = job.chunk * CHUNK + job.sub * SUB;
-#pragma unroll 1
-                for (int i = tid; i < pieces; i += threads) {
-                    const Place place(i, per_row);
-                    const int t = t0 + place.row, c = c0 + place.column;
+            if (job.reverse) {
+                const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
+#pragma unroll
+                for (int pass = 0; pass < PASSES; pass++) {
+                    const int i = pass * THREADS + tid;
+                    if (i >= pieces) break;
+                    const int column = i / SUB * PIECE, c = c0 + column;
                     const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
-                    if (valid == 0) continue;
-                    float du[PIECE], ddelta[PIECE];
+                    float du[PIECE], ddelta[PIECE], skip[PIECE];
+                    load_vec<PIECE>(skips + column, skip);
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) {
                         float scalar[4];
-                        load_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalar);
+                        load_vec<4>(buffer + (column + j) * ROW + own_step * 4, scalar);
                         const float dt = scalar[0], g = scalar[2], u = scalar[3];
-                        const float* out = buffer + out_at + (place.column + j) * OUT_ROW + place.row;
+                        const float* out = buffer + out_at + (column + j) * OUT_ROW + own_step;
                         const float by_b = out[0], by_a = LN2 * out[SUB];  // the rates are A log2 e
-                        du[j] = fmaf(dt, by_b, j < valid ? w.d[c + j] * g : 0.f);
-                        // sigmoid(x) = 1 - exp(-softplus(x))
-                        ddelta[j] = fmaf(u, by_b, by_a) * -expm1f(-dt);
-                        dd[j] = fmaf(g, u, dd[j]);
-                        dbias[j] += ddelta[j];
+                        du[j] = fmaf(dt, by_b, skip[j] * g);
+                        ddelta[j] = fmaf(u, by_b, by_a) * sigmoid_of_softplus(dt);
+                        dd[pass][j] = fmaf(g, u, dd[pass][j]);
+                        dbias[pass][j] += ddelta[j];
                     }
                     const long long at = ((long long)batch * w.steps + t) * w.width + c;
                     store_piece(w.du + at, du, valid, w.width % PIECE == 0);
@@ -743,13 +760,13 @@ __device__ void backward(const Backward<T>& w) {
                 }
             }
             job = next;
-            next = job.chunk >= first_chunk ? next_job(job) : job;
+            if (more) next = next_job(job);
         }
 
         // Gradients of the rates and of the state before the segment; those of d and delta_bias over the threads.
         for (int tile = 0; tile < w.tiles; tile++) {
-            for (int k = 0; k < mine; k += side) {
-                const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+            for (int k = 0; k < mine; k += SIDE) {
+                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * padded + n;
                 const bool exists = c0 + c < w.width;
                 float x[OWN];
                 load_vec<OWN>(da_all + at, x);
@@ -762,17 +779,18 @@ __device__ void backward(const Backward<T>& w) {
                 }
             }
         }
-        __syncthreads();
-        // Threads `per_row` apart have the same channels.
-        store_vec<PIECE>(sums + tid * PIECE, dd);
-        store_vec<PIECE>(sums + (threads + tid) * PIECE, dbias);
-        __syncthreads();
-        for (int i = tid; i < 2 * group; i += threads) {
-            const int c = c0 + i % group;
-            if (c >= w.width) continue;
-            float total = 0.f;
-            for (int k = i % group; k < threads * PIECE; k += group) total += sums[i / group * threads * PIECE + k];
-            slab_sums[(long long)w.width * (w.states + i / group) + c] = total;
+        // The steps of a piece are those of neighbouring lanes.
+#pragma unroll
+        for (int pass = 0; pass < PASSES; pass++) {
+            const int i = pass * THREADS + tid, c = c0 + i / SUB * PIECE;
+            float x[2 * PIECE];
+#pragma unroll
+            for (int j = 0; j < PIECE; j++) x[j] = dd[pass][j], x[PIECE + j] = dbias[pass][j];
+            sum_over_lanes<2 * PIECE, 1>(x, 0, 1, SUB, [&](int first, const auto& total) {
+                const int channel = c + first % PIECE;
+                if (i < pieces && channel < w.width)
+                    slab_sums[(long long)w.width * (w.states + first / PIECE) + channel] = total[0];
+            });
         }
     }
 }
@@ -834,26 +852,31 @@ CARRY(selective_scan_carry_s8_bf16, bf16, 8)
 CARRY(selective_scan_carry_s2_f32, float, 2)
 CARRY(selective_scan_carry_s2_bf16, bf16, 2)
 
-// Backward: at most ceil(D / group) B segments blocks of 256. `maps` [2, ceil(D / group), B, T, padded], `parameters`
-// [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 lanes tiles >= N. Shared memory: 4 (3 group
-// padded + max(512 lanes, group padded) + 2 (53 group + 18 padded)) + 8 (5 group + 2 padded) sizeof(T) bytes.
-#define BACKWARD(NAME, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256, 1) NAME(                                                      \
+// Backward: at most ceil(D / group) B segments blocks of 128. `maps` [2, ceil(D / group), B, T, padded], `parameters`
+// [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 LANES tiles >= N. Shared memory: 4 (3 group
+// padded + 4096 + 108 group + 36 padded) + 8 (5 group + 2 padded) sizeof(T) bytes.
+#define BACKWARD(NAME, T, LANES)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128, 2) NAME(                                                      \
         const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
         const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
         const float* __restrict__ delta_bias, const T* __restrict__ z, const T* __restrict__ plain,                 \
         const T* __restrict__ dy, const float* __restrict__ dfinal, const float* __restrict__ checkpoints,          \
         const float* __restrict__ carry, T* __restrict__ du, T* __restrict__ ddelta, T* __restrict__ dz,            \
         float* __restrict__ dstate, float* __restrict__ maps, float* __restrict__ parameters, float* scratch,       \
-        int batch, int steps, int width, int states, int lanes, int tiles, int group, int segments,                 \
-        int per_segment) {                                                                                          \
-        backward<T>(Backward<T>{u,      delta,  b,     c,      z,     plain, dy,       a_log,      d,               \
-                                delta_bias, dfinal, checkpoints, carry, du,    ddelta, dz, dstate, maps,            \
-                                parameters, scratch, batch, steps, width, states, lanes, tiles, group, segments,    \
-                                per_segment});                                                                      \
+        int batch, int steps, int width, int states, int tiles, int group, int segments, int per_segment) {         \
+        backward<T, LANES>(Backward<T>{u,      delta,  b,     c,       z,     plain,      dy,      a_log, d,        \
+                                       delta_bias, dfinal, checkpoints, carry, du, ddelta,  dz,      dstate, maps,  \
+                                       parameters, scratch, batch, steps,  width, states,   tiles,   group,         \
+                                       segments, per_segment});                                                     \
     }
-BACKWARD(selective_scan_backward_f32, float)
-BACKWARD(selective_scan_backward_bf16, bf16)
+BACKWARD(selective_scan_backward_l4_f32, float, 4)
+BACKWARD(selective_scan_backward_l4_bf16, bf16, 4)
+BACKWARD(selective_scan_backward_l8_f32, float, 8)
+BACKWARD(selective_scan_backward_l8_bf16, bf16, 8)
+BACKWARD(selective_scan_backward_l16_f32, float, 16)
+BACKWARD(selective_scan_backward_l16_bf16, bf16, 16)
+BACKWARD(selective_scan_backward_l32_f32, float, 32)
+BACKWARD(selective_scan_backward_l32_bf16, bf16, 32)
 
 // Grid ceil(2 B T padded / 4 / 256), block 256.
 #define SUM_MAPS(NAME, T)                                                                                           \
