@@ -401,6 +401,17 @@ constexpr int OWN = 4;    // states of a lane
 constexpr int PAIR = 2;   // channels that a lane works on side by side
 constexpr int ROW = SUB * 4 + 4, OUT_ROW = 2 * SUB + 1;
 
+// This thread's number, anew: what follows from it is computed where it is needed and not kept in registers all the time.
+__device__ __forceinline__ int own_thread() {
+#ifdef SB_EMULATE
+    return threadIdx.x;
+#else
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+#endif
+}
+
 template <class T>
 struct Backward {
     const T *u, *delta, *b, *c, *z, *plain, *dy;
@@ -408,9 +419,7 @@ struct Backward {
     T *du, *ddelta, *dz;
     float *dstate, *maps, *parameters, *scratch;
     int batch, steps, width, states;
-    int tiles;     // of 4 LANES states
-    int group;     // channels of a block: a power of two, at least 256 / LANES, at most 64, or 128 where LANES = 4
-    int segments;  // of time
+    int segments;     // of time
     int per_segment;  // chunks of a segment
 };
 
@@ -421,46 +430,49 @@ struct Job {
     bool reverse;
 };
 
-// A block owns `group` channels of one batch entry and segment, and works on SUB steps of all of them before it moves
-// on. LANES lanes share a channel. A warp takes its channels one after the other (WARP / LANES x PAIR at a time), so
+// A block owns GROUP channels of one batch entry and segment, and works on SUB steps of all of them before it moves
+// on. LANES lanes share a channel and step TILES times over its states. A warp takes its channels one after the other (WARP / LANES x PAIR at a time), so
 // that the sums over channels, dB or dC, stay in its registers: SUB x OWN numbers a lane. Only then they are added over
 // the warps, through shared memory. Gradients of states and rates live in shared memory meanwhile. Two blocks run on a
 // multiprocessor: one computes while the other waits at a barrier. Blocks take several (channels, batch entry,
-// segment)s one after the other: `scratch` is as large as the blocks that run, 7 x group x padded floats each.
-template <class T, int LANES>
+// segment)s one after the other: `scratch` is as large as the blocks that run, 7 x GROUP x PADDED floats each.
+template <class T, int LANES, int TILES, int GROUP>
 __device__ void backward(const Backward<T>& w) {
     DYNAMIC_SHARED(shared);
     constexpr int SIDE = WARP / LANES, COLUMNS = LANES * OWN, THREADS = WARPS * WARP;
-    constexpr int PASSES = LANES == 4 ? 2 : 1;  // of the threads over the group's pieces
-    const int tid = threadIdx.x, lane = lane_id() & (LANES - 1), group = w.group;
-    const int padded = COLUMNS * w.tiles, size = group * padded;
-    const int mine = group / WARPS, first_own = warp_id() * mine + lane_id() / LANES;
-    const int chunks = ceil_div(w.steps, CHUNK), groups = ceil_div(w.width, group);
+    constexpr int PADDED = COLUMNS * TILES, SIZE = GROUP * PADDED, MINE = GROUP / WARPS;
+    const int tid = threadIdx.x, lane = lane_id() & (LANES - 1);
+    const int first_own = warp_id() * MINE + lane_id() / LANES;
+    const int chunks = ceil_div(w.steps, CHUNK), groups = ceil_div(w.width, GROUP);
 
     float* rates = reinterpret_cast<float*>(shared);
-    float* dh_all = rates + size;
-    float* da_all = dh_all + size;
-    float* sums = da_all + size;  // [SUB, WARPS, SIDE, COLUMNS]
-    float* skips = sums + SUB * WARPS * WARP * OWN;
-    float* biases = skips + group;
-    // Two buffers: (dt, dt u, g, u) [group, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
-    // [group]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
-    const int map_size = padded / OWN * ROW, buffer_size = group * (ROW + OUT_ROW) + 2 * map_size;
-    float* buffers = biases + group;
-    T* raw = reinterpret_cast<T*>(buffers + 2 * buffer_size);
-    const int b_at = group * ROW, c_at = b_at + map_size, out_at = c_at + map_size;
+    float* dh_all = rates + SIZE;
+    float* da_all = dh_all + SIZE;
+    float* sums = da_all + SIZE;  // [SUB, WARPS, SIDE, COLUMNS]
+    float* slots = sums + SUB * THREADS * OWN + tid * OWN;  // of this thread: the next states, [PAIR, THREADS, OWN]
+    float* skips = sums + (SUB + PAIR) * THREADS * OWN;
+    float* biases = skips + GROUP;
+    float* channel_sums = biases + GROUP;  // of d and delta_bias: [2, GROUP]
+    int* flags = reinterpret_cast<int*>(channel_sums + 2 * GROUP);  // whether PIECES can be copied and stored as vectors
+    // Two buffers: (dt, dt u, g, u) [GROUP, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
+    // [GROUP]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
+    constexpr int MAP_SIZE = PADDED / OWN * ROW, BUFFER_SIZE = GROUP * (ROW + OUT_ROW) + 2 * MAP_SIZE;
+    float* buffers = channel_sums + 2 * GROUP + 4;
+    T* raw = reinterpret_cast<T*>(buffers + 2 * BUFFER_SIZE);
+    constexpr int B_AT = GROUP * ROW, OUT_AT = B_AT + 2 * MAP_SIZE;
 
     // A piece is SUB-periodic in the step, so that the lanes of a warp meet in few banks.
-    const int pieces = SUB * group / PIECE, maps = SUB * padded / PIECE;
-    const int own_step = tid % SUB;
-    const bool vector = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) &&
-                        aligned(w.dy, w.width);
-    const bool map_vector = aligned(w.b, w.states) && aligned(w.c, w.states);
+    constexpr int PIECES = SUB * GROUP / PIECE, MAPS = SUB * PADDED / PIECE;
     const long long slab = (long long)w.width * (w.states + 2);
-    float* scratch = w.scratch + (long long)blockIdx.x * (CHUNK / SUB - 1) * size;
+    float* scratch = w.scratch + (long long)blockIdx.x * (CHUNK / SUB - 1) * SIZE;
 
+    if (tid == 0) {
+        flags[0] = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) && aligned(w.dy, w.width);
+        flags[1] = aligned(w.b, w.states) && aligned(w.c, w.states);
+        flags[2] = w.width % PIECE == 0;
+    }
     for (int item = blockIdx.x; item < groups * w.batch * w.segments; item += gridDim.x) {
-        const int part = item % groups, c0 = part * group, row = item / groups;
+        const int part = item % groups, c0 = part * GROUP, row = item / groups;
         const int batch = row / w.segments, segment = row % w.segments;
         const int first_chunk = segment * w.per_segment, end_chunk = min(first_chunk + w.per_segment, chunks);
         float* slab_sums = w.parameters + row * slab;
@@ -471,60 +483,63 @@ __device__ void backward(const Backward<T>& w) {
             return job.sub < last_sub(job.chunk) ? Job{job.chunk, job.sub + 1, false} : Job{job.chunk, job.sub, true};
         };
         auto stage = [&](Job job) {
+            const int tid = own_thread(), own_step = tid % SUB;
+            const bool vector = flags[0], map_vector = flags[1];
             const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
             const long long line = (long long)batch * w.steps + t;
 #pragma unroll 1
-            for (int i = tid; i < pieces; i += THREADS) {
+            for (int i = tid; i < PIECES; i += THREADS) {
                 const int c = c0 + i / SUB * PIECE;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                 const long long at = line * w.width + c;
                 T* to = raw + i * PIECE;
                 stage_piece(to, w.u + at, valid, vector);
-                stage_piece(to + pieces * PIECE, w.delta + at, valid, vector);
-                stage_piece(to + 2 * pieces * PIECE, w.dy + at, valid, vector);
+                stage_piece(to + PIECES * PIECE, w.delta + at, valid, vector);
+                stage_piece(to + 2 * PIECES * PIECE, w.dy + at, valid, vector);
                 if (w.z != nullptr) {
-                    stage_piece(to + 3 * pieces * PIECE, w.z + at, valid, vector);
-                    if (job.reverse) stage_piece(to + 4 * pieces * PIECE, w.plain + at, valid, vector);
+                    stage_piece(to + 3 * PIECES * PIECE, w.z + at, valid, vector);
+                    if (job.reverse) stage_piece(to + 4 * PIECES * PIECE, w.plain + at, valid, vector);
                 }
             }
-            T* maps_to = raw + 5 * pieces * PIECE;
+            T* maps_to = raw + 5 * PIECES * PIECE;
 #pragma unroll 1
-            for (int i = tid; i < maps; i += THREADS) {
+            for (int i = tid; i < MAPS; i += THREADS) {
                 const int n = i / SUB * PIECE;
                 const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
                 const long long at = line * w.states + n;
                 stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
-                stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
+                stage_piece(maps_to + (MAPS + i) * PIECE, w.c + at, valid, map_vector);
             }
             cp_async_commit();
         };
         // Of what was staged: the scalars, B and C to a buffer; dz to its place.
         auto convert = [&](Job job, float* buffer) {
+            const int tid = own_thread(), own_step = tid % SUB;
+            const bool vector = flags[2];
             const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
             cp_async_wait<0>();
 #pragma unroll 1
-            for (int i = tid; i < pieces; i += THREADS) {
+            for (int i = tid; i < PIECES; i += THREADS) {
                 const int column = i / SUB * PIECE, c = c0 + column;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                 const T* from = raw + i * PIECE;
                 float u[PIECE], delta[PIECE], dy[PIECE], bias[PIECE];
                 load_vec<PIECE>(from, u);
-                load_vec<PIECE>(from + pieces * PIECE, delta);
-                load_vec<PIECE>(from + 2 * pieces * PIECE, dy);
+                load_vec<PIECE>(from + PIECES * PIECE, delta);
+                load_vec<PIECE>(from + 2 * PIECES * PIECE, dy);
                 load_vec<PIECE>(biases + column, bias);
                 if (w.z != nullptr) {
                     float z[PIECE], s[PIECE];
-                    load_vec<PIECE>(from + 3 * pieces * PIECE, z);
+                    load_vec<PIECE>(from + 3 * PIECES * PIECE, z);
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) s[j] = fast_sigmoid(z[j]);
                     if (job.reverse) {
                         float plain[PIECE], dz[PIECE];
-                        load_vec<PIECE>(from + 4 * pieces * PIECE, plain);
+                        load_vec<PIECE>(from + 4 * PIECES * PIECE, plain);
 #pragma unroll
                         for (int j = 0; j < PIECE; j++)
                             dz[j] = dy[j] * plain[j] * s[j] * fmaf(z[j], 1.f - s[j], 1.f);
-                        store_piece(w.dz + ((long long)batch * w.steps + t) * w.width + c, dz, valid,
-                                    w.width % PIECE == 0);
+                        store_piece(w.dz + ((long long)batch * w.steps + t) * w.width + c, dz, valid, vector);
                     }
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) dy[j] *= z[j] * s[j];
@@ -537,39 +552,41 @@ __device__ void backward(const Backward<T>& w) {
                     store_vec<4>(buffer + (column + j) * ROW + own_step * 4, scalars);
                 }
             }
-            const T* maps_from = raw + 5 * pieces * PIECE;
+            const T* maps_from = raw + 5 * PIECES * PIECE;
 #pragma unroll 1
-            for (int i = tid; i < maps; i += THREADS) {
-                float* to = buffer + b_at + i / SUB * ROW + own_step * OWN;
+            for (int i = tid; i < MAPS; i += THREADS) {
+                float* to = buffer + B_AT + i / SUB * ROW + own_step * OWN;
                 float x[PIECE];
                 load_vec<PIECE>(maps_from + i * PIECE, x);
                 store_vec<PIECE>(to, x);
-                load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
-                store_vec<PIECE>(to + map_size, x);
+                load_vec<PIECE>(maps_from + (MAPS + i) * PIECE, x);
+                store_vec<PIECE>(to + MAP_SIZE, x);
             }
         };
-        // The states before the first step of a job, of a pair of channels.
-        auto load_h = [&](Job job, int c, int n, float (&h)[PAIR][OWN]) {
+        // Starts copying the states before the first step of a job, of the lane's channels, to its slots.
+        auto stage_h = [&](Job job, int c, int n) {
 #pragma unroll
             for (int s = 0; s < PAIR; s++) {
                 const int own = c + s * SIDE;
-                if (job.sub == 0)
-                    load_states<OWN>(
-                        w.checkpoints + (((long long)batch * chunks + job.chunk) * w.width + c0 + own) * w.states, n,
-                        w.states, c0 + own < w.width, h[s]);
-                else
-                    load_vec<OWN>(scratch + (long long)(job.sub - 1) * size + own * padded + n, h[s]);
+                const bool first = job.sub == 0;
+                const float* from = first ? w.checkpoints : scratch;
+                const long long at = first ? (((long long)batch * chunks + job.chunk) * w.width + c0 + own) * w.states
+                                           : (long long)(job.sub - 1) * SIZE + own * PADDED;
+                const int valid = !first ? OWN : c0 + own < w.width ? min(max(w.states - n, 0), OWN) : 0;
+                stage_piece(slots + s * THREADS * OWN, from + at + n, valid, !first || w.states % OWN == 0);
             }
+            cp_async_commit();
         };
 
         __syncthreads();
-        for (int i = tid; i < group; i += THREADS) {
+        for (int i = tid; i < GROUP; i += THREADS) {
             skips[i] = c0 + i < w.width ? w.d[c0 + i] : 0.f;
             biases[i] = c0 + i < w.width ? w.delta_bias[c0 + i] : 0.f;
+            channel_sums[i] = channel_sums[GROUP + i] = 0.f;
         }
-        for (int tile = 0; tile < w.tiles; tile++) {
-            for (int k = 0; k < mine; k += SIDE) {
-                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * padded + n;
+        for (int tile = 0; tile < TILES; tile++) {
+            for (int k = 0; k < MINE; k += SIDE) {
+                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * PADDED + n;
                 const bool exists = c0 + c < w.width;
                 float x[OWN], zeros[OWN] = {};
                 load_rates<OWN>(w.a_log + (long long)(c0 + c) * w.states, n, w.states, exists, x);
@@ -583,36 +600,34 @@ __device__ void backward(const Backward<T>& w) {
                 store_vec<OWN>(dh_all + at, x);
             }
         }
-        float dd[PASSES][PIECE] = {}, dbias[PASSES][PIECE] = {};
         __syncthreads();
 
-        float before[PAIR][OWN];  // the states before a job, of the first channels
         Job job = {end_chunk - 1, 0, false}, next = next_job(job);
         stage(job);
         convert(job, buffers);
-        load_h(job, first_own, lane * OWN, before);
+        stage_h(job, first_own, lane * OWN);
         stage(next);
         __syncthreads();
         for (int turn = 0; job.chunk >= first_chunk; turn++) {
-            float* buffer = buffers + (turn & 1) * buffer_size;
+            float* buffer = buffers + (turn & 1) * BUFFER_SIZE;
             const bool more = next.chunk >= first_chunk;
-            for (int tile = 0; tile < w.tiles; tile++) {
+            for (int tile = 0; tile < TILES; tile++) {
                 float acc[SUB][OWN] = {};  // dB or dC
                 const int n = tile * COLUMNS + lane * OWN;
-                const float *b_row = buffer + b_at + n / OWN * ROW, *c_row = b_row + map_size;
-                if (tile > 0) load_h(job, first_own, n, before);
+                const float *b_row = buffer + B_AT + n / OWN * ROW, *c_row = b_row + MAP_SIZE;
+                if (tile > 0) stage_h(job, first_own, n);
 #pragma unroll 1
-                for (int k = 0; k < mine; k += PAIR * SIDE) {
-                    const int c = first_own + k, at = c * padded + n;
+                for (int k = 0; k < MINE; k += PAIR * SIDE) {
+                    const int c = first_own + k, at = c * PADDED + n;
+                    cp_async_wait<0>();
                     const float* scalars = buffer + c * ROW;
                     float a[PAIR][OWN], h[PAIR][OWN];
 #pragma unroll
                     for (int s = 0; s < PAIR; s++) {
-                        load_vec<OWN>(rates + at + s * SIDE * padded, a[s]);
-#pragma unroll
-                        for (int i = 0; i < OWN; i++) h[s][i] = before[s][i];
+                        load_vec<OWN>(rates + at + s * SIDE * PADDED, a[s]);
+                        load_vec<OWN>(slots + s * THREADS * OWN, h[s]);
                     }
-                    if (k + PAIR * SIDE < mine) load_h(job, c + PAIR * SIDE, n, before);
+                    if (k + PAIR * SIDE < MINE) stage_h(job, c + PAIR * SIDE, n);
                     if (!job.reverse) {
 #pragma unroll
                         for (int r = 0; r < SUB; r++) {
@@ -633,7 +648,7 @@ __device__ void backward(const Backward<T>& w) {
                         if (job.sub < last_sub(job.chunk)) {
 #pragma unroll
                             for (int s = 0; s < PAIR; s++)
-                                store_vec<OWN>(scratch + (long long)job.sub * size + at + s * SIDE * padded, h[s]);
+                                store_vec<OWN>(scratch + (long long)job.sub * SIZE + at + s * SIDE * PADDED, h[s]);
                         }
                         continue;
                     }
@@ -662,8 +677,8 @@ __device__ void backward(const Backward<T>& w) {
                         const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + own;
                         prefetch(w.checkpoints + earlier * w.states + n,
                                  job.sub == 0 && job.chunk > first_chunk && own < w.width && n < w.states);
-                        load_vec<OWN>(dh_all + at + s * SIDE * padded, dh[s]);
-                        load_vec<OWN>(da_all + at + s * SIDE * padded, da[s]);
+                        load_vec<OWN>(dh_all + at + s * SIDE * PADDED, dh[s]);
+                        load_vec<OWN>(da_all + at + s * SIDE * PADDED, da[s]);
                     }
 #pragma unroll
                     for (int r = SUB - 1; r >= 0; r--) {
@@ -690,13 +705,13 @@ __device__ void backward(const Backward<T>& w) {
                     }
 #pragma unroll
                     for (int s = 0; s < PAIR; s++) {
-                        store_vec<OWN>(dh_all + at + s * SIDE * padded, dh[s]);
-                        store_vec<OWN>(da_all + at + s * SIDE * padded, da[s]);
+                        store_vec<OWN>(dh_all + at + s * SIDE * PADDED, dh[s]);
+                        store_vec<OWN>(da_all + at + s * SIDE * PADDED, da[s]);
                     }
                     sum_over_lanes<PAIR * 2 * SUB, 1>(out, 0, 1, LANES, [&](int first, const auto& x) {
                         constexpr int V = sizeof(x) / sizeof(float);
                         const int s = first / (2 * SUB);
-                        float* to = buffer + out_at + (c + s * SIDE) * OUT_ROW + first % (2 * SUB);
+                        float* to = buffer + OUT_AT + (c + s * SIDE) * OUT_ROW + first % (2 * SUB);
 #pragma unroll
                         for (int i = 0; i < V; i++) to[i] = tile == 0 ? x[i] : to[i] + x[i];
                     });
@@ -705,9 +720,9 @@ __device__ void backward(const Backward<T>& w) {
 #pragma unroll
                 for (int r = 0; r < SUB; r++)
                     store_vec<OWN>(sums + (r * WARPS * WARP + tid) * OWN, acc[r]);
-                if (tile + 1 == w.tiles && more) {
-                    convert(next, buffers + (~turn & 1) * buffer_size);
-                    load_h(next, first_own, lane * OWN, before);
+                if (tile + 1 == TILES && more) {
+                    convert(next, buffers + (~turn & 1) * BUFFER_SIZE);
+                    stage_h(next, first_own, lane * OWN);
                     const Job after = next_job(next);
                     if (after.chunk >= first_chunk) stage(after);
                 }
@@ -727,36 +742,40 @@ __device__ void backward(const Backward<T>& w) {
                     }
                     const long long map = (job.reverse ? 0 : groups) + part;
                     if (t0 + r < w.steps)
-                        store_vec<V>(w.maps + ((map * w.batch + batch) * w.steps + t0 + r) * padded + tile * COLUMNS +
+                        store_vec<V>(w.maps + ((map * w.batch + batch) * w.steps + t0 + r) * PADDED + tile * COLUMNS +
                                          column,
                                      total);
                 }
             }
             if (job.reverse) {
+                const int tid = own_thread(), own_step = tid % SUB;
+                const bool vector = flags[2];
                 const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
-#pragma unroll
-                for (int pass = 0; pass < PASSES; pass++) {
-                    const int i = pass * THREADS + tid;
-                    if (i >= pieces) break;
-                    const int column = i / SUB * PIECE, c = c0 + column;
-                    const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
-                    float du[PIECE], ddelta[PIECE], skip[PIECE];
+#pragma unroll 1
+                for (int i = tid; i < ceil_div(PIECES, WARP) * WARP; i += THREADS) {  // all lanes of a warp
+                    const int column = min(i / SUB * PIECE, GROUP - PIECE), c = c0 + column;
+                    const int valid = i < PIECES && t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                    float du[PIECE], ddelta[PIECE], skip[PIECE], dd[2 * PIECE];  // of d, of delta_bias
                     load_vec<PIECE>(skips + column, skip);
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) {
                         float scalar[4];
                         load_vec<4>(buffer + (column + j) * ROW + own_step * 4, scalar);
                         const float dt = scalar[0], g = scalar[2], u = scalar[3];
-                        const float* out = buffer + out_at + (column + j) * OUT_ROW + own_step;
+                        const float* out = buffer + OUT_AT + (column + j) * OUT_ROW + own_step;
                         const float by_b = out[0], by_a = LN2 * out[SUB];  // the rates are A log2 e
                         du[j] = fmaf(dt, by_b, skip[j] * g);
                         ddelta[j] = fmaf(u, by_b, by_a) * sigmoid_of_softplus(dt);
-                        dd[pass][j] = fmaf(g, u, dd[pass][j]);
-                        dbias[pass][j] += ddelta[j];
+                        dd[j] = g * u;
+                        dd[PIECE + j] = ddelta[j];
                     }
+                    // The steps of a piece are those of neighbouring lanes.
+                    sum_over_lanes<2 * PIECE, 1>(dd, 0, 1, SUB, [&](int first, const auto& x) {
+                        if (i < PIECES) channel_sums[first / PIECE * GROUP + column + first % PIECE] += x[0];
+                    });
                     const long long at = ((long long)batch * w.steps + t) * w.width + c;
-                    store_piece(w.du + at, du, valid, w.width % PIECE == 0);
-                    store_piece(w.ddelta + at, ddelta, valid, w.width % PIECE == 0);
+                    store_piece(w.du + at, du, valid, vector);
+                    store_piece(w.ddelta + at, ddelta, valid, vector);
                 }
             }
             job = next;
@@ -764,9 +783,9 @@ __device__ void backward(const Backward<T>& w) {
         }
 
         // Gradients of the rates and of the state before the segment; those of d and delta_bias over the threads.
-        for (int tile = 0; tile < w.tiles; tile++) {
-            for (int k = 0; k < mine; k += SIDE) {
-                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * padded + n;
+        for (int tile = 0; tile < TILES; tile++) {
+            for (int k = 0; k < MINE; k += SIDE) {
+                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * PADDED + n;
                 const bool exists = c0 + c < w.width;
                 float x[OWN];
                 load_vec<OWN>(da_all + at, x);
@@ -779,18 +798,10 @@ __device__ void backward(const Backward<T>& w) {
                 }
             }
         }
-        // The steps of a piece are those of neighbouring lanes.
-#pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
-            const int i = pass * THREADS + tid, c = c0 + i / SUB * PIECE;
-            float x[2 * PIECE];
-#pragma unroll
-            for (int j = 0; j < PIECE; j++) x[j] = dd[pass][j], x[PIECE + j] = dbias[pass][j];
-            sum_over_lanes<2 * PIECE, 1>(x, 0, 1, SUB, [&](int first, const auto& total) {
-                const int channel = c + first % PIECE;
-                if (i < pieces && channel < w.width)
-                    slab_sums[(long long)w.width * (w.states + first / PIECE) + channel] = total[0];
-            });
+        __syncthreads();
+        for (int i = tid; i < 2 * GROUP; i += THREADS) {
+            const int c = c0 + i % GROUP;
+            if (c < w.width) slab_sums[(long long)w.width * (w.states + i / GROUP) + c] = channel_sums[i];
         }
     }
 }
@@ -854,8 +865,8 @@ CARRY(selective_scan_carry_s2_bf16, bf16, 2)
 
 // Backward: at most ceil(D / group) B segments blocks of 128. `maps` [2, ceil(D / group), B, T, padded], `parameters`
 // [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 LANES tiles >= N. Shared memory: 4 (3 group
-// padded + 4096 + 108 group + 36 padded) + 8 (5 group + 2 padded) sizeof(T) bytes.
-#define BACKWARD(NAME, T, LANES)                                                                                    \
+// padded + 5124 + 110 group + 36 padded) + 8 (5 group + 2 padded) sizeof(T) bytes.
+#define BACKWARD(NAME, T, LANES, TILES, GROUP)                                                                      \
     extern "C" __global__ void __launch_bounds__(128, 2) NAME(                                                      \
         const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
         const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
@@ -863,20 +874,22 @@ CARRY(selective_scan_carry_s2_bf16, bf16, 2)
         const T* __restrict__ dy, const float* __restrict__ dfinal, const float* __restrict__ checkpoints,          \
         const float* __restrict__ carry, T* __restrict__ du, T* __restrict__ ddelta, T* __restrict__ dz,            \
         float* __restrict__ dstate, float* __restrict__ maps, float* __restrict__ parameters, float* scratch,       \
-        int batch, int steps, int width, int states, int tiles, int group, int segments, int per_segment) {         \
-        backward<T, LANES>(Backward<T>{u,      delta,  b,     c,       z,     plain,      dy,      a_log, d,        \
-                                       delta_bias, dfinal, checkpoints, carry, du, ddelta,  dz,      dstate, maps,  \
-                                       parameters, scratch, batch, steps,  width, states,   tiles,   group,         \
-                                       segments, per_segment});                                                     \
+        int batch, int steps, int width, int states, int segments, int per_segment) {                               \
+        backward<T, LANES, TILES, GROUP>(                                                                           \
+            Backward<T>{u,           delta, b,      c,  z,      plain,  dy,   a_log,      d,       delta_bias,      \
+                        dfinal,      checkpoints,   carry,      du,     ddelta,   dz,     dstate,  maps,            \
+                        parameters,  scratch,       batch,      steps,  width,    states, segments, per_segment});  \
     }
-BACKWARD(selective_scan_backward_l4_f32, float, 4)
-BACKWARD(selective_scan_backward_l4_bf16, bf16, 4)
-BACKWARD(selective_scan_backward_l8_f32, float, 8)
-BACKWARD(selective_scan_backward_l8_bf16, bf16, 8)
-BACKWARD(selective_scan_backward_l16_f32, float, 16)
-BACKWARD(selective_scan_backward_l16_bf16, bf16, 16)
-BACKWARD(selective_scan_backward_l32_f32, float, 32)
-BACKWARD(selective_scan_backward_l32_bf16, bf16, 32)
+BACKWARD(selective_scan_backward_l4_f32, float, 4, 1, 64)
+BACKWARD(selective_scan_backward_l4_bf16, bf16, 4, 1, 128)
+BACKWARD(selective_scan_backward_l8_f32, float, 8, 1, 64)
+BACKWARD(selective_scan_backward_l8_bf16, bf16, 8, 1, 64)
+BACKWARD(selective_scan_backward_l16_f32, float, 16, 1, 32)
+BACKWARD(selective_scan_backward_l16_bf16, bf16, 16, 1, 64)
+BACKWARD(selective_scan_backward_l32_f32, float, 32, 1, 32)
+BACKWARD(selective_scan_backward_l32_bf16, bf16, 32, 1, 32)
+BACKWARD(selective_scan_backward_l64_f32, float, 32, 2, 8)
+BACKWARD(selective_scan_backward_l64_bf16, bf16, 32, 2, 8)
 
 // Grid ceil(2 B T padded / 4 / 256), block 256.
 #define SUM_MAPS(NAME, T)                                                                                           \
