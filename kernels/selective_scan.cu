@@ -15,7 +15,8 @@
 //
 // Kernels (f32, bf16: type of u, delta, b, c, z, y and their gradients; parameters, states and sums are f32):
 //   selective_scan_forward   outputs, final state, and the states before every 64th step (checkpoints)
-//   selective_scan_carry     G at the ends of segments of time, for the backward pass to work on these side by side
+//   selective_scan_enter, selective_scan_leave, selective_scan_chain
+//                            h and G at the ends of segments of time, which are then worked on side by side
 //   selective_scan_backward  all gradients; sums over channels, batch and segments as partial sums
 //   selective_scan_sum_maps, selective_scan_sum_parameters   add those up in order
 #include "common.cuh"
@@ -184,35 +185,44 @@ __device__ __forceinline__ void sum_over_lanes(float (&x)[V], int first, int mas
     }
 }
 
-// ---- forward, and the carry of gradients backward: one walk over time
+// ---- a walk over time
 
-// What a walk reads and writes. CARRY uses `c` for b, and `dy` for u.
+// FORWARD gives outputs. The others give what a segment of time adds to the state behind it (ENTER) or to the gradient
+// of the state before it (LEAVE: time runs backward), so that segments can be worked on side by side. Both also give
+// the segment's sum of dt: its decay is exp(A sum dt).
+enum Pass { FORWARD, ENTER, LEAVE };
+
+// What a walk reads and writes. ENTER has no c; LEAVE has the gradient of y for u, and c for b.
 template <class T>
 struct Walk {
     const T *u, *delta, *b, *c, *z;
     const float *a_log, *d, *delta_bias, *state;
     T *y, *plain;
     float *final_state, *checkpoints;
+    float* carry;     // between segments: [B, segments - 1, D, N]
+    float* dt_sums;   // [B, segments - 1, D]
     int batch, steps, width, states;
     int lanes;    // of a channel: a power of two, lanes S >= N
     int tile;     // steps staged at a time: 8, 16, 32 or 64
-    int segment;  // CARRY: steps of a segment
+    int segment;  // steps of a segment, a multiple of 64
 };
 
-// A block owns `threads / lanes` x CH channels of one batch entry and walks over time; a thread has S states of CH
-// channels in registers. State (g, i) of a lane is number (g lanes + lane) W + i: loads of B, C and states are
-// contiguous over the lanes. The next tile is copied while one is computed.
-//
-// With CARRY, time runs backward and the states are gradients: G <- exp(dt A) (G + g C), written where a segment begins.
-template <class T, int S, int CH, bool CARRY>
+// A block owns `threads / lanes` x CH channels of one batch entry and segment and walks over time; a thread has S states
+// of CH channels in registers. State (g, i) of a lane is number (g lanes + lane) W + i: loads of B, C and states are
+// contiguous over the lanes. The next tile is copied while one is computed. Of LEAVE the states are gradients:
+// G <- exp(dt A) (G + g C).
+template <class T, int S, int CH, Pass PASS>
 __device__ void walk(const Walk<T>& w) {
     DYNAMIC_SHARED(shared);
+    constexpr bool CARRY = PASS != FORWARD, BACK = PASS == LEAVE;
     constexpr int W = S < 4 ? S : 4, GROUPS = S / W;
     constexpr int UNROLL = S * CH > 16 ? 4 : 8;  // steps between sums over lanes
     const int tid = threadIdx.x, threads = blockDim.x;
     const int lanes = w.lanes, lane = tid & (lanes - 1), own = tid / lanes * CH;
     const int channels = threads / lanes * CH, padded = lanes * S, tile = w.tile;
-    const int c0 = blockIdx.x * channels, batch = blockIdx.y;
+    const int c0 = blockIdx.x * channels, batch = blockIdx.y, segment = blockIdx.z + BACK;
+    const int segments = ceil_div(w.steps, w.segment), first = segment * w.segment;
+    const int end = min(first + w.segment, w.steps);
     const int ys_row = channels + 4;
 
     // Shared memory: two raw tiles of u, delta, z, B, C; then in f32 (dt, dt u), B, C, y.
@@ -246,8 +256,8 @@ __device__ void walk(const Walk<T>& w) {
             const int t = t0 + place.row, n = place.column;
             const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
             const long long at = ((long long)batch * w.steps + t) * w.states + n;
-            if (!CARRY) stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
-            stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
+            stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
+            if (!CARRY) stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
         }
         cp_async_commit();
     };
@@ -259,13 +269,13 @@ __device__ void walk(const Walk<T>& w) {
             float u[PIECE], delta[PIECE], z[PIECE];
             load_vec<PIECE>(from + i * PIECE, u);
             load_vec<PIECE>(from + (pieces + i) * PIECE, delta);
-            if (CARRY && w.z != nullptr) load_vec<PIECE>(from + (2 * pieces + i) * PIECE, z);
+            if (BACK && w.z != nullptr) load_vec<PIECE>(from + (2 * pieces + i) * PIECE, z);
 #pragma unroll
             for (int j = 0; j < PIECE; j++) {
                 const bool exists = t < w.steps && c + j < w.width;
                 const float dt = exists ? fast_softplus(delta[j] + w.delta_bias[c + j]) : 0.f;
-                float x = CARRY ? u[j] : dt * u[j];
-                if (CARRY && w.z != nullptr) x *= z[j] * fast_sigmoid(z[j]);
+                float x = BACK ? u[j] : dt * u[j];
+                if (BACK && w.z != nullptr) x *= z[j] * fast_sigmoid(z[j]);
                 reinterpret_cast<float2*>(scalars)[i * PIECE + j] = make_float2(dt, x);
             }
         }
@@ -273,12 +283,12 @@ __device__ void walk(const Walk<T>& w) {
 #pragma unroll 1
         for (int i = tid; i < maps; i += threads) {
             float x[PIECE];
+            load_vec<PIECE>(maps_from + i * PIECE, x);
+            store_vec<PIECE>(b_tile + i * PIECE, x);
             if (!CARRY) {
-                load_vec<PIECE>(maps_from + i * PIECE, x);
-                store_vec<PIECE>(b_tile + i * PIECE, x);
+                load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
+                store_vec<PIECE>(c_tile + i * PIECE, x);
             }
-            load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
-            store_vec<PIECE>(c_tile + i * PIECE, x);
         }
     };
     auto finish = [&](int t0, const T* from) {
@@ -305,7 +315,11 @@ __device__ void walk(const Walk<T>& w) {
         }
     };
 
-    float a[CH][GROUPS][W], h[CH][GROUPS][W];
+    // The state at the edge of time, what the segment before leaves, or none.
+    const bool edge = segment == (BACK ? segments - 1 : 0);
+    const float* start = edge ? w.state : CARRY ? nullptr : w.carry;
+    const long long start_row = edge ? batch : (long long)batch * (segments - 1) + segment - 1;
+    float a[CH][GROUPS][W], h[CH][GROUPS][W], dt_sum[CH] = {};
 #pragma unroll
     for (int ch = 0; ch < CH; ch++) {
         const int c = c0 + own + ch;
@@ -314,8 +328,8 @@ __device__ void walk(const Walk<T>& w) {
         for (int g = 0; g < GROUPS; g++) {
             const int n = (g * lanes + lane) * W;
             load_rates<W>(w.a_log + (long long)c * w.states, n, w.states, exists, a[ch][g]);
-            load_states<W>(w.state + ((long long)batch * w.width + c) * w.states, n, w.states,
-                           exists && w.state != nullptr, h[ch][g]);
+            load_states<W>(start + (start_row * w.width + c) * w.states, n, w.states, exists && start != nullptr,
+                           h[ch][g]);
         }
     }
     // The states, to row `row` of an array [.., D, N].
@@ -330,33 +344,36 @@ __device__ void walk(const Walk<T>& w) {
         }
     };
 
-    const int tiles = ceil_div(w.steps, tile), segments = CARRY ? ceil_div(w.steps, w.segment) : 1;
-    stage((CARRY ? tiles - 1 : 0) * tile, raw);
+    const int tiles = ceil_div(end - first, tile);
+    stage(first + (BACK ? tiles - 1 : 0) * tile, raw);
     for (int k = 0; k < tiles; k++) {
-        const int t0 = (CARRY ? tiles - 1 - k : k) * tile;
+        const int t0 = first + (BACK ? tiles - 1 - k : k) * tile;
         T* now = raw + (k & 1) * raw_size;
         cp_async_wait<0>();
         convert(t0, now);
-        if (k + 1 < tiles) stage(CARRY ? t0 - tile : t0 + tile, raw + (~k & 1) * raw_size);
+        if (k + 1 < tiles) stage(BACK ? t0 - tile : t0 + tile, raw + (~k & 1) * raw_size);
         if (!CARRY && w.checkpoints != nullptr && t0 % CHUNK == 0)
             store_all(w.checkpoints, (long long)batch * ceil_div(w.steps, CHUNK) + t0 / CHUNK);
         __syncthreads();
-        const int count = min(tile, w.steps - t0);
+        const int count = min(tile, end - t0);
         for (int step = 0; step < count; step += UNROLL) {
-            const int s0 = CARRY ? (ceil_div(count, UNROLL) - 1) * UNROLL - step : step;
+            const int s0 = BACK ? (ceil_div(count, UNROLL) - 1) * UNROLL - step : step;
             float y[CH * UNROLL];
 #pragma unroll
             for (int j = 0; j < UNROLL; j++) {
-                const int r = s0 + (CARRY ? UNROLL - 1 - j : j);
+                const int r = s0 + (BACK ? UNROLL - 1 - j : j);
                 float scalar[2 * CH], b[W], c[W];
                 load_vec<2 * CH>(scalars + (r * channels + own) * 2, scalar);
 #pragma unroll
-                for (int ch = 0; ch < CH; ch++) y[ch * UNROLL + j] = 0.f;
+                for (int ch = 0; ch < CH; ch++) {
+                    y[ch * UNROLL + j] = 0.f;
+                    if (CARRY) dt_sum[ch] += scalar[2 * ch];
+                }
 #pragma unroll
                 for (int g = 0; g < GROUPS; g++) {
                     const int n = (g * lanes + lane) * W;
-                    if (!CARRY) load_vec<W>(b_tile + r * padded + n, b);
-                    load_vec<W>(c_tile + r * padded + n, c);
+                    load_vec<W>(b_tile + r * padded + n, b);
+                    if (!CARRY) load_vec<W>(c_tile + r * padded + n, c);
 #pragma unroll
                     for (int ch = 0; ch < CH; ch++)
 #pragma unroll
@@ -364,12 +381,8 @@ __device__ void walk(const Walk<T>& w) {
                             const float dt = scalar[2 * ch], x = scalar[2 * ch + 1];
                             const float decay = exp2_approx(dt * a[ch][g][i]);
                             float& state = h[ch][g][i];
-                            if (CARRY) {
-                                state = decay * fmaf(x, c[i], state);
-                            } else {
-                                state = fmaf(decay, state, x * b[i]);
-                                y[ch * UNROLL + j] = fmaf(c[i], state, y[ch * UNROLL + j]);
-                            }
+                            state = BACK ? decay * fmaf(x, b[i], state) : fmaf(decay, state, x * b[i]);
+                            if (!CARRY) y[ch * UNROLL + j] = fmaf(c[i], state, y[ch * UNROLL + j]);
                         }
                 }
             }
@@ -386,11 +399,16 @@ __device__ void walk(const Walk<T>& w) {
         }
         __syncthreads();
         if (!CARRY) finish(t0, now);
-        // In front of the first segment there is none.
-        if (CARRY && t0 > 0 && t0 % w.segment == 0)
-            store_all(w.checkpoints, (long long)batch * (segments - 1) + t0 / w.segment - 1);
     }
-    if (!CARRY) store_all(w.final_state, batch);
+    if (CARRY) {
+        const long long row = (long long)batch * (segments - 1) + blockIdx.z;
+        store_all(w.carry, row);
+#pragma unroll
+        for (int ch = 0; ch < CH; ch++)
+            if (lane == 0 && c0 + own + ch < w.width) w.dt_sums[row * w.width + c0 + own + ch] = dt_sum[ch];
+    } else if (segment == segments - 1) {
+        store_all(w.final_state, batch);
+    }
 }
 
 // ---- backward
@@ -828,40 +846,62 @@ __device__ void sum_maps(const float* maps, T* db, T* dc, int groups, int rows, 
 
 }  // namespace
 
-// Forward: grid (ceil(D / channels), B), block `threads`, channels = threads / lanes x CH; `plain` (y before the gate)
-// and checkpoints [B, ceil(T / 64), D, N] may be null. Shared memory: tile x (2 (3 channels + 2 S lanes) sizeof(T) +
-// 4 (3 channels + 4 + 2 S lanes)) bytes.
-#define FORWARD(NAME, T, S, CH)                                                                                     \
+// Forward: grid (ceil(D / channels), B, ceil(T / segment)), block `threads`, channels = threads / lanes x CH; `plain` (y
+// before the gate) and checkpoints [B, ceil(T / 64), D, N] may be null; `carry`: the states between segments. Shared
+// memory: tile x (2 (3 channels + 2 S lanes) sizeof(T) + 4 (3 channels + 4 + 2 S lanes)) bytes.
+#define FORWARD_KERNEL(NAME, T, S, CH)                                                                              \
     extern "C" __global__ void __launch_bounds__(256, 2) NAME(                                                      \
         const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
         const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
         const float* __restrict__ delta_bias, const T* __restrict__ z, const float* __restrict__ state,             \
         T* __restrict__ y, T* __restrict__ plain, float* __restrict__ final_state, float* __restrict__ checkpoints, \
-        int batch, int steps, int width, int states, int lanes, int tile) {                                         \
-        walk<T, S, CH, false>(Walk<T>{u, delta, b, c, z, a_log, d, delta_bias, state, y, plain, final_state,        \
-                                      checkpoints, batch, steps, width, states, lanes, tile, 0});                   \
+        float* __restrict__ carry, int batch, int steps, int width, int states, int lanes, int tile, int segment) { \
+        walk<T, S, CH, FORWARD>(Walk<T>{u, delta, b, c, z, a_log, d, delta_bias, state, y, plain, final_state,      \
+                                        checkpoints, carry, nullptr, batch, steps, width, states, lanes, tile,      \
+                                        segment});                                                                  \
     }
-FORWARD(selective_scan_forward_s16x2_f32, float, 16, 2)
-FORWARD(selective_scan_forward_s16x2_bf16, bf16, 16, 2)
-FORWARD(selective_scan_forward_s4x2_f32, float, 4, 2)
-FORWARD(selective_scan_forward_s4x2_bf16, bf16, 4, 2)
-FORWARD(selective_scan_forward_s2x1_f32, float, 2, 1)
-FORWARD(selective_scan_forward_s2x1_bf16, bf16, 2, 1)
+FORWARD_KERNEL(selective_scan_forward_s16x2_f32, float, 16, 2)
+FORWARD_KERNEL(selective_scan_forward_s16x2_bf16, bf16, 16, 2)
+FORWARD_KERNEL(selective_scan_forward_s4x2_f32, float, 4, 2)
+FORWARD_KERNEL(selective_scan_forward_s4x2_bf16, bf16, 4, 2)
+FORWARD_KERNEL(selective_scan_forward_s2x1_f32, float, 2, 1)
+FORWARD_KERNEL(selective_scan_forward_s2x1_bf16, bf16, 2, 1)
 
-// carry [B, segments - 1, D, N] of segments of `segment` steps, a multiple of 64. Launched as the forward kernels.
-#define CARRY(NAME, T, S)                                                                                           \
+// What every segment but the last (enter) or the first (leave) adds to `carry` [B, segments - 1, D, N], and its sum of
+// dt [B, segments - 1, D]. Launched as the forward kernels, with a segment less.
+#define CARRY_KERNEL(NAME, T, PASS)                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 2) NAME(                                                      \
-        const T* __restrict__ dy, const T* __restrict__ delta, const float* __restrict__ a_log,                     \
-        const T* __restrict__ c, const float* __restrict__ delta_bias, const T* __restrict__ z,                     \
-        const float* __restrict__ dfinal, float* __restrict__ carry, int batch, int steps, int width, int states,   \
-        int lanes, int tile, int segment) {                                                                         \
-        walk<T, S, 1, true>(Walk<T>{dy, delta, c, c, z, a_log, nullptr, delta_bias, dfinal, nullptr, nullptr,       \
-                                    nullptr, carry, batch, steps, width, states, lanes, tile, segment});            \
+        const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
+        const T* __restrict__ b, const float* __restrict__ delta_bias, const T* __restrict__ z,                     \
+        const float* __restrict__ state, float* __restrict__ carry, float* __restrict__ dt_sums, int batch,         \
+        int steps, int width, int states, int lanes, int tile, int segment) {                                       \
+        walk<T, 8, 1, PASS>(Walk<T>{u, delta, b, nullptr, z, a_log, nullptr, delta_bias, state, nullptr, nullptr,   \
+                                    nullptr, nullptr, carry, dt_sums, batch, steps, width, states, lanes, tile,     \
+                                    segment});                                                                      \
     }
-CARRY(selective_scan_carry_s8_f32, float, 8)
-CARRY(selective_scan_carry_s8_bf16, bf16, 8)
-CARRY(selective_scan_carry_s2_f32, float, 2)
-CARRY(selective_scan_carry_s2_bf16, bf16, 2)
+CARRY_KERNEL(selective_scan_enter_f32, float, ENTER)
+CARRY_KERNEL(selective_scan_enter_bf16, bf16, ENTER)
+CARRY_KERNEL(selective_scan_leave_f32, float, LEAVE)
+CARRY_KERNEL(selective_scan_leave_bf16, bf16, LEAVE)
+
+// Turns what every segment adds into the states (gradients, where `back` is set) between segments, in place. A thread has
+// a state. Grid ceil(B D N / 256), block 256.
+extern "C" __global__ void __launch_bounds__(256)
+    selective_scan_chain(float* carry, const float* __restrict__ dt_sums, const float* __restrict__ a_log, int batch,
+                         int edges, int width, int states, int back) {
+    const long long rates = (long long)width * states;
+    const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= batch * rates) return;
+    const long long entry = index / rates * edges, at = index % rates;
+    const float rate = -LOG2E * expf(a_log[at]);
+    float state = 0.f;
+#pragma unroll 8
+    for (int k = 0; k < edges; k++) {
+        const long long row = entry + (back ? edges - 1 - k : k);
+        state = fmaf(exp2_approx(rate * dt_sums[row * width + at / states]), state, carry[row * rates + at]);
+        carry[row * rates + at] = state;
+    }
+}
 
 // Backward: at most ceil(D / group) B segments blocks of 128. `maps` [2, ceil(D / group), B, T, padded], `parameters`
 // [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 LANES tiles >= N. Shared memory: 4 (3 group
