@@ -103,6 +103,20 @@ __device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bo
     }
 }
 
+// A whole aligned piece, or zeros where there is none; no branch.
+template <class T>
+__device__ __forceinline__ void stage_whole(T* slot, const T* src, bool exists) {
+#ifdef SB_EMULATE
+    if (sizeof(T) == 4) emu::cp_async16(slot, src, exists ? 16 : 0); else emu::cp_async8(slot, src, exists ? 8 : 0);
+#else
+    const uint32_t to = (uint32_t)__cvta_generic_to_shared(slot), bytes = exists ? PIECE * sizeof(T) : 0;
+    if (sizeof(T) == 4)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
+#endif
+}
+
 // Row and column of piece `i` of an array with `per_row` pieces a row, a power of two.
 struct Place {
     int row, column;
@@ -485,9 +499,9 @@ __device__ void backward(const Backward<T>& w) {
     float* scratch = w.scratch + (long long)blockIdx.x * (CHUNK / SUB - 1) * SIZE;
 
     if (tid == 0) {
-        flags[0] = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) && aligned(w.dy, w.width);
-        flags[1] = aligned(w.b, w.states) && aligned(w.c, w.states);
-        flags[2] = w.width % PIECE == 0;
+        flags[0] = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) &&
+                   aligned(w.dy, w.width) && aligned(w.b, w.states) && aligned(w.c, w.states);
+        flags[1] = w.width % PIECE == 0;
     }
     for (int item = blockIdx.x; item < groups * w.batch * w.segments; item += gridDim.x) {
         const int part = item % groups, c0 = part * GROUP, row = item / groups;
@@ -502,38 +516,42 @@ __device__ void backward(const Backward<T>& w) {
         };
         auto stage = [&](Job job) {
             const int tid = own_thread(), own_step = tid % SUB;
-            const bool vector = flags[0], map_vector = flags[1];
             const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
             const long long line = (long long)batch * w.steps + t;
-#pragma unroll 1
-            for (int i = tid; i < PIECES; i += THREADS) {
-                const int c = c0 + i / SUB * PIECE;
-                const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
-                const long long at = line * w.width + c;
-                T* to = raw + i * PIECE;
-                stage_piece(to, w.u + at, valid, vector);
-                stage_piece(to + PIECES * PIECE, w.delta + at, valid, vector);
-                stage_piece(to + 2 * PIECES * PIECE, w.dy + at, valid, vector);
-                if (w.z != nullptr) {
-                    stage_piece(to + 3 * PIECES * PIECE, w.z + at, valid, vector);
-                    if (job.reverse) stage_piece(to + 4 * PIECES * PIECE, w.plain + at, valid, vector);
-                }
-            }
+            const bool gated = w.z != nullptr, plain = gated && job.reverse;
             T* maps_to = raw + 5 * PIECES * PIECE;
-#pragma unroll 1
-            for (int i = tid; i < MAPS; i += THREADS) {
-                const int n = i / SUB * PIECE;
-                const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
-                const long long at = line * w.states + n;
-                stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
-                stage_piece(maps_to + (MAPS + i) * PIECE, w.c + at, valid, map_vector);
-            }
+            // Aligned rows have whole pieces alone.
+            auto stage_all = [&](auto stage_one) {
+#pragma unroll
+                for (int i = tid; i < PIECES; i += THREADS) {
+                    const int c = c0 + i / SUB * PIECE;
+                    const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                    const long long at = line * w.width + c;
+                    T* to = raw + i * PIECE;
+                    stage_one(to, w.u + at, valid);
+                    stage_one(to + PIECES * PIECE, w.delta + at, valid);
+                    stage_one(to + 2 * PIECES * PIECE, w.dy + at, valid);
+                    if (gated) stage_one(to + 3 * PIECES * PIECE, w.z + at, valid);
+                    if (plain) stage_one(to + 4 * PIECES * PIECE, w.plain + at, valid);
+                }
+#pragma unroll
+                for (int i = tid; i < MAPS; i += THREADS) {
+                    const int n = i / SUB * PIECE;
+                    const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
+                    const long long at = line * w.states + n;
+                    stage_one(maps_to + i * PIECE, w.b + at, valid);
+                    stage_one(maps_to + (MAPS + i) * PIECE, w.c + at, valid);
+                }
+            };
+            auto whole = [](T* to, const T* from, int valid) { stage_whole(to, from, valid > 0); };
+            auto part = [](T* to, const T* from, int valid) { stage_piece(to, from, valid, false); };
+            if (flags[0]) stage_all(whole); else stage_all(part);
             cp_async_commit();
         };
         // Of what was staged: the scalars, B and C to a buffer; dz to its place.
         auto convert = [&](Job job, float* buffer) {
             const int tid = own_thread(), own_step = tid % SUB;
-            const bool vector = flags[2];
+            const bool vector = flags[1];
             const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
             cp_async_wait<0>();
 #pragma unroll 1
@@ -583,15 +601,18 @@ __device__ void backward(const Backward<T>& w) {
         };
         // Starts copying the states before the first step of a job, of the lane's channels, to its slots.
         auto stage_h = [&](Job job, int c, int n) {
+            const bool first = job.sub == 0;
+            const float* from = first ? w.checkpoints + ((batch * (long long)chunks + job.chunk) * w.width + c0) * w.states
+                                      : scratch + (job.sub - 1) * SIZE;
+            const int pitch = first ? w.states : PADDED;
 #pragma unroll
             for (int s = 0; s < PAIR; s++) {
-                const int own = c + s * SIDE;
-                const bool first = job.sub == 0;
-                const float* from = first ? w.checkpoints : scratch;
-                const long long at = first ? (((long long)batch * chunks + job.chunk) * w.width + c0 + own) * w.states
-                                           : (long long)(job.sub - 1) * SIZE + own * PADDED;
-                const int valid = !first ? OWN : c0 + own < w.width ? min(max(w.states - n, 0), OWN) : 0;
-                stage_piece(slots + s * THREADS * OWN, from + at + n, valid, !first || w.states % OWN == 0);
+                const int own = c + s * SIDE, valid = first && c0 + own >= w.width ? 0 : min(max(pitch - n, 0), OWN);
+                float* to = slots + s * THREADS * OWN;
+                if (pitch % OWN == 0)
+                    stage_whole(to, from + own * pitch + n, valid > 0);
+                else
+                    stage_piece(to, from + own * pitch + n, valid, false);
             }
             cp_async_commit();
         };
@@ -670,6 +691,14 @@ __device__ void backward(const Backward<T>& w) {
                         }
                         continue;
                     }
+                    if (job.sub == 0 && job.chunk > first_chunk) {
+#pragma unroll
+                        for (int s = 0; s < PAIR; s++) {
+                            const int own = c0 + c + s * SIDE;
+                            const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + own;
+                            prefetch(w.checkpoints + earlier * w.states + n, own < w.width && n < w.states);
+                        }
+                    }
                     // Of every step the decay and what it leaves of the state before.
                     float decay[PAIR][SUB][OWN], kept[PAIR][SUB][OWN];
                     float dh[PAIR][OWN], da[PAIR][OWN], out[PAIR * 2 * SUB];
@@ -691,10 +720,6 @@ __device__ void backward(const Backward<T>& w) {
                     }
 #pragma unroll
                     for (int s = 0; s < PAIR; s++) {
-                        const int own = c0 + c + s * SIDE;
-                        const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + own;
-                        prefetch(w.checkpoints + earlier * w.states + n,
-                                 job.sub == 0 && job.chunk > first_chunk && own < w.width && n < w.states);
                         load_vec<OWN>(dh_all + at + s * SIDE * PADDED, dh[s]);
                         load_vec<OWN>(da_all + at + s * SIDE * PADDED, da[s]);
                     }
@@ -746,28 +771,29 @@ __device__ void backward(const Backward<T>& w) {
                 }
                 __syncthreads();
                 const int t0 = job.chunk * CHUNK + job.sub * SUB;
-                constexpr int V = LANES < 16 ? LANES / 4 : 4;
+                // A piece of the sums is one thread's, or that of PARTS neighbours where there are few.
+                constexpr int PARTS = LANES < 16 ? 16 / LANES : 1;
 #pragma unroll
-                for (int i = tid * V; i < SUB * COLUMNS; i += THREADS * V) {
-                    const int r = i / COLUMNS, column = i % COLUMNS;
-                    float total[V] = {};
+                for (int i = tid / PARTS; i < SUB * LANES; i += THREADS / PARTS) {
+                    const int r = i / LANES, column = i % LANES * OWN;
+                    float total[OWN] = {};
 #pragma unroll
-                    for (int j = 0; j < WARPS * SIDE; j++) {
-                        float x[V];
-                        load_vec<V>(sums + (r * WARPS * SIDE + j) * COLUMNS + column, x);
+                    for (int j = tid % PARTS; j < WARPS * SIDE; j += PARTS) {
+                        float x[OWN];
+                        load_vec<OWN>(sums + (r * WARPS * SIDE + j) * COLUMNS + column, x);
 #pragma unroll
-                        for (int l = 0; l < V; l++) total[l] += x[l];
+                        for (int l = 0; l < OWN; l++) total[l] += x[l];
                     }
                     const long long map = (job.reverse ? 0 : groups) + part;
-                    if (t0 + r < w.steps)
-                        store_vec<V>(w.maps + ((map * w.batch + batch) * w.steps + t0 + r) * PADDED + tile * COLUMNS +
-                                         column,
-                                     total);
+                    float* to = w.maps + ((map * w.batch + batch) * w.steps + t0 + r) * PADDED + tile * COLUMNS + column;
+                    sum_over_lanes<OWN, 1>(total, 0, 1, PARTS, [&](int first, const auto& x) {
+                        if (t0 + r < w.steps) store_vec<sizeof(x) / sizeof(float)>(to + first, x);
+                    });
                 }
             }
             if (job.reverse) {
                 const int tid = own_thread(), own_step = tid % SUB;
-                const bool vector = flags[2];
+                const bool vector = flags[1];
                 const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
 #pragma unroll 1
                 for (int i = tid; i < ceil_div(PIECES, WARP) * WARP; i += THREADS) {  // all lanes of a warp
