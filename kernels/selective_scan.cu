@@ -9,9 +9,9 @@
 //   du = d g + dt sum_n G B,  d dt = u sum_n G B + sum_n A q,  dB = sum_D G dt u,  dC = sum_D g h,
 //   dA = sum_{B,T} dt q,  dd = sum g u,  ddelta = d dt sigmoid(delta + delta_bias),  da_log = A dA
 //
-// Bound by the exponentials, one a state and step (16 a clock and multiprocessor), and by the instructions around them:
-// 5 a state and step forward. Work for a channel and step, such as the softplus, is done once, when a tile of steps
-// is staged in shared memory, and not by every lane that has states of the channel.
+// Bound by the exponentials, one a state and step and two backward (16 a clock and multiprocessor), and by the
+// instructions around them: 5 a state and step forward, 22 backward. Work for a channel and step, such as the softplus,
+// is done once, when a tile of steps is staged in shared memory, and not by every lane that has states of the channel.
 //
 // Kernels (f32, bf16: type of u, delta, b, c, z, y and their gradients; parameters, states and sums are f32):
 //   selective_scan_forward   outputs, final state, and the states before every 64th step (checkpoints)
@@ -221,9 +221,9 @@ struct Walk {
     int segment;  // steps of a segment, a multiple of 64
 };
 
-// A block owns `threads / lanes` x CH channels of one batch entry and segment and walks over time; a thread has S states
-// of CH channels in registers. State (g, i) of a lane is number (g lanes + lane) W + i: loads of B, C and states are
-// contiguous over the lanes. The next tile is copied while one is computed. Of LEAVE the states are gradients:
+// A block owns `threads / lanes` x CH channels of one batch entry and segment and walks over time; a thread has S
+// states of CH channels in registers. State (g, i) of a lane is number (g lanes + lane) W + i: loads of B, C and states
+// are contiguous over the lanes. The next tile is copied while one is computed. Of LEAVE the states are gradients:
 // G <- exp(dt A) (G + g C).
 template <class T, int S, int CH, Pass PASS>
 __device__ void walk(const Walk<T>& w) {
@@ -427,13 +427,12 @@ __device__ void walk(const Walk<T>& w) {
 
 // ---- backward
 
-constexpr int SUB = 8;    // steps whose decays and states a thread keeps in registers
-constexpr int WARPS = 4;  // of a block
-constexpr int OWN = 4;    // states of a lane
-constexpr int PAIR = 2;   // channels that a lane works on side by side
+constexpr int SUB = 8;   // steps whose decays and states a thread keeps in registers
+constexpr int OWN = 4;   // states of a lane
+constexpr int PAIR = 2;  // channels that a lane works on side by side
 constexpr int ROW = SUB * 4 + 4, OUT_ROW = 2 * SUB + 1;
 
-// This thread's number, anew: what follows from it is computed where it is needed and not kept in registers all the time.
+// This thread's number, anew: what follows from it is computed where it is needed, and not kept in registers all along.
 __device__ __forceinline__ int own_thread() {
 #ifdef SB_EMULATE
     return threadIdx.x;
@@ -462,13 +461,14 @@ struct Job {
     bool reverse;
 };
 
-// A block owns GROUP channels of one batch entry and segment, and works on SUB steps of all of them before it moves
-// on. LANES lanes share a channel and step TILES times over its states. A warp takes its channels one after the other (WARP / LANES x PAIR at a time), so
-// that the sums over channels, dB or dC, stay in its registers: SUB x OWN numbers a lane. Only then they are added over
-// the warps, through shared memory. Gradients of states and rates live in shared memory meanwhile. Two blocks run on a
-// multiprocessor: one computes while the other waits at a barrier. Blocks take several (channels, batch entry,
-// segment)s one after the other: `scratch` is as large as the blocks that run, 7 x GROUP x PADDED floats each.
-template <class T, int LANES, int TILES, int GROUP>
+// A block owns GROUP channels of one batch entry and segment, and works on SUB steps of all of them before it moves on.
+// LANES lanes share a channel and step TILES times over its states. A warp takes its channels one after the other (PAIR
+// x WARP / LANES at a time), so that the sums over channels, dB or dC, stay in its registers: SUB x OWN numbers a lane.
+// Only then they are added over the warps, through shared memory. Gradients of states and rates live in shared memory
+// meanwhile. Eight warps run on a multiprocessor, as one block or two. Blocks take several
+// (channels, batch entry, segment)s one after the other: `scratch` is as large as the blocks that run, 7 x GROUP x
+// PADDED floats each.
+template <class T, int LANES, int TILES, int WARPS, int GROUP>
 __device__ void backward(const Backward<T>& w) {
     DYNAMIC_SHARED(shared);
     constexpr int SIDE = WARP / LANES, COLUMNS = LANES * OWN, THREADS = WARPS * WARP;
@@ -485,7 +485,8 @@ __device__ void backward(const Backward<T>& w) {
     float* skips = sums + (SUB + PAIR) * THREADS * OWN;
     float* biases = skips + GROUP;
     float* channel_sums = biases + GROUP;  // of d and delta_bias: [2, GROUP]
-    int* flags = reinterpret_cast<int*>(channel_sums + 2 * GROUP);  // whether PIECES can be copied and stored as vectors
+    // Whether pieces can be copied as vectors, and stored.
+    int* flags = reinterpret_cast<int*>(channel_sums + 2 * GROUP);
     // Two buffers: (dt, dt u, g, u) [GROUP, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
     // [GROUP]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
     constexpr int MAP_SIZE = PADDED / OWN * ROW, BUFFER_SIZE = GROUP * (ROW + OUT_ROW) + 2 * MAP_SIZE;
@@ -602,8 +603,9 @@ __device__ void backward(const Backward<T>& w) {
         // Starts copying the states before the first step of a job, of the lane's channels, to its slots.
         auto stage_h = [&](Job job, int c, int n) {
             const bool first = job.sub == 0;
-            const float* from = first ? w.checkpoints + ((batch * (long long)chunks + job.chunk) * w.width + c0) * w.states
-                                      : scratch + (job.sub - 1) * SIZE;
+            const long long chunk = (long long)batch * chunks + job.chunk;
+            const float* from =
+                first ? w.checkpoints + (chunk * w.width + c0) * w.states : scratch + (job.sub - 1) * SIZE;
             const int pitch = first ? w.states : PADDED;
 #pragma unroll
             for (int s = 0; s < PAIR; s++) {
@@ -772,7 +774,7 @@ __device__ void backward(const Backward<T>& w) {
                 __syncthreads();
                 const int t0 = job.chunk * CHUNK + job.sub * SUB;
                 // A piece of the sums is one thread's, or that of PARTS neighbours where there are few.
-                constexpr int PARTS = LANES < 16 ? 16 / LANES : 1;
+                constexpr int PARTS = THREADS > SUB * LANES ? THREADS / (SUB * LANES) : 1;
 #pragma unroll
                 for (int i = tid / PARTS; i < SUB * LANES; i += THREADS / PARTS) {
                     const int r = i / LANES, column = i % LANES * OWN;
@@ -785,7 +787,8 @@ __device__ void backward(const Backward<T>& w) {
                         for (int l = 0; l < OWN; l++) total[l] += x[l];
                     }
                     const long long map = (job.reverse ? 0 : groups) + part;
-                    float* to = w.maps + ((map * w.batch + batch) * w.steps + t0 + r) * PADDED + tile * COLUMNS + column;
+                    const long long line = (map * w.batch + batch) * w.steps + t0 + r;
+                    float* to = w.maps + line * PADDED + tile * COLUMNS + column;
                     sum_over_lanes<OWN, 1>(total, 0, 1, PARTS, [&](int first, const auto& x) {
                         if (t0 + r < w.steps) store_vec<sizeof(x) / sizeof(float)>(to + first, x);
                     });
@@ -872,8 +875,8 @@ __device__ void sum_maps(const float* maps, T* db, T* dc, int groups, int rows, 
 
 }  // namespace
 
-// Forward: grid (ceil(D / channels), B, ceil(T / segment)), block `threads`, channels = threads / lanes x CH; `plain` (y
-// before the gate) and checkpoints [B, ceil(T / 64), D, N] may be null; `carry`: the states between segments. Shared
+// Forward: grid (ceil(D / channels), B, ceil(T / segment)), block `threads`, channels = threads / lanes x CH; `plain`
+// (y before the gate) and checkpoints [B, ceil(T / 64), D, N] may be null; `carry`: the states between segments. Shared
 // memory: tile x (2 (3 channels + 2 S lanes) sizeof(T) + 4 (3 channels + 4 + 2 S lanes)) bytes.
 #define FORWARD_KERNEL(NAME, T, S, CH)                                                                              \
     extern "C" __global__ void __launch_bounds__(256, 2) NAME(                                                      \
@@ -910,8 +913,8 @@ CARRY_KERNEL(selective_scan_enter_bf16, bf16, ENTER)
 CARRY_KERNEL(selective_scan_leave_f32, float, LEAVE)
 CARRY_KERNEL(selective_scan_leave_bf16, bf16, LEAVE)
 
-// Turns what every segment adds into the states (gradients, where `back` is set) between segments, in place. A thread has
-// a state. Grid ceil(B D N / 256), block 256.
+// Turns what every segment adds into the states (gradients, where `back` is set) between segments, in place. A thread
+// has a state. Grid ceil(B D N / 256), block 256.
 extern "C" __global__ void __launch_bounds__(256)
     selective_scan_chain(float* carry, const float* __restrict__ dt_sums, const float* __restrict__ a_log, int batch,
                          int edges, int width, int states, int back) {
@@ -929,11 +932,11 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Backward: at most ceil(D / group) B segments blocks of 128. `maps` [2, ceil(D / group), B, T, padded], `parameters`
-// [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 LANES tiles >= N. Shared memory: 4 (3 group
-// padded + 5124 + 110 group + 36 padded) + 8 (5 group + 2 padded) sizeof(T) bytes.
-#define BACKWARD(NAME, T, LANES, TILES, GROUP)                                                                      \
-    extern "C" __global__ void __launch_bounds__(128, 2) NAME(                                                      \
+// Backward: at most ceil(D / GROUP) B segments blocks of 32 WARPS. `maps` [2, ceil(D / GROUP), B, T, padded],
+// `parameters` [B segments, D (N + 2)], `scratch` [blocks, 7, GROUP, padded], padded = 4 LANES TILES >= N. Shared
+// memory: 4 (3 GROUP padded + 1280 WARPS + 4 + 110 GROUP + 36 padded) + 8 (5 GROUP + 2 padded) sizeof(T) bytes.
+#define BACKWARD(NAME, T, LANES, TILES, WARPS, GROUP)                                                               \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP, 8 / WARPS) NAME(                                     \
         const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
         const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
         const float* __restrict__ delta_bias, const T* __restrict__ z, const T* __restrict__ plain,                 \
@@ -941,21 +944,21 @@ extern "C" __global__ void __launch_bounds__(256)
         const float* __restrict__ carry, T* __restrict__ du, T* __restrict__ ddelta, T* __restrict__ dz,            \
         float* __restrict__ dstate, float* __restrict__ maps, float* __restrict__ parameters, float* scratch,       \
         int batch, int steps, int width, int states, int segments, int per_segment) {                               \
-        backward<T, LANES, TILES, GROUP>(                                                                           \
+        backward<T, LANES, TILES, WARPS, GROUP>(                                                                    \
             Backward<T>{u,           delta, b,      c,  z,      plain,  dy,   a_log,      d,       delta_bias,      \
                         dfinal,      checkpoints,   carry,      du,     ddelta,   dz,     dstate,  maps,            \
                         parameters,  scratch,       batch,      steps,  width,    states, segments, per_segment});  \
     }
-BACKWARD(selective_scan_backward_l4_f32, float, 4, 1, 64)
-BACKWARD(selective_scan_backward_l4_bf16, bf16, 4, 1, 128)
-BACKWARD(selective_scan_backward_l8_f32, float, 8, 1, 64)
-BACKWARD(selective_scan_backward_l8_bf16, bf16, 8, 1, 64)
-BACKWARD(selective_scan_backward_l16_f32, float, 16, 1, 32)
-BACKWARD(selective_scan_backward_l16_bf16, bf16, 16, 1, 64)
-BACKWARD(selective_scan_backward_l32_f32, float, 32, 1, 32)
-BACKWARD(selective_scan_backward_l32_bf16, bf16, 32, 1, 32)
-BACKWARD(selective_scan_backward_l64_f32, float, 32, 2, 8)
-BACKWARD(selective_scan_backward_l64_bf16, bf16, 32, 2, 8)
+BACKWARD(selective_scan_backward_l4_f32, float, 4, 1, 8, 128)
+BACKWARD(selective_scan_backward_l4_bf16, bf16, 4, 1, 4, 128)
+BACKWARD(selective_scan_backward_l8_f32, float, 8, 1, 8, 128)
+BACKWARD(selective_scan_backward_l8_bf16, bf16, 8, 1, 8, 128)
+BACKWARD(selective_scan_backward_l16_f32, float, 16, 1, 8, 128)
+BACKWARD(selective_scan_backward_l16_bf16, bf16, 16, 1, 4, 64)
+BACKWARD(selective_scan_backward_l32_f32, float, 32, 1, 8, 64)
+BACKWARD(selective_scan_backward_l32_bf16, bf16, 32, 1, 8, 64)
+BACKWARD(selective_scan_backward_l64_f32, float, 32, 2, 8, 32)
+BACKWARD(selective_scan_backward_l64_bf16, bf16, 32, 2, 8, 32)
 
 // Grid ceil(2 B T padded / 4 / 256), block 256.
 #define SUM_MAPS(NAME, T)                                                                                           \

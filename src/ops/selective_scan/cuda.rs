@@ -1,19 +1,18 @@
 //! Launching `kernels/selective_scan.cu`.
 
-use candle_core::{DType, Result, Tensor};
 use super::{Dims, NAME, SelectiveScanNode};
 use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, suffix};
 use crate::ops::tape::{Forward, Run};
+use candle_core::{DType, Result, Tensor};
 
 /// Steps between checkpoints, and steps that the backward kernel takes at a time.
 const CHUNK: usize = 64;
 const SUB: usize = 8;
-/// States of a lane, and threads of a block, of the backward kernel; blocks side by side on a multiprocessor.
+/// States of a lane of the backward kernel, and its warps on a multiprocessor.
 const OWN: usize = 4;
-const THREADS: usize = 128;
-const RESIDENT: usize = 2;
+const WARPS: usize = 8;
 /// Threads of a block of the kernels that add up.
-const SUM_THREADS: usize = 256;
+const THREADS: usize = 256;
 /// Multiprocessors of the GPU that the layouts below are made for: a layout, and with it the order of every
 /// sum, is a function of the shape alone.
 const PROCESSORS: usize = 132;
@@ -61,10 +60,10 @@ impl Walk {
             _ => (2, 1),
         };
         // Threads that run side by side, and steps that a segment is worth.
-        const THREADS: usize = PROCESSORS * 512;
+        const RESIDENT: usize = PROCESSORS * 512;
         const STEPS: usize = 4 * CHUNK;
         let walk = Self::new(dims, dtype, 4, 2);
-        let wanted = (THREADS / walk.all(dims)).min(dims.steps / STEPS);
+        let wanted = (RESIDENT / walk.all(dims)).min(dims.steps / STEPS);
         if wanted > 2 {
             (walk, Segments::new(dims.steps, wanted))
         } else {
@@ -122,7 +121,8 @@ impl Segments {
 struct Plan {
     /// States of a channel, with those that only fill up: 4 for each of its lanes.
     padded: usize,
-    /// Channels of a block.
+    /// Warps and channels of a block.
+    warps: usize,
     group: usize,
     segments: Segments,
 }
@@ -131,20 +131,26 @@ impl Plan {
     /// The layout that takes least time by [`Plan::cycles`].
     fn new(dims: &Dims, dtype: DType) -> Self {
         let padded = OWN * dims.states.div_ceil(OWN).next_power_of_two().max(4);
-        // Two blocks share the memory of a multiprocessor.
-        let group = match (padded, dtype) {
-            (16, DType::BF16) => 128,
-            (16 | 32, _) | (64, DType::BF16) => 64,
-            (64 | 128, _) => 32,
-            _ => 8,
+        // As the kernels are compiled: as many channels as there is shared memory for.
+        let (warps, group) = match (padded, dtype) {
+            (16, DType::BF16) => (4, 128),
+            (64, DType::BF16) => (4, 64),
+            (16 | 32 | 64, _) => (8, 128),
+            (128, _) => (8, 64),
+            _ => (8, 32),
         };
-        let plan = |wanted| Self { padded, group, segments: Segments::new(dims.steps, wanted) };
+        let plan = |wanted| Self { padded, warps, group, segments: Segments::new(dims.steps, wanted) };
         let chunks = dims.steps.div_ceil(CHUNK);
         (1..=chunks.min(64)).map(plan).min_by_key(|plan| plan.cycles(dims)).expect("a step at least")
     }
 
     fn groups(&self, dims: &Dims) -> usize {
         dims.channels.div_ceil(self.group)
+    }
+
+    /// Blocks on a multiprocessor.
+    fn resident(&self) -> usize {
+        WARPS / self.warps
     }
 
     /// What the blocks are given one after the other.
@@ -155,15 +161,16 @@ impl Plan {
     /// Bytes of shared memory, as the kernel lays it out.
     fn shared(&self, dtype: DType) -> usize {
         let (group, padded) = (self.group, self.padded);
-        4 * (3 * group * padded + 5124 + 110 * group + 36 * padded)
+        4 * (3 * group * padded + 1280 * self.warps + 4 + 110 * group + 36 * padded)
             + SUB * (5 * group + 2 * padded) * dtype.size_in_bytes()
     }
 
     /// A rough estimate of the time.
     fn cycles(&self, dims: &Dims) -> usize {
         // 26 instructions for a state and step at 128 a cycle, and what a block of SUB steps costs besides.
-        let chunk = RESIDENT * CHUNK * self.group * self.padded * 26 / 128 + CHUNK / SUB * 3000;
-        let rounds = self.items(dims).div_ceil(RESIDENT * PROCESSORS);
+        let resident = self.resident();
+        let chunk = resident * CHUNK * self.group * self.padded * 26 / 128 + CHUNK / SUB * 3000;
+        let rounds = self.items(dims).div_ceil(resident * PROCESSORS);
         let states = dims.batch * dims.channels * dims.states;
         let chunks = dims.steps.div_ceil(CHUNK);
         let carry = if self.segments.count > 1 { 20_000 + chunks * states * 4 / PROCESSORS } else { 0 };
@@ -213,7 +220,7 @@ impl Carry {
         gpu.launch(&kernels::SELECTIVE_SCAN, &name, walk.launch(dims, edges), &params)?;
         let mut params = vec![carry_ptr, sums_ptr, inputs[2]];
         params.extend([batch, edges, channels, states, usize::from(self.back)].map(KernelArg::from));
-        let launch = Launch::new((batch * channels * states).div_ceil(SUM_THREADS), SUM_THREADS as u32);
+        let launch = Launch::new((batch * channels * states).div_ceil(THREADS), THREADS as u32);
         gpu.launch(&kernels::SELECTIVE_SCAN, &format!("{NAME}_chain"), launch, &params)?;
         Ok(Some(carry.into_tensor()))
     }
@@ -309,7 +316,7 @@ pub fn backward(
     let dz = if node.gated { Some(new(7)?) } else { None };
     let dstate = if node.stateful { Some(new(args.len() - 1)?) } else { None };
     let (padded, groups) = (plan.padded, plan.groups(&dims));
-    let blocks = plan.items(&dims).min(RESIDENT * gpu.multiprocessors());
+    let blocks = plan.items(&dims).min(plan.resident() * gpu.multiprocessors());
     let maps = gpu.empty((2, groups, batch * steps, padded), DType::F32)?;
     let slabs = batch * segments.count;
     let parameters = gpu.empty((slabs, channels * (states + 2)), DType::F32)?;
@@ -322,12 +329,12 @@ pub fn backward(
     params.extend([gpu.of_value(&maps)?, gpu.of_value(&parameters)?, gpu.of_value(&scratch)?]);
     params.extend(sizes(&dims));
     params.extend([segments.count, segments.chunks].map(KernelArg::from));
-    let launch = Launch::new(blocks, THREADS as u32).shared(plan.shared(dtype));
+    let launch = Launch::new(blocks, 32 * plan.warps as u32).shared(plan.shared(dtype));
     gpu.launch(&kernels::SELECTIVE_SCAN, &plan.name(dtype)?, launch, &params)?;
 
     let mut params = vec![gpu.of_value(&maps)?, gpu.ptr(&db)?, gpu.ptr(&dc)?];
     params.extend([groups, batch * steps, states, padded].map(KernelArg::from));
-    let launch = Launch::new((2 * batch * steps * padded / OWN).div_ceil(SUM_THREADS), SUM_THREADS as u32);
+    let launch = Launch::new((2 * batch * steps * padded / OWN).div_ceil(THREADS), THREADS as u32);
     gpu.launch(&kernels::SELECTIVE_SCAN, &format!("{NAME}_sum_maps_{}", suffix(dtype)?), launch, &params)?;
 
     // Gradients of the parameters are added to their own where there is one.
@@ -348,7 +355,7 @@ pub fn backward(
     }
     params.extend([slabs, channels, states].map(KernelArg::from));
     params.push(KernelArg::I32(add));
-    let launch = Launch::new((channels * (states + 2)).div_ceil(SUM_THREADS), SUM_THREADS as u32);
+    let launch = Launch::new((channels * (states + 2)).div_ceil(THREADS), THREADS as u32);
     gpu.launch(&kernels::SELECTIVE_SCAN, &format!("{NAME}_sum_parameters"), launch, &params)?;
 
     let [da_log, dd, ddelta_bias] = new;
