@@ -9,13 +9,14 @@
 //   du = d g + dt sum_n G B,  d dt = u sum_n G B + sum_n A q,  dB = sum_D G dt u,  dC = sum_D g h,
 //   dA = sum_{B,T} dt q,  dd = sum g u,  ddelta = d dt sigmoid(delta + delta_bias),  da_log = A dA
 //
-// Bound by the exponentials, one a state and step (16 a clock and multiprocessor), and by the instructions around them:
-// 5 a state and step forward. Work for a channel and step, such as the softplus, is done once, when a tile of steps
-// is staged in shared memory, and not by every lane that has states of the channel.
+// Bound by the exponentials, one a state and step and two backward (16 a clock and multiprocessor), and by the
+// instructions around them: 5 a state and step forward, 22 backward. Work for a channel and step, such as the softplus,
+// is done once, when a tile of steps is staged in shared memory, and not by every lane that has states of the channel.
 //
 // Kernels (f32, bf16: type of u, delta, b, c, z, y and their gradients; parameters, states and sums are f32):
 //   selective_scan_forward   outputs, final state, and the states before every 64th step (checkpoints)
-//   selective_scan_carry     G at the ends of segments of time, for the backward pass to work on these side by side
+//   selective_scan_enter, selective_scan_leave, selective_scan_chain
+//                            h and G at the ends of segments of time, which are then worked on side by side
 //   selective_scan_backward  all gradients; sums over channels, batch and segments as partial sums
 //   selective_scan_sum_maps, selective_scan_sum_parameters   add those up in order
 #include "common.cuh"
@@ -34,12 +35,22 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-__device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef SB_EMULATE
+    return 1.f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+__device__ __forceinline__ float fast_sigmoid(float x) { return reciprocal_approx(1.f + exp2_approx(-LOG2E * x)); }
 
 // max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm as 2 artanh(e / (2 + e)), precise for small e as well.
 __device__ __forceinline__ float fast_softplus(float x) {
-    const float e = __expf(-fabsf(x));
-    const float s = __fdividef(e, 2.f + e), s2 = s * s;
+    const float e = exp2_approx(-LOG2E * fabsf(x));
+    const float s = e * reciprocal_approx(2.f + e), s2 = s * s;
     float p = 1.f / 15.f;
     p = fmaf(p, s2, 1.f / 13.f);
     p = fmaf(p, s2, 1.f / 11.f);
@@ -49,6 +60,18 @@ __device__ __forceinline__ float fast_softplus(float x) {
     p = fmaf(p, s2, 1.f / 3.f);
     p = fmaf(p, s2, 1.f);
     return fmaxf(x, 0.f) + 2.f * s * p;
+}
+
+// sigmoid(x) = 1 - exp(-softplus(x)) from y = softplus(x): a series where the difference would cancel.
+__device__ __forceinline__ float sigmoid_of_softplus(float y) {
+    float p = 1.f / 5040.f;
+    p = fmaf(-p, y, 1.f / 720.f);
+    p = fmaf(-p, y, 1.f / 120.f);
+    p = fmaf(-p, y, 1.f / 24.f);
+    p = fmaf(-p, y, 1.f / 6.f);
+    p = fmaf(-p, y, 0.5f);
+    p = fmaf(-p, y, 1.f);
+    return y < 0.375f ? y * p : 1.f - exp2_approx(-LOG2E * y);
 }
 
 // ---- pieces: 4 neighbours in a row. A thread stages, converts and finishes the same pieces, so that what it staged
@@ -78,6 +101,20 @@ __device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bo
 #pragma unroll
         for (int i = 0; i < PIECE; i++) slot[i] = i < valid ? src[i] : from_f<T>(0.f);
     }
+}
+
+// A whole aligned piece, or zeros where there is none; no branch.
+template <class T>
+__device__ __forceinline__ void stage_whole(T* slot, const T* src, bool exists) {
+#ifdef SB_EMULATE
+    if (sizeof(T) == 4) emu::cp_async16(slot, src, exists ? 16 : 0); else emu::cp_async8(slot, src, exists ? 8 : 0);
+#else
+    const uint32_t to = (uint32_t)__cvta_generic_to_shared(slot), bytes = exists ? PIECE * sizeof(T) : 0;
+    if (sizeof(T) == 4)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
+#endif
 }
 
 // Row and column of piece `i` of an array with `per_row` pieces a row, a power of two.
@@ -162,35 +199,44 @@ __device__ __forceinline__ void sum_over_lanes(float (&x)[V], int first, int mas
     }
 }
 
-// ---- forward, and the carry of gradients backward: one walk over time
+// ---- a walk over time
 
-// What a walk reads and writes. CARRY uses `c` for b, and `dy` for u.
+// FORWARD gives outputs. The others give what a segment of time adds to the state behind it (ENTER) or to the gradient
+// of the state before it (LEAVE: time runs backward), so that segments can be worked on side by side. Both also give
+// the segment's sum of dt: its decay is exp(A sum dt).
+enum Pass { FORWARD, ENTER, LEAVE };
+
+// What a walk reads and writes. ENTER has no c; LEAVE has the gradient of y for u, and c for b.
 template <class T>
 struct Walk {
     const T *u, *delta, *b, *c, *z;
     const float *a_log, *d, *delta_bias, *state;
     T *y, *plain;
     float *final_state, *checkpoints;
+    float* carry;     // between segments: [B, segments - 1, D, N]
+    float* dt_sums;   // [B, segments - 1, D]
     int batch, steps, width, states;
     int lanes;    // of a channel: a power of two, lanes S >= N
     int tile;     // steps staged at a time: 8, 16, 32 or 64
-    int segment;  // CARRY: steps of a segment
+    int segment;  // steps of a segment, a multiple of 64
 };
 
-// A block owns `threads / lanes` x CH channels of one batch entry and walks over time; a thread has S states of CH
-// channels in registers. State (g, i) of a lane is number (g lanes + lane) W + i: loads of B, C and states are
-// contiguous over the lanes. The next tile is copied while one is computed.
-//
-// With CARRY, time runs backward and the states are gradients: G <- exp(dt A) (G + g C), written where a segment begins.
-template <class T, int S, int CH, bool CARRY>
+// A block owns `threads / lanes` x CH channels of one batch entry and segment and walks over time; a thread has S
+// states of CH channels in registers. State (g, i) of a lane is number (g lanes + lane) W + i: loads of B, C and states
+// are contiguous over the lanes. The next tile is copied while one is computed. Of LEAVE the states are gradients:
+// G <- exp(dt A) (G + g C).
+template <class T, int S, int CH, Pass PASS>
 __device__ void walk(const Walk<T>& w) {
     DYNAMIC_SHARED(shared);
+    constexpr bool CARRY = PASS != FORWARD, BACK = PASS == LEAVE;
     constexpr int W = S < 4 ? S : 4, GROUPS = S / W;
     constexpr int UNROLL = S * CH > 16 ? 4 : 8;  // steps between sums over lanes
     const int tid = threadIdx.x, threads = blockDim.x;
     const int lanes = w.lanes, lane = tid & (lanes - 1), own = tid / lanes * CH;
     const int channels = threads / lanes * CH, padded = lanes * S, tile = w.tile;
-    const int c0 = blockIdx.x * channels, batch = blockIdx.y;
+    const int c0 = blockIdx.x * channels, batch = blockIdx.y, segment = blockIdx.z + BACK;
+    const int segments = ceil_div(w.steps, w.segment), first = segment * w.segment;
+    const int end = min(first + w.segment, w.steps);
     const int ys_row = channels + 4;
 
     // Shared memory: two raw tiles of u, delta, z, B, C; then in f32 (dt, dt u), B, C, y.
@@ -224,8 +270,8 @@ __device__ void walk(const Walk<T>& w) {
             const int t = t0 + place.row, n = place.column;
             const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
             const long long at = ((long long)batch * w.steps + t) * w.states + n;
-            if (!CARRY) stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
-            stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
+            stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
+            if (!CARRY) stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
         }
         cp_async_commit();
     };
@@ -237,13 +283,13 @@ __device__ void walk(const Walk<T>& w) {
             float u[PIECE], delta[PIECE], z[PIECE];
             load_vec<PIECE>(from + i * PIECE, u);
             load_vec<PIECE>(from + (pieces + i) * PIECE, delta);
-            if (CARRY && w.z != nullptr) load_vec<PIECE>(from + (2 * pieces + i) * PIECE, z);
+            if (BACK && w.z != nullptr) load_vec<PIECE>(from + (2 * pieces + i) * PIECE, z);
 #pragma unroll
             for (int j = 0; j < PIECE; j++) {
                 const bool exists = t < w.steps && c + j < w.width;
                 const float dt = exists ? fast_softplus(delta[j] + w.delta_bias[c + j]) : 0.f;
-                float x = CARRY ? u[j] : dt * u[j];
-                if (CARRY && w.z != nullptr) x *= z[j] * fast_sigmoid(z[j]);
+                float x = BACK ? u[j] : dt * u[j];
+                if (BACK && w.z != nullptr) x *= z[j] * fast_sigmoid(z[j]);
                 reinterpret_cast<float2*>(scalars)[i * PIECE + j] = make_float2(dt, x);
             }
         }
@@ -251,12 +297,12 @@ __device__ void walk(const Walk<T>& w) {
 #pragma unroll 1
         for (int i = tid; i < maps; i += threads) {
             float x[PIECE];
+            load_vec<PIECE>(maps_from + i * PIECE, x);
+            store_vec<PIECE>(b_tile + i * PIECE, x);
             if (!CARRY) {
-                load_vec<PIECE>(maps_from + i * PIECE, x);
-                store_vec<PIECE>(b_tile + i * PIECE, x);
+                load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
+                store_vec<PIECE>(c_tile + i * PIECE, x);
             }
-            load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
-            store_vec<PIECE>(c_tile + i * PIECE, x);
         }
     };
     auto finish = [&](int t0, const T* from) {
@@ -283,7 +329,11 @@ __device__ void walk(const Walk<T>& w) {
         }
     };
 
-    float a[CH][GROUPS][W], h[CH][GROUPS][W];
+    // The state at the edge of time, what the segment before leaves, or none.
+    const bool edge = segment == (BACK ? segments - 1 : 0);
+    const float* start = edge ? w.state : CARRY ? nullptr : w.carry;
+    const long long start_row = edge ? batch : (long long)batch * (segments - 1) + segment - 1;
+    float a[CH][GROUPS][W], h[CH][GROUPS][W], dt_sum[CH] = {};
 #pragma unroll
     for (int ch = 0; ch < CH; ch++) {
         const int c = c0 + own + ch;
@@ -292,8 +342,8 @@ __device__ void walk(const Walk<T>& w) {
         for (int g = 0; g < GROUPS; g++) {
             const int n = (g * lanes + lane) * W;
             load_rates<W>(w.a_log + (long long)c * w.states, n, w.states, exists, a[ch][g]);
-            load_states<W>(w.state + ((long long)batch * w.width + c) * w.states, n, w.states,
-                           exists && w.state != nullptr, h[ch][g]);
+            load_states<W>(start + (start_row * w.width + c) * w.states, n, w.states, exists && start != nullptr,
+                           h[ch][g]);
         }
     }
     // The states, to row `row` of an array [.., D, N].
@@ -308,33 +358,36 @@ __device__ void walk(const Walk<T>& w) {
         }
     };
 
-    const int tiles = ceil_div(w.steps, tile), segments = CARRY ? ceil_div(w.steps, w.segment) : 1;
-    stage((CARRY ? tiles - 1 : 0) * tile, raw);
+    const int tiles = ceil_div(end - first, tile);
+    stage(first + (BACK ? tiles - 1 : 0) * tile, raw);
     for (int k = 0; k < tiles; k++) {
-        const int t0 = (CARRY ? tiles - 1 - k : k) * tile;
+        const int t0 = first + (BACK ? tiles - 1 - k : k) * tile;
         T* now = raw + (k & 1) * raw_size;
         cp_async_wait<0>();
         convert(t0, now);
-        if (k + 1 < tiles) stage(CARRY ? t0 - tile : t0 + tile, raw + (~k & 1) * raw_size);
+        if (k + 1 < tiles) stage(BACK ? t0 - tile : t0 + tile, raw + (~k & 1) * raw_size);
         if (!CARRY && w.checkpoints != nullptr && t0 % CHUNK == 0)
             store_all(w.checkpoints, (long long)batch * ceil_div(w.steps, CHUNK) + t0 / CHUNK);
         __syncthreads();
-        const int count = min(tile, w.steps - t0);
+        const int count = min(tile, end - t0);
         for (int step = 0; step < count; step += UNROLL) {
-            const int s0 = CARRY ? (ceil_div(count, UNROLL) - 1) * UNROLL - step : step;
+            const int s0 = BACK ? (ceil_div(count, UNROLL) - 1) * UNROLL - step : step;
             float y[CH * UNROLL];
 #pragma unroll
             for (int j = 0; j < UNROLL; j++) {
-                const int r = s0 + (CARRY ? UNROLL - 1 - j : j);
+                const int r = s0 + (BACK ? UNROLL - 1 - j : j);
                 float scalar[2 * CH], b[W], c[W];
                 load_vec<2 * CH>(scalars + (r * channels + own) * 2, scalar);
 #pragma unroll
-                for (int ch = 0; ch < CH; ch++) y[ch * UNROLL + j] = 0.f;
+                for (int ch = 0; ch < CH; ch++) {
+                    y[ch * UNROLL + j] = 0.f;
+                    if (CARRY) dt_sum[ch] += scalar[2 * ch];
+                }
 #pragma unroll
                 for (int g = 0; g < GROUPS; g++) {
                     const int n = (g * lanes + lane) * W;
-                    if (!CARRY) load_vec<W>(b_tile + r * padded + n, b);
-                    load_vec<W>(c_tile + r * padded + n, c);
+                    load_vec<W>(b_tile + r * padded + n, b);
+                    if (!CARRY) load_vec<W>(c_tile + r * padded + n, c);
 #pragma unroll
                     for (int ch = 0; ch < CH; ch++)
 #pragma unroll
@@ -342,12 +395,8 @@ __device__ void walk(const Walk<T>& w) {
                             const float dt = scalar[2 * ch], x = scalar[2 * ch + 1];
                             const float decay = exp2_approx(dt * a[ch][g][i]);
                             float& state = h[ch][g][i];
-                            if (CARRY) {
-                                state = decay * fmaf(x, c[i], state);
-                            } else {
-                                state = fmaf(decay, state, x * b[i]);
-                                y[ch * UNROLL + j] = fmaf(c[i], state, y[ch * UNROLL + j]);
-                            }
+                            state = BACK ? decay * fmaf(x, b[i], state) : fmaf(decay, state, x * b[i]);
+                            if (!CARRY) y[ch * UNROLL + j] = fmaf(c[i], state, y[ch * UNROLL + j]);
                         }
                 }
             }
@@ -364,19 +413,35 @@ __device__ void walk(const Walk<T>& w) {
         }
         __syncthreads();
         if (!CARRY) finish(t0, now);
-        // In front of the first segment there is none.
-        if (CARRY && t0 > 0 && t0 % w.segment == 0)
-            store_all(w.checkpoints, (long long)batch * (segments - 1) + t0 / w.segment - 1);
     }
-    if (!CARRY) store_all(w.final_state, batch);
+    if (CARRY) {
+        const long long row = (long long)batch * (segments - 1) + blockIdx.z;
+        store_all(w.carry, row);
+#pragma unroll
+        for (int ch = 0; ch < CH; ch++)
+            if (lane == 0 && c0 + own + ch < w.width) w.dt_sums[row * w.width + c0 + own + ch] = dt_sum[ch];
+    } else if (segment == segments - 1) {
+        store_all(w.final_state, batch);
+    }
 }
 
 // ---- backward
 
-constexpr int SUB = 8;      // steps whose decays and states a thread keeps in registers
-constexpr int WARPS = 8;    // of a block
-constexpr int OWN = 4;      // states of a lane
+constexpr int SUB = 8;   // steps whose decays and states a thread keeps in registers
+constexpr int OWN = 4;   // states of a lane
+constexpr int PAIR = 2;  // channels that a lane works on side by side
 constexpr int ROW = SUB * 4 + 4, OUT_ROW = 2 * SUB + 1;
+
+// This thread's number, anew: what follows from it is computed where it is needed, and not kept in registers all along.
+__device__ __forceinline__ int own_thread() {
+#ifdef SB_EMULATE
+    return threadIdx.x;
+#else
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+#endif
+}
 
 template <class T>
 struct Backward {
@@ -385,176 +450,184 @@ struct Backward {
     T *du, *ddelta, *dz;
     float *dstate, *maps, *parameters, *scratch;
     int batch, steps, width, states;
-    int lanes;     // of a channel: 2 to 32, a power of two
-    int tiles;     // of 4 lanes states
-    int group;     // channels of a block: a power of two, at least 8 (32 / lanes)
-    int segments;  // of time
+    int segments;     // of time
     int per_segment;  // chunks of a segment
 };
 
-// One step of the plan for a chunk: first the states before every SUB steps are computed again (`main` false) and put
-// into the scratch buffer, then the blocks of SUB steps follow in reverse.
+// What a block does with SUB steps. Of a chunk, first the states are computed again (`reverse` false), which gives dC
+// and, in the scratch buffer, the states before every SUB steps; then all else follows in reverse.
 struct Job {
     int chunk, sub;
-    bool main;
+    bool reverse;
 };
 
-// A block owns `group` channels of one batch entry and segment, and works on SUB steps of all of them before it moves
-// on. A warp takes its channels one after the other (32 / lanes at a time), so that the sums over channels, dB and dC,
-// stay in its registers: 2 x SUB x OWN numbers a lane. Only then they are added over the warps, through shared memory.
-// Gradients of states and rates live in shared memory meanwhile. Blocks take several (channels, batch entry, segment)s
-// one after the other: `scratch` is as large as the blocks that run, 7 x group x padded floats each.
-template <class T>
+// A block owns GROUP channels of one batch entry and segment, and works on SUB steps of all of them before it moves on.
+// LANES lanes share a channel and step TILES times over its states. A warp takes its channels one after the other (PAIR
+// x WARP / LANES at a time), so that the sums over channels, dB or dC, stay in its registers: SUB x OWN numbers a lane.
+// Only then they are added over the warps, through shared memory. Gradients of states and rates live in shared memory
+// meanwhile. Eight warps run on a multiprocessor, as one block or two. Blocks take several
+// (channels, batch entry, segment)s one after the other: `scratch` is as large as the blocks that run, 7 x GROUP x
+// PADDED floats each.
+template <class T, int LANES, int TILES, int WARPS, int GROUP>
 __device__ void backward(const Backward<T>& w) {
     DYNAMIC_SHARED(shared);
-    const int tid = threadIdx.x, threads = WARPS * WARP;
-    const int lanes = w.lanes, lane = lane_id() & (lanes - 1), side = WARP / lanes, group = w.group;
-    const int columns = lanes * OWN, padded = columns * w.tiles, size = group * padded;
-    const int mine = group / WARPS, first_own = warp_id() * mine + lane_id() / lanes;
-    const int chunks = ceil_div(w.steps, CHUNK), groups = ceil_div(w.width, group);
+    constexpr int SIDE = WARP / LANES, COLUMNS = LANES * OWN, THREADS = WARPS * WARP;
+    constexpr int PADDED = COLUMNS * TILES, SIZE = GROUP * PADDED, MINE = GROUP / WARPS;
+    const int tid = threadIdx.x, lane = lane_id() & (LANES - 1);
+    const int first_own = warp_id() * MINE + lane_id() / LANES;
+    const int chunks = ceil_div(w.steps, CHUNK), groups = ceil_div(w.width, GROUP);
 
     float* rates = reinterpret_cast<float*>(shared);
-    float* dh_all = rates + size;
-    float* da_all = dh_all + size;
-    float* sums = da_all + size;  // [WARPS, 2, SUB, columns]; while states are computed again: h [group, padded]
-    float* h_all = sums;
-    const int sums_size = max(WARPS * 2 * SUB * columns, size);
-    // Two buffers: (dt, dt u, g, u) [group, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
-    // [group]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
-    const int map_size = padded / OWN * ROW, buffer_size = group * (ROW + OUT_ROW) + 2 * map_size;
-    float* buffers = sums + sums_size;
-    T* raw = reinterpret_cast<T*>(buffers + 2 * buffer_size);
-    const int b_at = group * ROW, c_at = b_at + map_size, out_at = c_at + map_size;
+    float* dh_all = rates + SIZE;
+    float* da_all = dh_all + SIZE;
+    float* sums = da_all + SIZE;  // [SUB, WARPS, SIDE, COLUMNS]
+    float* slots = sums + SUB * THREADS * OWN + tid * OWN;  // of this thread: the next states, [PAIR, THREADS, OWN]
+    float* skips = sums + (SUB + PAIR) * THREADS * OWN;
+    float* biases = skips + GROUP;
+    float* channel_sums = biases + GROUP;  // of d and delta_bias: [2, GROUP]
+    // Whether pieces can be copied as vectors, and stored.
+    int* flags = reinterpret_cast<int*>(channel_sums + 2 * GROUP);
+    // Two buffers: (dt, dt u, g, u) [GROUP, SUB], B, C [padded / OWN, SUB, OWN], (sum_n G B [SUB], sum_n A q [SUB])
+    // [GROUP]. Rows are ROW and OUT_ROW numbers, so that a step is a constant offset and lanes meet in no bank.
+    constexpr int MAP_SIZE = PADDED / OWN * ROW, BUFFER_SIZE = GROUP * (ROW + OUT_ROW) + 2 * MAP_SIZE;
+    float* buffers = channel_sums + 2 * GROUP + 4;
+    T* raw = reinterpret_cast<T*>(buffers + 2 * BUFFER_SIZE);
+    constexpr int B_AT = GROUP * ROW, OUT_AT = B_AT + 2 * MAP_SIZE;
 
-    const int per_row = group / PIECE, pieces = SUB * per_row;
-    const int map_row = padded / PIECE, maps = SUB * map_row;
-    const bool vector = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) &&
-                        aligned(w.dy, w.width);
-    const bool map_vector = aligned(w.b, w.states) && aligned(w.c, w.states);
+    // A piece is SUB-periodic in the step, so that the lanes of a warp meet in few banks.
+    constexpr int PIECES = SUB * GROUP / PIECE, MAPS = SUB * PADDED / PIECE;
     const long long slab = (long long)w.width * (w.states + 2);
-    float* scratch = w.scratch + (long long)blockIdx.x * (CHUNK / SUB - 1) * size;
+    float* scratch = w.scratch + (long long)blockIdx.x * (CHUNK / SUB - 1) * SIZE;
 
+    if (tid == 0) {
+        flags[0] = aligned(w.u, w.width) && aligned(w.delta, w.width) && aligned(w.z, w.width) &&
+                   aligned(w.dy, w.width) && aligned(w.b, w.states) && aligned(w.c, w.states);
+        flags[1] = w.width % PIECE == 0;
+    }
     for (int item = blockIdx.x; item < groups * w.batch * w.segments; item += gridDim.x) {
-        const int part = item % groups, c0 = part * group, row = item / groups;
+        const int part = item % groups, c0 = part * GROUP, row = item / groups;
         const int batch = row / w.segments, segment = row % w.segments;
         const int first_chunk = segment * w.per_segment, end_chunk = min(first_chunk + w.per_segment, chunks);
         float* slab_sums = w.parameters + row * slab;
 
-        auto subs = [&](int chunk) { return ceil_div(min(CHUNK, w.steps - chunk * CHUNK), SUB); };
-        auto first_job = [&](int chunk) { return Job{chunk, 0, chunk >= first_chunk && subs(chunk) == 1}; };
+        auto last_sub = [&](int chunk) { return ceil_div(min(CHUNK, w.steps - chunk * CHUNK), SUB) - 1; };
         auto next_job = [&](Job job) {
-            if (!job.main) {
-                const int last = subs(job.chunk) - 1;
-                return job.sub + 1 < last ? Job{job.chunk, job.sub + 1, false} : Job{job.chunk, last, true};
-            }
-            return job.sub > 0 ? Job{job.chunk, job.sub - 1, true} : first_job(job.chunk - 1);
+            if (job.reverse) return job.sub > 0 ? Job{job.chunk, job.sub - 1, true} : Job{job.chunk - 1, 0, false};
+            return job.sub < last_sub(job.chunk) ? Job{job.chunk, job.sub + 1, false} : Job{job.chunk, job.sub, true};
         };
         auto stage = [&](Job job) {
-            const int t0 = job.chunk * CHUNK + job.sub * SUB;
-#pragma unroll 1
-            for (int i = tid; i < pieces; i += threads) {
-                const Place place(i, per_row);
-                const int t = t0 + place.row, c = c0 + place.column;
-                const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
-                const long long at = ((long long)batch * w.steps + t) * w.width + c;
-                T* to = raw + i * PIECE;
-                stage_piece(to, w.u + at, valid, vector);
-                stage_piece(to + pieces * PIECE, w.delta + at, valid, vector);
-                if (job.main) {
-                    stage_piece(to + 2 * pieces * PIECE, w.dy + at, valid, vector);
-                    if (w.z != nullptr) {
-                        stage_piece(to + 3 * pieces * PIECE, w.z + at, valid, vector);
-                        stage_piece(to + 4 * pieces * PIECE, w.plain + at, valid, vector);
-                    }
+            const int tid = own_thread(), own_step = tid % SUB;
+            const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
+            const long long line = (long long)batch * w.steps + t;
+            const bool gated = w.z != nullptr, plain = gated && job.reverse;
+            T* maps_to = raw + 5 * PIECES * PIECE;
+            // Aligned rows have whole pieces alone.
+            auto stage_all = [&](auto stage_one) {
+#pragma unroll
+                for (int i = tid; i < PIECES; i += THREADS) {
+                    const int c = c0 + i / SUB * PIECE;
+                    const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                    const long long at = line * w.width + c;
+                    T* to = raw + i * PIECE;
+                    stage_one(to, w.u + at, valid);
+                    stage_one(to + PIECES * PIECE, w.delta + at, valid);
+                    stage_one(to + 2 * PIECES * PIECE, w.dy + at, valid);
+                    if (gated) stage_one(to + 3 * PIECES * PIECE, w.z + at, valid);
+                    if (plain) stage_one(to + 4 * PIECES * PIECE, w.plain + at, valid);
                 }
-            }
-            T* maps_to = raw + 5 * pieces * PIECE;
-#pragma unroll 1
-            for (int i = tid; i < maps; i += threads) {
-                const Place place(i, map_row);
-                const int t = t0 + place.row, n = place.column;
-                const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
-                const long long at = ((long long)batch * w.steps + t) * w.states + n;
-                stage_piece(maps_to + i * PIECE, w.b + at, valid, map_vector);
-                if (job.main) stage_piece(maps_to + (maps + i) * PIECE, w.c + at, valid, map_vector);
-            }
+#pragma unroll
+                for (int i = tid; i < MAPS; i += THREADS) {
+                    const int n = i / SUB * PIECE;
+                    const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
+                    const long long at = line * w.states + n;
+                    stage_one(maps_to + i * PIECE, w.b + at, valid);
+                    stage_one(maps_to + (MAPS + i) * PIECE, w.c + at, valid);
+                }
+            };
+            auto whole = [](T* to, const T* from, int valid) { stage_whole(to, from, valid > 0); };
+            auto part = [](T* to, const T* from, int valid) { stage_piece(to, from, valid, false); };
+            if (flags[0]) stage_all(whole); else stage_all(part);
             cp_async_commit();
         };
         // Of what was staged: the scalars, B and C to a buffer; dz to its place.
         auto convert = [&](Job job, float* buffer) {
-            const int t0 = job.chunk * CHUNK + job.sub * SUB;
+            const int tid = own_thread(), own_step = tid % SUB;
+            const bool vector = flags[1];
+            const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
             cp_async_wait<0>();
 #pragma unroll 1
-            for (int i = tid; i < pieces; i += threads) {
-                const Place place(i, per_row);
-                const int t = t0 + place.row, c = c0 + place.column;
+            for (int i = tid; i < PIECES; i += THREADS) {
+                const int column = i / SUB * PIECE, c = c0 + column;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                 const T* from = raw + i * PIECE;
-                float u[PIECE], delta[PIECE], dy[PIECE];
+                float u[PIECE], delta[PIECE], dy[PIECE], bias[PIECE];
                 load_vec<PIECE>(from, u);
-                load_vec<PIECE>(from + pieces * PIECE, delta);
-                if (job.main) {
-                    load_vec<PIECE>(from + 2 * pieces * PIECE, dy);
-                    if (w.z != nullptr) {
-                        float z[PIECE], plain[PIECE], dz[PIECE];
-                        load_vec<PIECE>(from + 3 * pieces * PIECE, z);
-                        load_vec<PIECE>(from + 4 * pieces * PIECE, plain);
+                load_vec<PIECE>(from + PIECES * PIECE, delta);
+                load_vec<PIECE>(from + 2 * PIECES * PIECE, dy);
+                load_vec<PIECE>(biases + column, bias);
+                if (w.z != nullptr) {
+                    float z[PIECE], s[PIECE];
+                    load_vec<PIECE>(from + 3 * PIECES * PIECE, z);
 #pragma unroll
-                        for (int j = 0; j < PIECE; j++) {
-                            const float s = fast_sigmoid(z[j]);
-                            dz[j] = dy[j] * plain[j] * s * (1.f + z[j] * (1.f - s));
-                            dy[j] *= z[j] * s;
-                        }
-                        store_piece(w.dz + ((long long)batch * w.steps + t) * w.width + c, dz, valid,
-                                    w.width % PIECE == 0);
+                    for (int j = 0; j < PIECE; j++) s[j] = fast_sigmoid(z[j]);
+                    if (job.reverse) {
+                        float plain[PIECE], dz[PIECE];
+                        load_vec<PIECE>(from + 4 * PIECES * PIECE, plain);
+#pragma unroll
+                        for (int j = 0; j < PIECE; j++)
+                            dz[j] = dy[j] * plain[j] * s[j] * fmaf(z[j], 1.f - s[j], 1.f);
+                        store_piece(w.dz + ((long long)batch * w.steps + t) * w.width + c, dz, valid, vector);
                     }
+#pragma unroll
+                    for (int j = 0; j < PIECE; j++) dy[j] *= z[j] * s[j];
                 }
 #pragma unroll
                 for (int j = 0; j < PIECE; j++) {
-                    const float dt = j < valid ? fast_softplus(delta[j] + w.delta_bias[c + j]) : 0.f;
-                    const float scalars[4] = {dt, dt * u[j], job.main ? dy[j] : 0.f, u[j]};
-                    store_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalars);
+                    // Where there is no step or channel, nothing decays.
+                    const float dt = fast_softplus(delta[j] + bias[j]) * (j < valid ? 1.f : 0.f);
+                    const float scalars[4] = {dt, dt * u[j], dy[j], u[j]};
+                    store_vec<4>(buffer + (column + j) * ROW + own_step * 4, scalars);
                 }
             }
-            const T* maps_from = raw + 5 * pieces * PIECE;
+            const T* maps_from = raw + 5 * PIECES * PIECE;
 #pragma unroll 1
-            for (int i = tid; i < maps; i += threads) {
-                const Place place(i, map_row);
-                const int at = place.column / OWN * ROW + place.row * OWN;
+            for (int i = tid; i < MAPS; i += THREADS) {
+                float* to = buffer + B_AT + i / SUB * ROW + own_step * OWN;
                 float x[PIECE];
                 load_vec<PIECE>(maps_from + i * PIECE, x);
-                store_vec<PIECE>(buffer + b_at + at, x);
-                if (job.main) {
-                    load_vec<PIECE>(maps_from + (maps + i) * PIECE, x);
-                    store_vec<PIECE>(buffer + c_at + at, x);
-                }
+                store_vec<PIECE>(to, x);
+                load_vec<PIECE>(maps_from + (MAPS + i) * PIECE, x);
+                store_vec<PIECE>(to + MAP_SIZE, x);
             }
         };
-        // The states before the first step of a job.
-        auto load_h = [&](Job job, int c, int n, float (&h)[OWN]) {
-            if (job.sub == 0)
-                load_states<OWN>(
-                    w.checkpoints + (((long long)batch * chunks + job.chunk) * w.width + c0 + c) * w.states, n,
-                    w.states, c0 + c < w.width, h);
-            else
-                load_vec<OWN>(scratch + (long long)(job.sub - 1) * size + c * padded + n, h);
-        };
-        // One step forward of the lane's states.
-        auto step = [&](const float* scalars, const float (&b)[OWN], const float (&a)[OWN], float (&decay)[OWN],
-                        float (&h)[OWN]) {
-            float scalar[2];
-            load_vec<2>(scalars, scalar);
+        // Starts copying the states before the first step of a job, of the lane's channels, to its slots.
+        auto stage_h = [&](Job job, int c, int n) {
+            const bool first = job.sub == 0;
+            const long long chunk = (long long)batch * chunks + job.chunk;
+            const float* from =
+                first ? w.checkpoints + (chunk * w.width + c0) * w.states : scratch + (job.sub - 1) * SIZE;
+            const int pitch = first ? w.states : PADDED;
 #pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                decay[i] = exp2_approx(scalar[0] * a[i]);
-                h[i] = fmaf(decay[i], h[i], scalar[1] * b[i]);
+            for (int s = 0; s < PAIR; s++) {
+                const int own = c + s * SIDE, valid = first && c0 + own >= w.width ? 0 : min(max(pitch - n, 0), OWN);
+                float* to = slots + s * THREADS * OWN;
+                if (pitch % OWN == 0)
+                    stage_whole(to, from + own * pitch + n, valid > 0);
+                else
+                    stage_piece(to, from + own * pitch + n, valid, false);
             }
+            cp_async_commit();
         };
 
         __syncthreads();
-        for (int tile = 0; tile < w.tiles; tile++) {
-            for (int k = 0; k < mine; k += side) {
-                const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+        for (int i = tid; i < GROUP; i += THREADS) {
+            skips[i] = c0 + i < w.width ? w.d[c0 + i] : 0.f;
+            biases[i] = c0 + i < w.width ? w.delta_bias[c0 + i] : 0.f;
+            channel_sums[i] = channel_sums[GROUP + i] = 0.f;
+        }
+        for (int tile = 0; tile < TILES; tile++) {
+            for (int k = 0; k < MINE; k += SIDE) {
+                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * PADDED + n;
                 const bool exists = c0 + c < w.width;
                 float x[OWN], zeros[OWN] = {};
                 load_rates<OWN>(w.a_log + (long long)(c0 + c) * w.states, n, w.states, exists, x);
@@ -568,188 +641,198 @@ __device__ void backward(const Backward<T>& w) {
                 store_vec<OWN>(dh_all + at, x);
             }
         }
-        float dd[PIECE] = {}, dbias[PIECE] = {};
+        __syncthreads();
 
-        float before[OWN] = {};  // the states before a job, of the first channel
-        Job job = first_job(end_chunk - 1), next = next_job(job);
+        Job job = {end_chunk - 1, 0, false}, next = next_job(job);
         stage(job);
         convert(job, buffers);
-        if (job.main) load_h(job, first_own, lane * OWN, before);
-        if (next.chunk >= first_chunk) stage(next);
+        stage_h(job, first_own, lane * OWN);
+        stage(next);
         __syncthreads();
         for (int turn = 0; job.chunk >= first_chunk; turn++) {
-            float* buffer = buffers + (turn & 1) * buffer_size;
-            if (!job.main) {
-                // h_all shares its memory with the sums, which the last job may still be reading.
-                if (job.sub == 0) __syncthreads();
-                for (int tile = 0; tile < w.tiles; tile++) {
-                    const int n = tile * columns + lane * OWN;
-                    const float* b_row = buffer + b_at + n / OWN * ROW;
-                    // Two channels at a time share the loads of B; the second may be missing.
-                    for (int k = 0; k < mine; k += 2 * side) {
-                        const int pair = k + side < mine ? 2 : 1;
-                        float a[2][OWN], h[2][OWN], decay[OWN], b[OWN];
+            float* buffer = buffers + (turn & 1) * BUFFER_SIZE;
+            const bool more = next.chunk >= first_chunk;
+            for (int tile = 0; tile < TILES; tile++) {
+                float acc[SUB][OWN] = {};  // dB or dC
+                const int n = tile * COLUMNS + lane * OWN;
+                const float *b_row = buffer + B_AT + n / OWN * ROW, *c_row = b_row + MAP_SIZE;
+                if (tile > 0) stage_h(job, first_own, n);
+#pragma unroll 1
+                for (int k = 0; k < MINE; k += PAIR * SIDE) {
+                    const int c = first_own + k, at = c * PADDED + n;
+                    cp_async_wait<0>();
+                    const float* scalars = buffer + c * ROW;
+                    float a[PAIR][OWN], h[PAIR][OWN];
 #pragma unroll
-                        for (int s = 0; s < 2; s++) {
-                            const int c = first_own + k + (s < pair ? s : 0) * side;
-                            load_vec<OWN>(rates + c * padded + n, a[s]);
-                            if (job.sub == 0)
-                                load_h(job, c, n, h[s]);
-                            else
-                                load_vec<OWN>(h_all + c * padded + n, h[s]);
-                        }
-                        const float* scalars[2] = {buffer + (first_own + k) * ROW,
-                                                   buffer + (first_own + k + (pair - 1) * side) * ROW};
-#pragma unroll
-                        for (int r = 0; r < SUB; r++) {
-                            load_vec<OWN>(b_row + r * OWN, b);
-#pragma unroll
-                            for (int s = 0; s < 2; s++) step(scalars[s] + r * 4, b, a[s], decay, h[s]);
-                        }
-#pragma unroll
-                        for (int s = 0; s < 2; s++) {
-                            const int at = (first_own + k + s * side) * padded + n;
-                            if (s < pair) {
-                                store_vec<OWN>(h_all + at, h[s]);
-                                store_vec<OWN>(scratch + (long long)job.sub * size + at, h[s]);
-                            }
-                        }
+                    for (int s = 0; s < PAIR; s++) {
+                        load_vec<OWN>(rates + at + s * SIDE * PADDED, a[s]);
+                        load_vec<OWN>(slots + s * THREADS * OWN, h[s]);
                     }
-                }
-            }
-            for (int tile = 0; tile < (job.main ? w.tiles : 1); tile++) {
-                float acc[2 * SUB * OWN];  // dB, dC
-                if (job.main) {
-#pragma unroll
-                    for (int i = 0; i < 2 * SUB * OWN; i++) acc[i] = 0.f;
-                    const int n = tile * columns + lane * OWN;
-                    const float *b_row = buffer + b_at + n / OWN * ROW, *c_row = b_row + map_size;
-                    if (tile > 0) load_h(job, first_own, n, before);
-                    for (int k = 0; k < mine; k += side) {
-                        const int c = first_own + k, at = c * padded + n;
-                        const float* scalars = buffer + c * ROW;
-                        float a[OWN], dh[OWN], da[OWN], decay[SUB][OWN], h[SUB][OWN], after[OWN], out[2 * SUB];
-                        if (k + side < mine) load_h(job, c + side, n, after);
-                        const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + c0 + c;
-                        prefetch(w.checkpoints + earlier * w.states + n,
-                                 job.sub == 0 && job.chunk > first_chunk && c0 + c < w.width && n < w.states);
-                        load_vec<OWN>(rates + at, a);
-                        load_vec<OWN>(dh_all + at, dh);
-                        load_vec<OWN>(da_all + at, da);
+                    if (k + PAIR * SIDE < MINE) stage_h(job, c + PAIR * SIDE, n);
+                    if (!job.reverse) {
 #pragma unroll
                         for (int r = 0; r < SUB; r++) {
-#pragma unroll
-                            for (int i = 0; i < OWN; i++) h[r][i] = r == 0 ? before[i] : h[r - 1][i];
-                            float b[OWN];
-                            load_vec<OWN>(b_row + r * OWN, b);
-                            step(scalars + r * 4, b, a, decay[r], h[r]);
-                        }
-#pragma unroll
-                        for (int r = SUB - 1; r >= 0; r--) {
-                            float scalar[4], b[OWN], cc[OWN];
-                            load_vec<4>(scalars + r * 4, scalar);
+                            float b[OWN], cc[OWN];
                             load_vec<OWN>(b_row + r * OWN, b);
                             load_vec<OWN>(c_row + r * OWN, cc);
-                            out[r] = out[SUB + r] = 0.f;
 #pragma unroll
-                            for (int i = 0; i < OWN; i++) {
-                                const float g = fmaf(scalar[2], cc[i], dh[i]);
-                                acc[r * OWN + i] = fmaf(scalar[1], g, acc[r * OWN + i]);
-                                acc[(SUB + r) * OWN + i] = fmaf(scalar[2], h[r][i], acc[(SUB + r) * OWN + i]);
-                                out[r] = fmaf(g, b[i], out[r]);
-                                dh[i] = decay[r][i] * g;
-                                const float q = dh[i] * (r == 0 ? before[i] : h[r > 0 ? r - 1 : 0][i]);
-                                out[SUB + r] = fmaf(a[i], q, out[SUB + r]);
-                                da[i] = fmaf(scalar[0], q, da[i]);
+                            for (int s = 0; s < PAIR; s++) {
+                                float scalar[4];
+                                load_vec<4>(scalars + s * SIDE * ROW + r * 4, scalar);
+#pragma unroll
+                                for (int i = 0; i < OWN; i++) {
+                                    h[s][i] = fmaf(scalar[1], b[i], exp2_approx(scalar[0] * a[s][i]) * h[s][i]);
+                                    acc[r][i] = fmaf(scalar[2], h[s][i], acc[r][i]);
+                                }
                             }
                         }
-                        store_vec<OWN>(dh_all + at, dh);
-                        store_vec<OWN>(da_all + at, da);
-                        sum_over_lanes<2 * SUB, 1>(out, 0, 1, lanes, [&](int first, const auto& x) {
-                            constexpr int V = sizeof(x) / sizeof(float);
-                            float* to = buffer + out_at + c * OUT_ROW + first;
+                        if (job.sub < last_sub(job.chunk)) {
 #pragma unroll
-                            for (int i = 0; i < V; i++) to[i] = tile == 0 ? x[i] : to[i] + x[i];
-                        });
-#pragma unroll
-                        for (int i = 0; i < OWN; i++) before[i] = after[i];
-                    }
-                }
-                __syncthreads();
-                if (job.main) {
-                    // [2, SUB, columns] of the warp
-                    float* to = sums + warp_id() * 2 * SUB * columns + lane * OWN;
-                    sum_over_lanes<2 * SUB * OWN, OWN>(acc, 0, lanes, WARP, [&](int first, const auto& x) {
-                        constexpr int V = sizeof(x) / sizeof(float);
-#pragma unroll
-                        for (int i = 0; i < V; i += OWN) {
-                            const float y[OWN] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-                            store_vec<OWN>(to + (first + i) / OWN * columns, y);
+                            for (int s = 0; s < PAIR; s++)
+                                store_vec<OWN>(scratch + (long long)job.sub * SIZE + at + s * SIDE * PADDED, h[s]);
                         }
+                        continue;
+                    }
+                    if (job.sub == 0 && job.chunk > first_chunk) {
+#pragma unroll
+                        for (int s = 0; s < PAIR; s++) {
+                            const int own = c0 + c + s * SIDE;
+                            const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + own;
+                            prefetch(w.checkpoints + earlier * w.states + n, own < w.width && n < w.states);
+                        }
+                    }
+                    // Of every step the decay and what it leaves of the state before.
+                    float decay[PAIR][SUB][OWN], kept[PAIR][SUB][OWN];
+                    float dh[PAIR][OWN], da[PAIR][OWN], out[PAIR * 2 * SUB];
+#pragma unroll
+                    for (int r = 0; r < SUB; r++) {
+                        float b[OWN];
+                        load_vec<OWN>(b_row + r * OWN, b);
+#pragma unroll
+                        for (int s = 0; s < PAIR; s++) {
+                            float scalar[2];
+                            load_vec<2>(scalars + s * SIDE * ROW + r * 4, scalar);
+#pragma unroll
+                            for (int i = 0; i < OWN; i++) {
+                                decay[s][r][i] = exp2_approx(scalar[0] * a[s][i]);
+                                kept[s][r][i] = decay[s][r][i] * h[s][i];
+                                h[s][i] = fmaf(scalar[1], b[i], kept[s][r][i]);
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int s = 0; s < PAIR; s++) {
+                        load_vec<OWN>(dh_all + at + s * SIDE * PADDED, dh[s]);
+                        load_vec<OWN>(da_all + at + s * SIDE * PADDED, da[s]);
+                    }
+#pragma unroll
+                    for (int r = SUB - 1; r >= 0; r--) {
+                        float b[OWN], cc[OWN];
+                        load_vec<OWN>(b_row + r * OWN, b);
+                        load_vec<OWN>(c_row + r * OWN, cc);
+#pragma unroll
+                        for (int s = 0; s < PAIR; s++) {
+                            float scalar[4];
+                            load_vec<4>(scalars + s * SIDE * ROW + r * 4, scalar);
+                            float by_b = 0.f, by_a = 0.f;
+#pragma unroll
+                            for (int i = 0; i < OWN; i++) {
+                                const float g = fmaf(scalar[2], cc[i], dh[s][i]), q = g * kept[s][r][i];
+                                acc[r][i] = fmaf(scalar[1], g, acc[r][i]);
+                                dh[s][i] = decay[s][r][i] * g;
+                                da[s][i] = fmaf(scalar[0], q, da[s][i]);
+                                by_b = fmaf(g, b[i], by_b);
+                                by_a = fmaf(a[s][i], q, by_a);
+                            }
+                            out[s * 2 * SUB + r] = by_b;
+                            out[s * 2 * SUB + SUB + r] = by_a;
+                        }
+                    }
+#pragma unroll
+                    for (int s = 0; s < PAIR; s++) {
+                        store_vec<OWN>(dh_all + at + s * SIDE * PADDED, dh[s]);
+                        store_vec<OWN>(da_all + at + s * SIDE * PADDED, da[s]);
+                    }
+                    sum_over_lanes<PAIR * 2 * SUB, 1>(out, 0, 1, LANES, [&](int first, const auto& x) {
+                        constexpr int V = sizeof(x) / sizeof(float);
+                        const int s = first / (2 * SUB);
+                        float* to = buffer + OUT_AT + (c + s * SIDE) * OUT_ROW + first % (2 * SUB);
+#pragma unroll
+                        for (int i = 0; i < V; i++) to[i] = tile == 0 ? x[i] : to[i] + x[i];
                     });
                 }
-                if (tile + 1 == (job.main ? w.tiles : 1) && next.chunk >= first_chunk) {
-                    convert(next, buffers + (~turn & 1) * buffer_size);
+                __syncthreads();
+#pragma unroll
+                for (int r = 0; r < SUB; r++)
+                    store_vec<OWN>(sums + (r * WARPS * WARP + tid) * OWN, acc[r]);
+                if (tile + 1 == TILES && more) {
+                    convert(next, buffers + (~turn & 1) * BUFFER_SIZE);
+                    stage_h(next, first_own, lane * OWN);
                     const Job after = next_job(next);
                     if (after.chunk >= first_chunk) stage(after);
                 }
-                if (next.main && next.chunk >= first_chunk) load_h(next, first_own, lane * OWN, before);
                 __syncthreads();
-                if (job.main) {
-                    const int t0 = job.chunk * CHUNK + job.sub * SUB;
-                    for (int i = tid; i < 2 * SUB * lanes; i += threads) {
-                        const int r = i >> (31 - __clz(lanes)), t = t0 + r % SUB;
-                        float total[OWN] = {};
+                const int t0 = job.chunk * CHUNK + job.sub * SUB;
+                // A piece of the sums is one thread's, or that of PARTS neighbours where there are few.
+                constexpr int PARTS = THREADS > SUB * LANES ? THREADS / (SUB * LANES) : 1;
 #pragma unroll
-                        for (int warp = 0; warp < WARPS; warp++) {
-                            float x[OWN];
-                            load_vec<OWN>(sums + (warp * 2 * SUB * lanes + i) * OWN, x);
+                for (int i = tid / PARTS; i < SUB * LANES; i += THREADS / PARTS) {
+                    const int r = i / LANES, column = i % LANES * OWN;
+                    float total[OWN] = {};
 #pragma unroll
-                            for (int j = 0; j < OWN; j++) total[j] += x[j];
-                        }
-                        const long long map = r / SUB * groups + part;
-                        if (t < w.steps)
-                            store_vec<OWN>(w.maps + ((map * w.batch + batch) * w.steps + t) * padded + tile * columns +
-                                               (i & (lanes - 1)) * OWN,
-                                           total);
+                    for (int j = tid % PARTS; j < WARPS * SIDE; j += PARTS) {
+                        float x[OWN];
+                        load_vec<OWN>(sums + (r * WARPS * SIDE + j) * COLUMNS + column, x);
+#pragma unroll
+                        for (int l = 0; l < OWN; l++) total[l] += x[l];
                     }
+                    const long long map = (job.reverse ? 0 : groups) + part;
+                    const long long line = (map * w.batch + batch) * w.steps + t0 + r;
+                    float* to = w.maps + line * PADDED + tile * COLUMNS + column;
+                    sum_over_lanes<OWN, 1>(total, 0, 1, PARTS, [&](int first, const auto& x) {
+                        if (t0 + r < w.steps) store_vec<sizeof(x) / sizeof(float)>(to + first, x);
+                    });
                 }
             }
-            if (job.main) {
-                const int t0 = job.chunk * CHUNK + job.sub * SUB;
+            if (job.reverse) {
+                const int tid = own_thread(), own_step = tid % SUB;
+                const bool vector = flags[1];
+                const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
 #pragma unroll 1
-                for (int i = tid; i < pieces; i += threads) {
-                    const Place place(i, per_row);
-                    const int t = t0 + place.row, c = c0 + place.column;
-                    const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
-                    if (valid == 0) continue;
-                    float du[PIECE], ddelta[PIECE];
+                for (int i = tid; i < ceil_div(PIECES, WARP) * WARP; i += THREADS) {  // all lanes of a warp
+                    const int column = min(i / SUB * PIECE, GROUP - PIECE), c = c0 + column;
+                    const int valid = i < PIECES && t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                    float du[PIECE], ddelta[PIECE], skip[PIECE], dd[2 * PIECE];  // of d, of delta_bias
+                    load_vec<PIECE>(skips + column, skip);
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) {
                         float scalar[4];
-                        load_vec<4>(buffer + (place.column + j) * ROW + place.row * 4, scalar);
+                        load_vec<4>(buffer + (column + j) * ROW + own_step * 4, scalar);
                         const float dt = scalar[0], g = scalar[2], u = scalar[3];
-                        const float* out = buffer + out_at + (place.column + j) * OUT_ROW + place.row;
+                        const float* out = buffer + OUT_AT + (column + j) * OUT_ROW + own_step;
                         const float by_b = out[0], by_a = LN2 * out[SUB];  // the rates are A log2 e
-                        du[j] = fmaf(dt, by_b, j < valid ? w.d[c + j] * g : 0.f);
-                        // sigmoid(x) = 1 - exp(-softplus(x))
-                        ddelta[j] = fmaf(u, by_b, by_a) * -expm1f(-dt);
-                        dd[j] = fmaf(g, u, dd[j]);
-                        dbias[j] += ddelta[j];
+                        du[j] = fmaf(dt, by_b, skip[j] * g);
+                        ddelta[j] = fmaf(u, by_b, by_a) * sigmoid_of_softplus(dt);
+                        dd[j] = g * u;
+                        dd[PIECE + j] = ddelta[j];
                     }
+                    // The steps of a piece are those of neighbouring lanes.
+                    sum_over_lanes<2 * PIECE, 1>(dd, 0, 1, SUB, [&](int first, const auto& x) {
+                        if (i < PIECES) channel_sums[first / PIECE * GROUP + column + first % PIECE] += x[0];
+                    });
                     const long long at = ((long long)batch * w.steps + t) * w.width + c;
-                    store_piece(w.du + at, du, valid, w.width % PIECE == 0);
-                    store_piece(w.ddelta + at, ddelta, valid, w.width % PIECE == 0);
+                    store_piece(w.du + at, du, valid, vector);
+                    store_piece(w.ddelta + at, ddelta, valid, vector);
                 }
             }
             job = next;
-            next = job.chunk >= first_chunk ? next_job(job) : job;
+            if (more) next = next_job(job);
         }
 
         // Gradients of the rates and of the state before the segment; those of d and delta_bias over the threads.
-        for (int tile = 0; tile < w.tiles; tile++) {
-            for (int k = 0; k < mine; k += side) {
-                const int c = first_own + k, n = tile * columns + lane * OWN, at = c * padded + n;
+        for (int tile = 0; tile < TILES; tile++) {
+            for (int k = 0; k < MINE; k += SIDE) {
+                const int c = first_own + k, n = tile * COLUMNS + lane * OWN, at = c * PADDED + n;
                 const bool exists = c0 + c < w.width;
                 float x[OWN];
                 load_vec<OWN>(da_all + at, x);
@@ -763,16 +846,9 @@ __device__ void backward(const Backward<T>& w) {
             }
         }
         __syncthreads();
-        // Threads `per_row` apart have the same channels.
-        store_vec<PIECE>(sums + tid * PIECE, dd);
-        store_vec<PIECE>(sums + (threads + tid) * PIECE, dbias);
-        __syncthreads();
-        for (int i = tid; i < 2 * group; i += threads) {
-            const int c = c0 + i % group;
-            if (c >= w.width) continue;
-            float total = 0.f;
-            for (int k = i % group; k < threads * PIECE; k += group) total += sums[i / group * threads * PIECE + k];
-            slab_sums[(long long)w.width * (w.states + i / group) + c] = total;
+        for (int i = tid; i < 2 * GROUP; i += THREADS) {
+            const int c = c0 + i % GROUP;
+            if (c < w.width) slab_sums[(long long)w.width * (w.states + i / GROUP) + c] = channel_sums[i];
         }
     }
 }
@@ -799,61 +875,90 @@ __device__ void sum_maps(const float* maps, T* db, T* dc, int groups, int rows, 
 
 }  // namespace
 
-// Forward: grid (ceil(D / channels), B), block `threads`, channels = threads / lanes x CH; `plain` (y before the gate)
-// and checkpoints [B, ceil(T / 64), D, N] may be null. Shared memory: tile x (2 (3 channels + 2 S lanes) sizeof(T) +
-// 4 (3 channels + 4 + 2 S lanes)) bytes.
-#define FORWARD(NAME, T, S, CH)                                                                                     \
+// Forward: grid (ceil(D / channels), B, ceil(T / segment)), block `threads`, channels = threads / lanes x CH; `plain`
+// (y before the gate) and checkpoints [B, ceil(T / 64), D, N] may be null; `carry`: the states between segments. Shared
+// memory: tile x (2 (3 channels + 2 S lanes) sizeof(T) + 4 (3 channels + 4 + 2 S lanes)) bytes.
+#define FORWARD_KERNEL(NAME, T, S, CH)                                                                              \
     extern "C" __global__ void __launch_bounds__(256, 2) NAME(                                                      \
         const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
         const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
         const float* __restrict__ delta_bias, const T* __restrict__ z, const float* __restrict__ state,             \
         T* __restrict__ y, T* __restrict__ plain, float* __restrict__ final_state, float* __restrict__ checkpoints, \
-        int batch, int steps, int width, int states, int lanes, int tile) {                                         \
-        walk<T, S, CH, false>(Walk<T>{u, delta, b, c, z, a_log, d, delta_bias, state, y, plain, final_state,        \
-                                      checkpoints, batch, steps, width, states, lanes, tile, 0});                   \
+        float* __restrict__ carry, int batch, int steps, int width, int states, int lanes, int tile, int segment) { \
+        walk<T, S, CH, FORWARD>(Walk<T>{u, delta, b, c, z, a_log, d, delta_bias, state, y, plain, final_state,      \
+                                        checkpoints, carry, nullptr, batch, steps, width, states, lanes, tile,      \
+                                        segment});                                                                  \
     }
-FORWARD(selective_scan_forward_s16x2_f32, float, 16, 2)
-FORWARD(selective_scan_forward_s16x2_bf16, bf16, 16, 2)
-FORWARD(selective_scan_forward_s4x2_f32, float, 4, 2)
-FORWARD(selective_scan_forward_s4x2_bf16, bf16, 4, 2)
-FORWARD(selective_scan_forward_s2x1_f32, float, 2, 1)
-FORWARD(selective_scan_forward_s2x1_bf16, bf16, 2, 1)
+FORWARD_KERNEL(selective_scan_forward_s16x2_f32, float, 16, 2)
+FORWARD_KERNEL(selective_scan_forward_s16x2_bf16, bf16, 16, 2)
+FORWARD_KERNEL(selective_scan_forward_s4x2_f32, float, 4, 2)
+FORWARD_KERNEL(selective_scan_forward_s4x2_bf16, bf16, 4, 2)
+FORWARD_KERNEL(selective_scan_forward_s2x1_f32, float, 2, 1)
+FORWARD_KERNEL(selective_scan_forward_s2x1_bf16, bf16, 2, 1)
 
-// carry [B, segments - 1, D, N] of segments of `segment` steps, a multiple of 64. Launched as the forward kernels.
-#define CARRY(NAME, T, S)                                                                                           \
+// What every segment but the last (enter) or the first (leave) adds to `carry` [B, segments - 1, D, N], and its sum of
+// dt [B, segments - 1, D]. Launched as the forward kernels, with a segment less.
+#define CARRY_KERNEL(NAME, T, PASS)                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 2) NAME(                                                      \
-        const T* __restrict__ dy, const T* __restrict__ delta, const float* __restrict__ a_log,                     \
-        const T* __restrict__ c, const float* __restrict__ delta_bias, const T* __restrict__ z,                     \
-        const float* __restrict__ dfinal, float* __restrict__ carry, int batch, int steps, int width, int states,   \
-        int lanes, int tile, int segment) {                                                                         \
-        walk<T, S, 1, true>(Walk<T>{dy, delta, c, c, z, a_log, nullptr, delta_bias, dfinal, nullptr, nullptr,       \
-                                    nullptr, carry, batch, steps, width, states, lanes, tile, segment});            \
+        const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
+        const T* __restrict__ b, const float* __restrict__ delta_bias, const T* __restrict__ z,                     \
+        const float* __restrict__ state, float* __restrict__ carry, float* __restrict__ dt_sums, int batch,         \
+        int steps, int width, int states, int lanes, int tile, int segment) {                                       \
+        walk<T, 8, 1, PASS>(Walk<T>{u, delta, b, nullptr, z, a_log, nullptr, delta_bias, state, nullptr, nullptr,   \
+                                    nullptr, nullptr, carry, dt_sums, batch, steps, width, states, lanes, tile,     \
+                                    segment});                                                                      \
     }
-CARRY(selective_scan_carry_s8_f32, float, 8)
-CARRY(selective_scan_carry_s8_bf16, bf16, 8)
-CARRY(selective_scan_carry_s2_f32, float, 2)
-CARRY(selective_scan_carry_s2_bf16, bf16, 2)
+CARRY_KERNEL(selective_scan_enter_f32, float, ENTER)
+CARRY_KERNEL(selective_scan_enter_bf16, bf16, ENTER)
+CARRY_KERNEL(selective_scan_leave_f32, float, LEAVE)
+CARRY_KERNEL(selective_scan_leave_bf16, bf16, LEAVE)
 
-// Backward: at most ceil(D / group) B segments blocks of 256. `maps` [2, ceil(D / group), B, T, padded], `parameters`
-// [B segments, D (N + 2)], `scratch` [blocks, 7, group, padded], padded = 4 lanes tiles >= N. Shared memory: 4 (3 group
-// padded + max(512 lanes, group padded) + 2 (53 group + 18 padded)) + 8 (5 group + 2 padded) sizeof(T) bytes.
-#define BACKWARD(NAME, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256, 1) NAME(                                                      \
+// Turns what every segment adds into the states (gradients, where `back` is set) between segments, in place. A thread
+// has a state. Grid ceil(B D N / 256), block 256.
+extern "C" __global__ void __launch_bounds__(256)
+    selective_scan_chain(float* carry, const float* __restrict__ dt_sums, const float* __restrict__ a_log, int batch,
+                         int edges, int width, int states, int back) {
+    const long long rates = (long long)width * states;
+    const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= batch * rates) return;
+    const long long entry = index / rates * edges, at = index % rates;
+    const float rate = -LOG2E * expf(a_log[at]);
+    float state = 0.f;
+#pragma unroll 8
+    for (int k = 0; k < edges; k++) {
+        const long long row = entry + (back ? edges - 1 - k : k);
+        state = fmaf(exp2_approx(rate * dt_sums[row * width + at / states]), state, carry[row * rates + at]);
+        carry[row * rates + at] = state;
+    }
+}
+
+// Backward: at most ceil(D / GROUP) B segments blocks of 32 WARPS. `maps` [2, ceil(D / GROUP), B, T, padded],
+// `parameters` [B segments, D (N + 2)], `scratch` [blocks, 7, GROUP, padded], padded = 4 LANES TILES >= N. Shared
+// memory: 4 (3 GROUP padded + 1280 WARPS + 4 + 110 GROUP + 36 padded) + 8 (5 GROUP + 2 padded) sizeof(T) bytes.
+#define BACKWARD(NAME, T, LANES, TILES, WARPS, GROUP)                                                               \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP, 8 / WARPS) NAME(                                     \
         const T* __restrict__ u, const T* __restrict__ delta, const float* __restrict__ a_log,                      \
         const T* __restrict__ b, const T* __restrict__ c, const float* __restrict__ d,                              \
         const float* __restrict__ delta_bias, const T* __restrict__ z, const T* __restrict__ plain,                 \
         const T* __restrict__ dy, const float* __restrict__ dfinal, const float* __restrict__ checkpoints,          \
         const float* __restrict__ carry, T* __restrict__ du, T* __restrict__ ddelta, T* __restrict__ dz,            \
         float* __restrict__ dstate, float* __restrict__ maps, float* __restrict__ parameters, float* scratch,       \
-        int batch, int steps, int width, int states, int lanes, int tiles, int group, int segments,                 \
-        int per_segment) {                                                                                          \
-        backward<T>(Backward<T>{u,      delta,  b,     c,      z,     plain, dy,       a_log,      d,               \
-                                delta_bias, dfinal, checkpoints, carry, du,    ddelta, dz, dstate, maps,            \
-                                parameters, scratch, batch, steps, width, states, lanes, tiles, group, segments,    \
-                                per_segment});                                                                      \
+        int batch, int steps, int width, int states, int segments, int per_segment) {                               \
+        backward<T, LANES, TILES, WARPS, GROUP>(                                                                    \
+            Backward<T>{u,           delta, b,      c,  z,      plain,  dy,   a_log,      d,       delta_bias,      \
+                        dfinal,      checkpoints,   carry,      du,     ddelta,   dz,     dstate,  maps,            \
+                        parameters,  scratch,       batch,      steps,  width,    states, segments, per_segment});  \
     }
-BACKWARD(selective_scan_backward_f32, float)
-BACKWARD(selective_scan_backward_bf16, bf16)
+BACKWARD(selective_scan_backward_l4_f32, float, 4, 1, 8, 128)
+BACKWARD(selective_scan_backward_l4_bf16, bf16, 4, 1, 4, 128)
+BACKWARD(selective_scan_backward_l8_f32, float, 8, 1, 8, 128)
+BACKWARD(selective_scan_backward_l8_bf16, bf16, 8, 1, 8, 128)
+BACKWARD(selective_scan_backward_l16_f32, float, 16, 1, 8, 128)
+BACKWARD(selective_scan_backward_l16_bf16, bf16, 16, 1, 4, 64)
+BACKWARD(selective_scan_backward_l32_f32, float, 32, 1, 8, 64)
+BACKWARD(selective_scan_backward_l32_bf16, bf16, 32, 1, 8, 64)
+BACKWARD(selective_scan_backward_l64_f32, float, 32, 2, 8, 32)
+BACKWARD(selective_scan_backward_l64_bf16, bf16, 32, 2, 8, 32)
 
 // Grid ceil(2 B T padded / 4 / 256), block 256.
 #define SUM_MAPS(NAME, T)                                                                                           \

@@ -1,23 +1,23 @@
 //! Launching `kernels/selective_scan.cu`.
 
-use candle_core::{DType, Result, Tensor};
-use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MAX_SHARED;
-
 use super::{Dims, NAME, SelectiveScanNode};
 use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, suffix};
 use crate::ops::tape::{Forward, Run};
+use candle_core::{DType, Result, Tensor};
 
 /// Steps between checkpoints, and steps that the backward kernel takes at a time.
 const CHUNK: usize = 64;
 const SUB: usize = 8;
-/// States of a lane, and threads of a block, of the backward kernel.
+/// States of a lane of the backward kernel, and its warps on a multiprocessor.
 const OWN: usize = 4;
+const WARPS: usize = 8;
+/// Threads of a block of the kernels that add up.
 const THREADS: usize = 256;
 /// Multiprocessors of the GPU that the layouts below are made for: a layout, and with it the order of every
 /// sum, is a function of the shape alone.
 const PROCESSORS: usize = 132;
 
-/// The layout of a walk over time, forward or for the carry.
+/// The layout of a walk over time: forward, or what segments add to the states between them.
 struct Walk {
     /// States and channels of a thread.
     own: usize,
@@ -50,19 +50,29 @@ impl Walk {
         walk
     }
 
-    /// Few states a thread fill the GPU where there are few states, many need fewer loads and sums.
-    fn forward(dims: &Dims, dtype: DType) -> Self {
+    /// Few states a thread fill the GPU where there are few states, many need fewer loads and sums. Segments of time
+    /// cost the states twice: they are for sequences so long and few that most of the GPU would have nothing to do.
+    fn forward(dims: &Dims, dtype: DType) -> (Self, Segments) {
         let all = dims.batch * dims.channels * dims.states;
         let (own, side) = match dims.states {
             n if n > 128 || all >= PROCESSORS * 8192 => (16, 2),
             n if n > 64 || all >= PROCESSORS * 1024 => (4, 2),
             _ => (2, 1),
         };
-        Self::new(dims, dtype, own, side)
+        // Threads that run side by side, and steps that a segment is worth.
+        const RESIDENT: usize = PROCESSORS * 512;
+        const STEPS: usize = 4 * CHUNK;
+        let walk = Self::new(dims, dtype, 4, 2);
+        let wanted = (RESIDENT / walk.all(dims)).min(dims.steps / STEPS);
+        if wanted > 2 {
+            (walk, Segments::new(dims.steps, wanted))
+        } else {
+            (Self::new(dims, dtype, own, side), Segments::new(dims.steps, 1))
+        }
     }
 
     fn carry(dims: &Dims, dtype: DType) -> Self {
-        Self::new(dims, dtype, if dims.states > 64 { 8 } else { 2 }, 1)
+        Self::new(dims, dtype, 8, 1)
     }
 
     fn channels(&self) -> usize {
@@ -74,83 +84,145 @@ impl Walk {
         self.tile * (2 * (3 * channels + 2 * padded) * self.element + 4 * (3 * channels + 4 + 2 * padded))
     }
 
-    fn launch(&self, dims: &Dims) -> Launch {
+    /// Threads for all channels and batch entries.
+    fn all(&self, dims: &Dims) -> usize {
+        dims.channels.div_ceil(self.channels()) * dims.batch * self.threads
+    }
+
+    fn launch(&self, dims: &Dims, segments: usize) -> Launch {
         let blocks = dims.channels.div_ceil(self.channels());
-        Launch::grid(blocks, dims.batch, 1, self.threads as u32).shared(self.shared())
+        Launch::grid(blocks, dims.batch, segments, self.threads as u32).shared(self.shared())
+    }
+}
+
+/// Segments of time that are worked on side by side.
+#[derive(Clone, Copy)]
+struct Segments {
+    count: usize,
+    /// Chunks of one.
+    chunks: usize,
+}
+
+impl Segments {
+    /// At most `wanted` segments of equally many chunks.
+    fn new(steps: usize, wanted: usize) -> Self {
+        let all = steps.div_ceil(CHUNK);
+        let chunks = all.div_ceil(wanted);
+        Self { count: all.div_ceil(chunks), chunks }
+    }
+
+    fn steps(&self) -> KernelArg {
+        KernelArg::from(self.chunks * CHUNK)
     }
 }
 
 /// The layout of the backward kernel.
 #[derive(Clone, Copy)]
 struct Plan {
-    /// Threads that share a channel, and how often they step over its states.
-    lanes: usize,
-    tiles: usize,
-    /// Channels of a block.
+    /// States of a channel, with those that only fill up: 4 for each of its lanes.
+    padded: usize,
+    /// Warps and channels of a block.
+    warps: usize,
     group: usize,
-    /// Segments of time that are worked on side by side, and chunks of one.
-    segments: usize,
-    per_segment: usize,
+    segments: Segments,
 }
 
 impl Plan {
-    /// The layout that takes least time by [`Plan::cycles`] and fits in `limit` bytes of shared memory.
-    fn new(dims: &Dims, dtype: DType, limit: usize) -> Result<Self> {
-        let lanes = dims.states.div_ceil(OWN).next_power_of_two().clamp(2, 32);
-        let tiles = dims.states.div_ceil(OWN * lanes).next_power_of_two();
+    /// The layout that takes least time by [`Plan::cycles`].
+    fn new(dims: &Dims, dtype: DType) -> Self {
+        let padded = OWN * dims.states.div_ceil(OWN).next_power_of_two().max(4);
+        // As the kernels are compiled: as many channels as there is shared memory for.
+        let (warps, group) = match (padded, dtype) {
+            (16, DType::BF16) => (4, 128),
+            (64, DType::BF16) => (4, 64),
+            (16 | 32 | 64, _) => (8, 128),
+            (128, _) => (8, 64),
+            _ => (8, 32),
+        };
+        let plan = |wanted| Self { padded, warps, group, segments: Segments::new(dims.steps, wanted) };
         let chunks = dims.steps.div_ceil(CHUNK);
-        let least = THREADS / lanes;
-        let mut best: Option<(usize, Self)> = None;
-        let mut group = 256;
-        while group >= least {
-            for wanted in 1..=chunks.min(64) {
-                let per_segment = chunks.div_ceil(wanted);
-                let plan = Self { lanes, tiles, group, segments: chunks.div_ceil(per_segment), per_segment };
-                let cycles = plan.cycles(dims);
-                if plan.shared(dtype) <= limit && best.is_none_or(|(least, _)| cycles < least) {
-                    best = Some((cycles, plan));
-                }
-            }
-            group /= 2;
-        }
-        match best {
-            Some((_, plan)) if dims.states <= 256 => Ok(plan),
-            _ => candle_core::bail!("{NAME} on a GPU: at most 256 states, got {}", dims.states),
-        }
-    }
-
-    fn padded(&self) -> usize {
-        OWN * self.lanes * self.tiles
+        (1..=chunks.min(64)).map(plan).min_by_key(|plan| plan.cycles(dims)).expect("a step at least")
     }
 
     fn groups(&self, dims: &Dims) -> usize {
         dims.channels.div_ceil(self.group)
     }
 
+    /// Blocks on a multiprocessor.
+    fn resident(&self) -> usize {
+        WARPS / self.warps
+    }
+
     /// What the blocks are given one after the other.
     fn items(&self, dims: &Dims) -> usize {
-        self.groups(dims) * dims.batch * self.segments
+        self.groups(dims) * dims.batch * self.segments.count
     }
 
     /// Bytes of shared memory, as the kernel lays it out.
     fn shared(&self, dtype: DType) -> usize {
-        let (group, padded) = (self.group, self.padded());
-        let sums = (THREADS * 2 * self.lanes).max(group * padded);
-        4 * (3 * group * padded + sums + 2 * (53 * group + 18 * padded))
+        let (group, padded) = (self.group, self.padded);
+        4 * (3 * group * padded + 1280 * self.warps + 4 + 110 * group + 36 * padded)
             + SUB * (5 * group + 2 * padded) * dtype.size_in_bytes()
     }
 
     /// A rough estimate of the time.
     fn cycles(&self, dims: &Dims) -> usize {
-        let chunks = dims.steps.div_ceil(CHUNK);
-        // 22 instructions for a state and step at 128 a cycle, and what a block of SUB steps costs besides.
-        let chunk = CHUNK * self.group * self.padded() * 22 / 128 + CHUNK / SUB * 3000;
-        let main = self.items(dims).div_ceil(PROCESSORS) * self.per_segment * chunk;
-        // Sums over channels: written once, read once, at 1,700 bytes a cycle.
-        let maps = self.groups(dims) * dims.batch * dims.steps * self.padded() * 16 / 1700;
+        // 26 instructions for a state and step at 128 a cycle, and what a block of SUB steps costs besides.
+        let resident = self.resident();
+        let chunk = resident * CHUNK * self.group * self.padded * 26 / 128 + CHUNK / SUB * 3000;
+        let rounds = self.items(dims).div_ceil(resident * PROCESSORS);
         let states = dims.batch * dims.channels * dims.states;
-        let carry = if self.segments > 1 { chunks * (2500 + states * 4 / PROCESSORS) } else { 0 };
-        main + maps + carry
+        let chunks = dims.steps.div_ceil(CHUNK);
+        let carry = if self.segments.count > 1 { 20_000 + chunks * states * 4 / PROCESSORS } else { 0 };
+        rounds * self.segments.chunks * chunk + carry
+    }
+
+    fn name(&self, dtype: DType) -> Result<String> {
+        Ok(format!("{NAME}_backward_l{}_{}", self.padded / OWN, suffix(dtype)?))
+    }
+}
+
+/// The states between segments, [B, segments - 1, D, N]; or, with `back`, their gradients. `x`: u or the gradient of y;
+/// `map`: B or C; `edge`: the state that there is at the beginning, or its gradient at the end.
+struct Carry {
+    name: &'static str,
+    x: KernelArg,
+    map: KernelArg,
+    gate: KernelArg,
+    edge: KernelArg,
+    back: bool,
+}
+
+impl Carry {
+    /// None where there is one segment. `inputs`: those of all large kernels.
+    fn run(
+        self,
+        gpu: &Gpu,
+        dims: &Dims,
+        dtype: DType,
+        inputs: &[KernelArg],
+        segments: Segments,
+    ) -> Result<Option<Tensor>> {
+        let &Dims { batch, channels, states, .. } = dims;
+        let edges = segments.count - 1;
+        if edges == 0 {
+            return Ok(None);
+        }
+        let carry = gpu.empty((batch, edges, channels, states), DType::F32)?;
+        let sums = gpu.empty((batch, edges, channels), DType::F32)?;
+        let (carry_ptr, sums_ptr) = (gpu.of_value(&carry)?, gpu.of_value(&sums)?);
+        let walk = Walk::carry(dims, dtype);
+        let mut params = vec![self.x, inputs[1], inputs[2], self.map, inputs[6], self.gate, self.edge];
+        params.extend([carry_ptr, sums_ptr]);
+        params.extend(sizes(dims));
+        params.extend([KernelArg::from(walk.lanes), KernelArg::from(walk.tile), segments.steps()]);
+        let name = format!("{NAME}_{}_{}", self.name, suffix(dtype)?);
+        gpu.launch(&kernels::SELECTIVE_SCAN, &name, walk.launch(dims, edges), &params)?;
+        let mut params = vec![carry_ptr, sums_ptr, inputs[2]];
+        params.extend([batch, edges, channels, states, usize::from(self.back)].map(KernelArg::from));
+        let launch = Launch::new((batch * channels * states).div_ceil(THREADS), THREADS as u32);
+        gpu.launch(&kernels::SELECTIVE_SCAN, &format!("{NAME}_chain"), launch, &params)?;
+        Ok(Some(carry.into_tensor()))
     }
 }
 
@@ -200,15 +272,19 @@ pub fn forward(node: &SelectiveScanNode, args: &[Tensor], save: bool) -> Result<
             saved.push(gpu.empty((batch, steps, channels), dtype)?.into_tensor());
         }
     }
-    let walk = Walk::forward(&dims, dtype);
+    let (walk, segments) = Walk::forward(&dims, dtype);
     let mut params = node.inputs(&gpu, args)?;
-    params.push(gpu.ptr_or_null(node.state(args))?);
+    let edge = gpu.ptr_or_null(node.state(args))?;
+    let enter = Carry { name: "enter", x: params[0], map: params[3], gate: NULL, edge, back: false };
+    let carry = enter.run(&gpu, &dims, dtype, &params, segments)?;
+    params.push(edge);
     params.extend([gpu.of_value(&y)?, gpu.ptr_or_null(saved.get(1))?]);
     params.extend([gpu.of_value(&state)?, gpu.ptr_or_null(saved.first())?]);
+    params.push(gpu.ptr_or_null(carry.as_ref())?);
     params.extend(sizes(&dims));
-    params.extend([walk.lanes, walk.tile].map(KernelArg::from));
+    params.extend([KernelArg::from(walk.lanes), KernelArg::from(walk.tile), segments.steps()]);
     let name = format!("{NAME}_forward_s{}x{}_{}", walk.own, walk.side, suffix(dtype)?);
-    gpu.launch(&kernels::SELECTIVE_SCAN, &name, walk.launch(&dims), &params)?;
+    gpu.launch(&kernels::SELECTIVE_SCAN, &name, walk.launch(&dims, segments.count), &params)?;
     Ok(Forward { outputs: vec![y, state], saved })
 }
 
@@ -230,32 +306,19 @@ pub fn backward(
     let dy = gpu.ptr(&dy)?;
     let dfinal = gpu.ptr_or_null(dfinal.as_ref())?;
     let inputs = node.inputs(&gpu, args)?;
-    let [_, delta, a_log, _, c, _, delta_bias, z] = inputs[..] else { unreachable!("eight inputs") };
-
-    let context = gpu.stream().context();
-    let limit = context.attribute(MAX_SHARED).ok().and_then(|bytes| usize::try_from(bytes).ok());
-    let plan = Plan::new(&dims, dtype, limit.unwrap_or(48 << 10))?;
+    let plan = Plan::new(&dims, dtype);
     let segments = plan.segments;
-    let mut carry = None;
-    if segments > 1 {
-        let value = gpu.empty((batch, segments - 1, channels, states), DType::F32)?;
-        let walk = Walk::carry(&dims, dtype);
-        let mut params = vec![dy, delta, a_log, c, delta_bias, z, dfinal, gpu.of_value(&value)?];
-        params.extend(sizes(&dims));
-        params.extend([walk.lanes, walk.tile, plan.per_segment * CHUNK].map(KernelArg::from));
-        let name = format!("{NAME}_carry_s{}_{}", walk.own, suffix(dtype)?);
-        gpu.launch(&kernels::SELECTIVE_SCAN, &name, walk.launch(&dims), &params)?;
-        carry = Some(value.into_tensor());
-    }
+    let leave = Carry { name: "leave", x: dy, map: inputs[4], gate: inputs[7], edge: dfinal, back: true };
+    let carry = leave.run(&gpu, &dims, dtype, &inputs, segments)?;
 
     let new = |i: usize| gpu.empty(args[i].shape(), args[i].dtype()).map(|value| value.into_tensor());
     let (du, ddelta, db, dc) = (new(0)?, new(1)?, new(3)?, new(4)?);
     let dz = if node.gated { Some(new(7)?) } else { None };
     let dstate = if node.stateful { Some(new(args.len() - 1)?) } else { None };
-    let (padded, groups) = (plan.padded(), plan.groups(&dims));
-    let blocks = plan.items(&dims).min(gpu.multiprocessors());
+    let (padded, groups) = (plan.padded, plan.groups(&dims));
+    let blocks = plan.items(&dims).min(plan.resident() * gpu.multiprocessors());
     let maps = gpu.empty((2, groups, batch * steps, padded), DType::F32)?;
-    let slabs = batch * segments;
+    let slabs = batch * segments.count;
     let parameters = gpu.empty((slabs, channels * (states + 2)), DType::F32)?;
     let scratch = gpu.empty((blocks, CHUNK / SUB - 1, plan.group, padded), DType::F32)?;
     let mut params = inputs.clone();
@@ -265,10 +328,9 @@ pub fn backward(
     params.push(gpu.ptr_or_null(dstate.as_ref())?);
     params.extend([gpu.of_value(&maps)?, gpu.of_value(&parameters)?, gpu.of_value(&scratch)?]);
     params.extend(sizes(&dims));
-    params.extend([plan.lanes, plan.tiles, plan.group, segments, plan.per_segment].map(KernelArg::from));
-    let launch = Launch::new(blocks, THREADS as u32).shared(plan.shared(dtype));
-    let name = format!("{NAME}_backward_{}", suffix(dtype)?);
-    gpu.launch(&kernels::SELECTIVE_SCAN, &name, launch, &params)?;
+    params.extend([segments.count, segments.chunks].map(KernelArg::from));
+    let launch = Launch::new(blocks, 32 * plan.warps as u32).shared(plan.shared(dtype));
+    gpu.launch(&kernels::SELECTIVE_SCAN, &plan.name(dtype)?, launch, &params)?;
 
     let mut params = vec![gpu.of_value(&maps)?, gpu.ptr(&db)?, gpu.ptr(&dc)?];
     params.extend([groups, batch * steps, states, padded].map(KernelArg::from));
@@ -277,7 +339,7 @@ pub fn backward(
 
     // Gradients of the parameters are added to their own where there is one.
     let mut new = [None, None, None];
-    let (mut params, mut add) = (vec![gpu.of_value(&parameters)?, a_log], 0);
+    let (mut params, mut add) = (vec![gpu.of_value(&parameters)?, inputs[2]], 0);
     for (bit, i) in [2, 5, 6].into_iter().enumerate() {
         params.push(match &run.params[i] {
             _ if !run.needs[i] => NULL,
