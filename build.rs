@@ -6,6 +6,9 @@
 //! | `NVCC`, else `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda` | where nvcc is |
 //! | `CUDA_COMPUTE_CAP` | the GPUs, as `90` or `8.0` or `80,90`; without it, those in this machine |
 //!
+//! Files named `*_sm90a.cu` use what only GPUs of compute capability 9.0 have: they are compiled for those alone, and
+//! left out where those are not asked for.
+//!
 //! What was compiled is kept with a hash of everything that went in: only what changed is compiled again.
 
 use std::collections::hash_map::DefaultHasher;
@@ -18,6 +21,9 @@ use std::{env, fs};
 
 /// The oldest GPUs that have what the kernels use: bf16 and asynchronous copies.
 const OLDEST: u32 = 80;
+
+/// The GPUs that files named `*_sm90a.cu` are for.
+const HOPPER: u32 = 90;
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -74,15 +80,19 @@ fn compile() -> Result<()> {
     let caps = compute_caps()?;
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
 
-    let mut flags: Vec<String> =
+    let general: Vec<String> =
         ["-fatbin", "-std=c++17", "-O3", "-lineinfo", "-Werror", "all-warnings", "-Xfatbin", "-compress-all"]
             .map(String::from)
             .to_vec();
+    let mut flags = general.clone();
     for (i, cap) in caps.iter().enumerate() {
         // PTX of the newest: the driver compiles it for GPUs newer than that.
         let ptx = if i + 1 == caps.len() { format!(",compute_{cap}") } else { String::new() };
         flags.extend(["-gencode".into(), format!("arch=compute_{cap},code=[sm_{cap}{ptx}]")]);
     }
+
+    let mut hopper = general;
+    hopper.extend(["-gencode".into(), "arch=compute_90a,code=sm_90a".into()]);
 
     let (mut sources, mut headers) = (Vec::new(), Vec::new());
     let entries = fs::read_dir("kernels").map_err(|e| format!("cannot read the folder kernels: {e}"))?;
@@ -96,12 +106,13 @@ fn compile() -> Result<()> {
     sources.sort();
     headers.sort();
     let mut common = DefaultHasher::new();
-    (&flags, &version).hash(&mut common);
+    version.hash(&mut common);
     for header in &headers {
         read(header)?.hash(&mut common);
     }
 
-    let queue = Mutex::new(sources.iter());
+    let wanted = |source: &&PathBuf| !for_hopper(source) || caps.contains(&HOPPER);
+    let queue = Mutex::new(sources.iter().filter(wanted));
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
@@ -109,7 +120,8 @@ fn compile() -> Result<()> {
             scope.spawn(|| {
                 loop {
                     let Some(source) = queue.lock().expect("no thread panics").next() else { break };
-                    if let Err(message) = compile_one(&nvcc, &flags, source, &out, common.clone()) {
+                    let flags = if for_hopper(source) { &hopper } else { &flags };
+                    if let Err(message) = compile_one(&nvcc, flags, source, &out, common.clone()) {
                         failures.lock().expect("no thread panics").push(message);
                     }
                 }
@@ -123,10 +135,17 @@ fn compile() -> Result<()> {
     let mut code = String::new();
     for source in &sources {
         let name = stem(source);
+        let (image, only) = match (wanted(&source), for_hopper(source)) {
+            (true, hopper) => (
+                format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.fatbin\"))"),
+                if hopper { "Some((9, 0))" } else { "None" },
+            ),
+            (false, _) => ("&[]".into(), "Some((9, 0))"),
+        };
         writeln!(
             code,
-            "/// `kernels/{name}.cu`.\npub static {}: Module = Module {{ name: \"{name}\", image: \
-             include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.fatbin\")) }};",
+            "/// `kernels/{name}.cu`.\npub static {}: Module = Module {{ name: \"{name}\", image: {image}, only: \
+             {only} }};",
             name.to_uppercase()
         )
         .expect("writing to a string");
@@ -146,7 +165,7 @@ fn compile_one(
     out: &Path,
     mut hasher: DefaultHasher,
 ) -> Result<()> {
-    read(source)?.hash(&mut hasher);
+    (flags, read(source)?).hash(&mut hasher);
     let hash = hasher.finish().to_string();
     let (image, stamp) = (out.join(stem(source) + ".fatbin"), out.join(stem(source) + ".hash"));
     if image.exists() && fs::read_to_string(&stamp).is_ok_and(|old| old == hash) {
@@ -164,6 +183,11 @@ fn compile_one(
         return Err(format!("{} does not compile: {}", source.display(), String::from_utf8_lossy(&text)));
     }
     fs::write(&stamp, hash).map_err(|e| format!("cannot write {}: {e}", stamp.display()))
+}
+
+/// Whether a file is for GPUs of compute capability 9.0 alone.
+fn for_hopper(path: &Path) -> bool {
+    stem(path).ends_with("_sm90a")
 }
 
 fn stem(path: &Path) -> String {

@@ -20,6 +20,8 @@
 // one warp in one order, at the price of forming the scores twice. Head dims are padded with zeros to DP, in shared
 // memory only. Tiles of keys or queries stream through two buffers by cp.async.
 //
+// attention_sm90a.cu has the same for bf16 on Hopper, where head dims are close to 64 or 128.
+//
 // Entry points: attention_<forward|dq|dkdv>_<DP>_<bf16|tf32|f32>; grid.x = tiles · B·H, block 32·warps.
 #include "mma.cuh"
 

@@ -16,8 +16,13 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor};
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::sys::CUmemPool_attribute;
+use cudarc::driver::sys::{
+    CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
+    CUtensorMapSwizzle, cuTensorMapEncodeTiled,
+};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr, DriverError, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig,
+    PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -27,6 +32,8 @@ use crate::ops::tape::Value;
 pub struct Module {
     pub name: &'static str,
     image: &'static [u8],
+    /// The one compute capability that it runs on, where there is only one.
+    only: Option<(i32, i32)>,
 }
 
 /// The compiled files, by name: `kernels::DELTA` is `kernels/delta.cu`.
@@ -157,7 +164,16 @@ pub enum KernelArg {
     U32(u32),
     I64(i64),
     F32(f32),
+    Map(TensorMap),
 }
+
+/// A tensor as TMA sees it: the driver's `CUtensorMap`.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct TensorMap([u64; 16]);
+
+// SAFETY: plain numbers, which a kernel takes as they are.
+unsafe impl DeviceRepr for TensorMap {}
 
 /// The address that stands for an argument left out.
 pub const NULL: KernelArg = KernelArg::Ptr(0);
@@ -279,6 +295,50 @@ impl Gpu {
         *CACHE.lock().unwrap().entry(context.ordinal()).or_insert_with(|| {
             context.attribute(MOST).ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(48 << 10)
         })
+    }
+
+    /// Whether a module was compiled for this GPU, or for any.
+    pub fn runs(&self, module: &Module) -> bool {
+        static CACHE: LazyLock<Mutex<HashMap<usize, (i32, i32)>>> = LazyLock::new(Default::default);
+        let context = self.stream.context();
+        let capability = |_: &usize| context.compute_capability().unwrap_or_default();
+        module.only.is_none_or(|only| {
+            let mut cache = CACHE.lock().unwrap();
+            let ordinal = context.ordinal();
+            !module.image.is_empty() && *cache.entry(ordinal).or_insert_with_key(capability) == only
+        })
+    }
+
+    /// A contiguous tensor [batch, rows, heads, columns] of bf16 for copies of 64 rows and 64 columns of one
+    /// head, as `kernels/wgmma.cuh` has them. It starts at 16 bytes, and so does each of its rows.
+    pub fn tensor_map(&self, at: KernelArg, dims: [usize; 4]) -> Result<KernelArg> {
+        let KernelArg::Ptr(at) = at else { candle_core::bail!("expected an address, got {at:?}") };
+        let [batch, rows, heads, columns] = dims.map(|size| size as u64);
+        let sizes = [columns, heads, rows, batch];
+        let strides = [2 * columns, 2 * columns * heads, 2 * columns * heads * rows];
+        let mut map = CUtensorMap { opaque: [0; 16] };
+        // SAFETY: reads the arrays, whose lengths fit four dimensions, and writes `map`; the tensor's memory is
+        // touched by kernels only.
+        let result = unsafe {
+            cuTensorMapEncodeTiled(
+                &raw mut map,
+                CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                4,
+                at as *mut std::ffi::c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                [64, 1, 64, 1].as_ptr(),
+                [1; 4].as_ptr(),
+                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        match result.result() {
+            Ok(()) => Ok(KernelArg::Map(TensorMap(map.opaque))),
+            Err(error) => candle_core::bail!("no tensor map of {dims:?} at {at:#x}: {error}"),
+        }
     }
 
     /// A new contiguous value whose elements are for a kernel to write.
@@ -420,6 +480,7 @@ impl Gpu {
                 KernelArg::U32(x) => builder.arg(x),
                 KernelArg::I64(x) => builder.arg(x),
                 KernelArg::F32(x) => builder.arg(x),
+                KernelArg::Map(x) => builder.arg(x),
             };
         }
         let config = LaunchConfig {

@@ -1,7 +1,8 @@
-//! Launching `kernels/attention.cu` and `kernels/qk_norm_rope.cu`.
+//! Launching attention on a GPU: `kernels/attention.cu`, where `hopper.rs` has nothing better, and `kernels/qk_norm_rope.cu`.
 
 use candle_core::{DType, Result, Tensor};
 
+use super::hopper::Hopper;
 use super::reference::Shape;
 use crate::cuda::{Gpu, KernelArg, Launch, kernels, route, suffix};
 use crate::ops::tape::Forward;
@@ -96,6 +97,9 @@ pub fn forward(shape: Shape, args: &[Tensor], scale: f64, save: bool) -> Result<
     }
     let Shape { batch, steps, heads, values, .. } = shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
+    if let Some(hopper) = Hopper::new(&gpu, shape, dtype, scale) {
+        return hopper.forward(args, save);
+    }
     let variant = Variant::new(shape, dtype)?;
     let o = gpu.empty((batch, steps, heads, values), dtype)?;
     let lse = if save { Some(per_query(&gpu, shape)?) } else { None };
@@ -119,6 +123,9 @@ pub fn backward(
 ) -> Result<[Tensor; 3]> {
     let Shape { batch, steps, keys, heads, .. } = shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
+    if let Some(hopper) = Hopper::new(&gpu, shape, dtype, scale) {
+        return hopper.backward(args, (o, lse), dout);
+    }
     let variant = Variant::new(shape, dtype)?;
     let (dout, delta) = (dout.contiguous()?, per_query(&gpu, shape)?);
     let [dq, dk, dv] = [0, 1, 2].map(|i| gpu.empty(args[i].shape(), dtype).map(|value| value.into_tensor()));

@@ -1,0 +1,232 @@
+// What only GPUs of compute capability 9.0 have: matrix products of a warpgroup (wgmma), tiles copied by the tensor
+// memory accelerator (TMA), and barriers in shared memory that wait for such copies.
+//
+// A tile of `rows` rows lies in shared memory as panels of 64 columns, [columns / 64][rows][64] bf16: rows of 128
+// bytes, whose chunks of 16 bytes are swapped by the swizzle that TMA writes and wgmma reads (chunk ^ row % 8). Every
+// copy moves 64 rows of one panel; elements outside of the tensor are read as zero and not written.
+#pragma once
+#include "common.cuh"
+
+constexpr int WARPGROUP = 4 * WARP, PANEL = 64, BOX = 64;
+
+// A tensor [batch, rows, heads, columns], as the driver describes it for TMA (CUtensorMap).
+struct alignas(64) TensorMap { unsigned char bits[128]; };
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// ---- barriers
+
+// A barrier whose phases end when all arrivals and all announced bytes are there. `use` counts phases from 0.
+struct Barrier {
+    uint64_t state;
+
+    __device__ __forceinline__ void init(int arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+    }
+    __device__ __forceinline__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+    }
+    // Arrives, and announces bytes.
+    __device__ __forceinline__ void expect(int bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                     : "memory");
+    }
+    // Until phase `use` has ended; phase -1 has from the start.
+    __device__ __forceinline__ void wait(int use) {
+        int done;
+        do {
+            asm volatile(
+                "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                : "=r"(done) : "r"(shared_address(this)), "r"(use & 1) : "memory");
+        } while (!done);
+    }
+};
+
+// Between the initialisation of barriers and their use by copies.
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Waits for `threads` threads of the block at barrier `id`, or lets them go on without waiting.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- warpgroups
+
+// The same number in all lanes, as the compiler sees too: what it leads to may live in uniform registers.
+__device__ __forceinline__ int warpgroup() { return __shfl_sync(FULL, threadIdx.x / WARPGROUP, 0); }
+
+template <int COUNT>
+__device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+__device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// ---- copies; one thread starts each
+
+// Of ROWS rows from `row` on of one head; `full` is told the bytes by load_bytes.
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ void load_tile(bf16* to, const TensorMap& map, int batch, int row, int head, Barrier& full) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c += PANEL)
+#pragma unroll
+        for (int r = 0; r < ROWS; r += BOX)
+            asm volatile(
+                "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to + c * ROWS + r * PANEL)),
+                "l"(&map), "r"(c), "r"(head), "r"(row + r), "r"(batch), "r"(shared_address(&full))
+                : "memory");
+}
+template <int ROWS, int COLUMNS>
+__device__ constexpr int load_bytes() { return ROWS * COLUMNS * (int)sizeof(bf16); }
+
+// Of N floats, at 16 bytes.
+template <int N>
+__device__ __forceinline__ void load_floats(float* to, const float* from, Barrier& full) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)), "l"(from), "n"(N * 4), "r"(shared_address(&full))
+                 : "memory");
+}
+
+// Of a tile of BOX rows to global memory.
+template <int COLUMNS>
+__device__ __forceinline__ void store_tile(const TensorMap& map, int batch, int row, int head, const bf16* from) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c += PANEL)
+        asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+                     "r"(c), "r"(head), "r"(row), "r"(batch), "r"(shared_address(from + c * BOX)) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until the stores that this thread started have read what they write.
+__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Between this thread's stores to shared memory and a copy that reads them.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- matrix products
+
+// A tile as an operand: `k` runs along its rows, or along its columns in panels of `rows` rows. The other half of the
+// descriptor is the same for all: groups of eight rows follow each other, and chunks are swizzled.
+__device__ __forceinline__ uint32_t operand(const bf16* tile, int rows = 0) {
+    return (uint32_t)(rows * PANEL * 2 / 16) << 16 | (shared_address(tile) & 0x3ffff) / 16;
+}
+constexpr uint32_t OPERAND_HIGH = 1u << 30 | 8 * PANEL * 2 / 16;
+
+#define SB_8(d, i)                                                                                                     \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+        "+f"(d[i + 7])
+#define SB_32(d) SB_8(d, 0), SB_8(d, 8), SB_8(d, 16), SB_8(d, 24)
+#define SB_64(d) SB_32(d), SB_8(d, 32), SB_8(d, 40), SB_8(d, 48), SB_8(d, 56)
+
+// d[64 x N] (+)= a b for 16 of k. Element i of d is row 16·warp + lane/4 + 8·(i/2%2), column 8·(i/4) + 2·(lane%4) +
+// i%2.
+// With both operands in shared memory, k runs along the rows of both; `add` tells whether to add to d.
+template <int N>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint32_t a, uint32_t b, bool add);
+// With a in registers, k runs along the columns of b.
+template <int N>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b);
+
+template <>
+__device__ __forceinline__ void wgmma<64>(float (&d)[32], uint32_t a, uint32_t b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %34, 0; mov.b64 a, {%32, %35}; mov.b64 b, {%33, %35}; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+        "%26,%27,%28,%29,%30,%31}, a, b, p, 1, 1, 0, 0; }"
+        : SB_32(d)
+        : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+}
+
+template <>
+__device__ __forceinline__ void wgmma<64>(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, 1, 0; mov.b64 b, {%36, %37}; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+        "%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, b, p, 1, 1, 1; }"
+        : SB_32(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(OPERAND_HIGH));
+}
+
+template <>
+__device__ __forceinline__ void wgmma<128>(float (&d)[64], uint32_t a, uint32_t b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %66, 0; mov.b64 a, {%64, %67}; mov.b64 b, {%65, %67}; "
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+        "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,"
+        "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, a, b, p, 1, 1, 0, 0; }"
+        : SB_64(d)
+        : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+}
+
+template <>
+__device__ __forceinline__ void wgmma<128>(float (&d)[64], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, 1, 0; mov.b64 b, {%68, %69}; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+        "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,"
+        "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, b, p, 1, 1, 1; }"
+        : SB_64(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(OPERAND_HIGH));
+}
+
+// d = A Bᵀ, with A [64 x K] in panels of ROWS_A rows and B [N x K] in panels of ROWS_B rows.
+template <int N, int K, int ROWS_A, int ROWS_B>
+__device__ __forceinline__ void start_product(float (&d)[N / 2], uint32_t a, uint32_t b) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        const int panel = k / PANEL, within = k % PANEL * 2 / 16;
+        const int at_a = panel * (ROWS_A * PANEL * 2 / 16) + within, at_b = panel * (ROWS_B * PANEL * 2 / 16) + within;
+        wgmma<N>(d, a + at_a, b + at_b, k > 0);
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// d += A B, with A [64 x K] in registers and B [K x N] in panels.
+template <int N, int K>
+__device__ __forceinline__ void start_product(float (&d)[N / 2], const uint32_t (&a)[K / 16][4], uint32_t b) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < K / 16; k++) wgmma<N>(d, a[k], b + k * (16 * PANEL * 2 / 16));
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Has values computed here: the compiler would put that off until they are needed, behind a wait.
+template <int N>
+__device__ __forceinline__ void compute_now(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Until all but LEFT of the products started are done; those of `d` are among them.
+template <int LEFT, int N>
+__device__ __forceinline__ void wait_product(float (&d)[N]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    compute_now(d);
+}
+
+// The left operand of the next product from what the last one left.
+template <int N>
+__device__ __forceinline__ void pack(uint32_t (&a)[N / 8][4], const float (&d)[N]) {
+#pragma unroll
+    for (int k = 0; k < N / 8; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[k][i] = pack_bf16(d[8 * k + 2 * i], d[8 * k + 2 * i + 1]);
+}
+
+// Writes a warpgroup's rows as a tile of 64 rows; of each 16, the first eight times `low`, the others times `high`.
+template <int N>
+__device__ __forceinline__ void stage_tile(bf16* tile, const float (&d)[N], float low, float high) {
+    const int g = lane_id() / 4, row = threadIdx.x % WARPGROUP / WARP * 16 + g;
+#pragma unroll
+    for (int j = 0; j < N / 4; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int at = (row + 8 * half) * PANEL + (j % 8 ^ g) * 8 + lane_id() % 4 * 2;
+            const float scale = half ? high : low;
+            *reinterpret_cast<uint32_t*>(tile + j / 8 * BOX * PANEL + at) =
+                pack_bf16(d[4 * j + 2 * half] * scale, d[4 * j + 2 * half + 1] * scale);
+        }
+}
