@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
@@ -233,27 +234,48 @@ impl Snapshot {
 /// Writes snapshots while training goes on, one at a time.
 #[derive(Default)]
 pub struct Writer {
-    running: Option<JoinHandle<anyhow::Result<()>>>,
+    running: Option<JoinHandle<anyhow::Result<Written>>>,
+    /// The disk is left alone until then.
+    rest: Option<Instant>,
+}
+
+struct Written {
+    end: Instant,
+    took: Duration,
 }
 
 impl Writer {
     /// Begins to write a file, once the one before is written; fails if that failed.
     pub fn put(&mut self, path: PathBuf, snapshot: Snapshot) -> anyhow::Result<()> {
         self.wait()?;
-        self.running = Some(std::thread::spawn(move || snapshot.write(&path)));
+        self.running = Some(std::thread::spawn(move || {
+            let begin = Instant::now();
+            snapshot.write(&path)?;
+            let end = Instant::now();
+            Ok(Written { end, took: end - begin })
+        }));
         Ok(())
     }
 
-    /// Whether a file is still being written.
-    pub fn is_busy(&self) -> bool {
-        self.running.as_ref().is_some_and(|running| !running.is_finished())
+    /// Whether to write now what can wait: writing takes a tenth of the time at most, so that a slow disk does not
+    /// hold up whatever else goes to it. Fails if the file before could not be written.
+    pub fn is_free(&mut self) -> anyhow::Result<bool> {
+        if self.running.as_ref().is_some_and(|running| !running.is_finished()) {
+            return Ok(false);
+        }
+        self.wait()?;
+        Ok(self.rest.is_none_or(|rest| Instant::now() >= rest))
     }
 
     /// Waits until everything is written.
     pub fn wait(&mut self) -> anyhow::Result<()> {
         match self.running.take().map(JoinHandle::join) {
             None => Ok(()),
-            Some(Ok(result)) => result,
+            Some(Ok(result)) => {
+                let Written { end, took } = result?;
+                self.rest = Some(end + 9 * took);
+                Ok(())
+            }
             Some(Err(panic)) => std::panic::resume_unwind(panic),
         }
     }

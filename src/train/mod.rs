@@ -163,6 +163,8 @@ struct Run<'a> {
     waiting: f64,
     tokens: usize,
     writer: Writer,
+    /// As it was when last asked for: after the first update and after each evaluation.
+    peak_memory: Option<u64>,
     /// Held until the process ends.
     _lock: File,
 }
@@ -220,6 +222,7 @@ pub fn run(config: &Config, options: &Options) -> Result<Summary> {
         waiting: 0.0,
         tokens: 0,
         writer: Writer::default(),
+        peak_memory: None,
         _lock: lock,
     };
     run.announce(metrics_bytes > 0 || run.trainer.step() > 0);
@@ -341,6 +344,7 @@ impl Run<'_> {
                     return Err(self.stop(true)?);
                 }
                 checkpoint_due = true;
+                self.peak_memory = peak_memory(&self.options.device);
             }
             if interrupt::asked() {
                 return Err(self.stop(false)?);
@@ -349,12 +353,12 @@ impl Run<'_> {
                 break;
             }
             state_due |= step > 0 && step.is_multiple_of(train.save_every);
-            // Training never waits for a slow disk: what is due is written when the file before is.
-            if state_due && !self.writer.is_busy() {
+            // Training never waits for a slow disk: what is due is written when the disk is free.
+            if state_due && self.writer.is_free()? {
                 self.save(false)?;
                 state_due = false;
             }
-            if checkpoint_due && !self.writer.is_busy() {
+            if checkpoint_due && self.writer.is_free()? {
                 let checkpoint = Checkpoint::snapshot(self.config, self.trainer.net(), step)?;
                 self.writer.put(self.checkpoint_path(), checkpoint)?;
                 checkpoint_due = false;
@@ -365,6 +369,9 @@ impl Run<'_> {
             let stats = self.trainer.update_with(batch)?;
             self.tokens += stats.tokens;
             let step = self.trainer.step();
+            if self.peak_memory.is_none() {
+                self.peak_memory = peak_memory(&self.options.device);
+            }
             progress.update(step, &stats);
             if step == 1 || step == total || step.is_multiple_of(train.log_every) {
                 self.metrics.write(&Record {
@@ -378,7 +385,7 @@ impl Run<'_> {
                     lr: Some(stats.lr),
                     grad_norm: Some(stats.grad_norm),
                     tokens_per_s: self.tokens_per_s(),
-                    peak_memory: peak_memory(&self.options.device),
+                    peak_memory: self.peak_memory,
                     accuracy_by: None,
                     seconds: self.seconds(),
                 })?;
