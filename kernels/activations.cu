@@ -3,11 +3,11 @@
 //   gelu  y = x Φ(x), Φ by the error function    dx = dy (Φ(x) + x φ(x))
 //   glu   y = a σ(b) with a, b the halves of a row of x [rows, 2 n]; y [rows, n]
 //         da = dy σ(b),  db = dy a σ(b) (1 − σ(b))
-// Sources: Hendrycks and Gimpel, "Gaussian error linear units", 2016; Dauphin et al., "Language modeling with gated
-// convolutional networks", 2016.
+// Sources: Hendrycks and Gimpel, "Gaussian error linear units", 2016; Dauphin et al., "Language modeling with
+// gated convolutional networks", 2016.
 //
-// gelu_*: any one-dimensional grid, 256 threads. glu_*: a block of 256 threads is 2^log_width vectors of columns by
-// 256 / 2^log_width rows; grid (tiles of columns, any): the blocks take rows in turn.
+// gelu_*: any one-dimensional grid, 256 threads. glu_*: a block of 256 threads is 2^log_width vectors of
+// columns by 256 / 2^log_width rows; grid (tiles of columns, any): the blocks take rows in turn.
 #include "rows.cuh"
 
 __device__ __forceinline__ float below(float x) { return 0.5f * erfcf(-0.70710678f * x); }

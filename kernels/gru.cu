@@ -1,17 +1,18 @@
-// Gated recurrent unit (src/ops/gru): a launch for every step, since every unit's next state asks for all states.
+// Gated recurrent unit (src/ops/gru): a launch for every step, since every unit's next state asks for all.
 //
 //   a = h Wᵀ + bias                                r = σ(x_r + a_r), z = σ(x_z + a_z), n = tanh(x_n + r a_n)
 //   h ← (1 − z) n + z h
 //
 // Backward, with d = dy + z₊ d₊ + da₊ W of the step behind (₊):
-//   dn = d (1 − z)(1 − n²), dz = d (h₋ − n) z (1 − z), dr = dn a_n r (1 − r);  dx = (dr, dz, dn), da = (dr, dz, r dn)
+//   dn = d (1 − z)(1 − n²), dz = d (h₋ − n) z (1 − z), dr = dn a_n r (1 − r)
+//   dx = (dr, dz, dn), da = (dr, dz, r dn)
 //   dW = Σ daᵀ h₋ and d bias = Σ da are taken over all steps at the end, by a matrix product and column sums.
 //
-// A block has UNITS units of ROWS sequences, a thread one unit of one sequence at every step: what only that unit needs
-// (z d, the gates) it finds where it left it. States are carried in f32 whatever the activations are, and products are
-// f32 multiplications and additions on every route.
+// A block has UNITS units of ROWS sequences, a thread one unit of one sequence at every step: what only that
+// unit needs (z d, the gates) it finds where it left it. States are carried in f32 whatever the activations
+// are, and products are f32 multiplications and additions on every route.
 //
-// gru_forward_<f32|bf16>, gru_backward_<f32|bf16>: grid (ceil(D/UNITS), ceil(B/ROWS)), block UNITS · ROWS, shared 0.
+// gru_forward_<f32|bf16>, gru_backward_<f32|bf16>: grid (ceil(D/UNITS), ceil(B/ROWS)), block UNITS · ROWS.
 #include "common.cuh"
 
 constexpr int UNITS = 16, ROWS = 8, BLOCK = UNITS * ROWS;
@@ -27,13 +28,13 @@ __device__ __forceinline__ float dot4(const float* a, const float* b, float sum)
     return sum;
 }
 
-// Step t. h [B, D] before it, null for zeros; next [B, D] behind it; y [B, T, D]; saved [B, T, 4, D] or null: r, z, n
-// and a_n for the backward pass.
+// Step t. h [B, D] before it, null for zeros; next [B, D] behind it; y [B, T, D]; saved [B, T, 4, D] or null:
+// r, z, n and a_n for the backward pass.
 template <class T>
 __device__ __forceinline__ void forward(const T* __restrict__ x, const T* __restrict__ weight,
                                         const float* __restrict__ bias, const float* __restrict__ h,
-                                        float* __restrict__ next, T* __restrict__ y, float* __restrict__ saved, int batch,
-                                        int steps, int width, int t) {
+                                        float* __restrict__ next, T* __restrict__ y, float* __restrict__ saved,
+                                        int batch, int steps, int width, int t) {
     __shared__ __align__(16) float hs[ROWS][PADDED], ws[3 * UNITS][PADDED];
     const int unit0 = blockIdx.x * UNITS, row0 = blockIdx.y * ROWS;
     const int own = threadIdx.x % UNITS, row = threadIdx.x / UNITS;
@@ -75,17 +76,18 @@ __device__ __forceinline__ void forward(const T* __restrict__ x, const T* __rest
     }
 }
 
-// Step t, from the last to −1: then only the gradient of the initial state is left to write, to `carry`.
-// start [B, D] or null: the initial state; dy [B, T, D] or null; behind [B, 3D]: da of step t + 1, null at the last
-// step, where carry [B, D] holds the gradient of the final state; else carry holds z₊ d₊ and becomes z d. now [B, 3D]
-// becomes da, as does da [B, T, 3D] in the type of the activations; before [B, T, D] the states before the steps.
+// Step t, from the last to −1: then only the gradient of the initial state is left to write, to `carry`. start
+// [B, D] or null: the initial state; dy [B, T, D] or null; behind [B, 3D]: da of step t + 1, null at the last
+// step, where carry [B, D] holds the gradient of the final state; else carry holds z₊ d₊ and becomes z d. now
+// [B, 3D] becomes da, as does da [B, T, 3D] in the type of the activations; before [B, T, D] the states before
+// the steps.
 template <class T>
 __device__ __forceinline__ void backward(const T* __restrict__ weight, const float* __restrict__ saved,
                                          const T* __restrict__ y, const float* __restrict__ start,
                                          const T* __restrict__ dy, const float* __restrict__ behind,
                                          float* __restrict__ carry, float* __restrict__ now, T* __restrict__ dx,
-                                         T* __restrict__ da, T* __restrict__ before, int batch, int steps, int width,
-                                         int t) {
+                                         T* __restrict__ da, T* __restrict__ before, int batch, int steps,
+                                         int width, int t) {
     __shared__ __align__(16) float ds[ROWS][PADDED];
     __shared__ float ws[SPAN][UNITS];
     const int unit0 = blockIdx.x * UNITS, row0 = blockIdx.y * ROWS;
@@ -127,7 +129,8 @@ __device__ __forceinline__ void backward(const T* __restrict__ weight, const flo
     float h = 0.f;
     if (t > 0) h = to_f(y[(token - 1) * width + unit]);
     else if (start) h = start[at];
-    const float dn = d * (1.f - z) * (1.f - n * n), dz = d * (h - n) * z * (1.f - z), dr = dn * a_n * r * (1.f - r);
+    const float dn = d * (1.f - z) * (1.f - n * n);
+    const float dz = d * (h - n) * z * (1.f - z), dr = dn * a_n * r * (1.f - r);
     carry[at] = d * z;
     before[token * width + unit] = from_f<T>(h);
     const float grads[4] = {dr, dz, dn, dn * r};

@@ -1,19 +1,21 @@
-// The solves of the mesa layer (src/ops/mesa): x_t = (A_t + diag λ)⁻¹ r_t with A ← e^g A + β kᵀ k, λ = softplus + 1/4.
+// The solves of the mesa layer (src/ops/mesa): x_t = (A_t + diag λ)⁻¹ r_t with A ← e^g A + β kᵀ k, λ = softplus
+// + 1/4.
 //
-// The rest of the layer is linear attention: the outputs are gated linear attention of the queries x, the keys β k and
-// the values v, and what the solves give back to k, β and g is that of the queries x, the keys β k and the values k,
-// with −w for the gradient of the outputs, w = (A + diag λ)⁻¹ dx. kernels/gla.cu does both.
+// The rest of the layer is linear attention: the outputs are gated linear attention of the queries x, the keys
+// β k and the values v, and what the solves give back to k, β and g is that of the queries x, the keys β k and
+// the values k, with −w for the gradient of the outputs, w = (A + diag λ)⁻¹ dx. kernels/gla.cu does both.
 //
-// Source: von Oswald et al., "MesaNet: sequence modeling by locally optimal test-time training", 2025, which solves by
-// conjugate gradients; here A + diag λ = Σ_j c_j c_jᵀ / c_jj is factored by columns at every token.
+// Source: von Oswald et al., "MesaNet: sequence modeling by locally optimal test-time training", 2025, which
+// solves by conjugate gradients; here A + diag λ = Σ_j c_j c_jᵀ / c_jj is factored by columns at every token.
 #include "common.cuh"
 
 constexpr int BLOCK = 256;
 
 // keys [B T H, K] = β k in the type of the activations, decay [B T H, K] = g, as kernels/gla.cu takes them.
 template <class T>
-__device__ __forceinline__ void prepare(const T* __restrict__ k, const float* __restrict__ beta, const float* __restrict__ g,
-                                        T* __restrict__ keys, float* __restrict__ decay, long long n, int key) {
+__device__ __forceinline__ void prepare(const T* __restrict__ k, const float* __restrict__ beta,
+                                        const float* __restrict__ g, T* __restrict__ keys,
+                                        float* __restrict__ decay, long long n, int key) {
     for (long long i = blockIdx.x * (long long)BLOCK + threadIdx.x; i < n; i += gridDim.x * (long long)BLOCK) {
         const long long row = i / key;
         keys[i] = from_f<T>(beta[row] * to_f(k[i]));
@@ -21,18 +23,19 @@ __device__ __forceinline__ void prepare(const T* __restrict__ k, const float* __
     }
 }
 
-// One head of one sequence, token by token. rhs, x [B, T, H, K]; start, end [B, H, K, K], start may be null. In the
-// backward pass also minus = −x, and with `other` the sums Σ_t x ⊙ other to shares [B, H, K].
+// One head of one sequence, token by token. rhs, x [B, T, H, K]; start, end [B, H, K, K], start may be null. In
+// the backward pass also minus = −x, and with `other` the sums Σ_t x ⊙ other to shares [B, H, K].
 //
-// Shared memory, f32: K rows of K + 3, A(i, j) with j <= i at row i, column j; the column c_j of the factor, i >= j,
-// at row j, column i + 1: c_j[i] lies at [j][i + 1]. The right side is a row K below: c_j[K] at [j][K + 1].
-// Then k, λ, x, each K.
+// Shared memory, f32: K rows of K + 3, A(i, j) with j <= i at row i, column j; the column c_j of the factor, i
+// >= j, at row j, column i + 1: c_j[i] lies at [j][i + 1]. The right side is a row K below: c_j[K] at [j][K +
+// 1]. Then k, λ, x, each K.
 template <class T>
-__device__ __forceinline__ void solve(const T* __restrict__ k, const float* __restrict__ beta, const float* __restrict__ g,
-                                      const float* __restrict__ lambda, const T* __restrict__ rhs,
-                                      const float* __restrict__ start, float* __restrict__ end, T* __restrict__ x,
-                                      T* __restrict__ minus, const T* __restrict__ other, float* __restrict__ shares,
-                                      int steps, int heads, int key) {
+__device__ __forceinline__ void solve(const T* __restrict__ k, const float* __restrict__ beta,
+                                      const float* __restrict__ g, const float* __restrict__ lambda,
+                                      const T* __restrict__ rhs, const float* __restrict__ start,
+                                      float* __restrict__ end, T* __restrict__ x, T* __restrict__ minus,
+                                      const T* __restrict__ other, float* __restrict__ shares, int steps,
+                                      int heads, int key) {
     DYNAMIC_SHARED(shared);
     const int ld = key + 3, tid = threadIdx.x;
     float* const m = reinterpret_cast<float*>(shared);
@@ -73,7 +76,7 @@ __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __re
             }
         }
         __syncthreads();
-        // Backwards in one warp: x_j = z_j / c_jj, then z_i −= c_i[j] x_j for i < j. Lane l has z of l, l + 32, …
+        // Backwards in one warp: x_j = z_j / c_jj, then z_i −= c_i[j] x_j for i < j.
         if (tid < WARP) {
             for (int i = tid; i < key; i += WARP) xs[i] = m[i * ld + key + 1];
             __syncwarp();
@@ -101,15 +104,15 @@ __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __re
         }
 }
 
-// From the gradients of both attentions, of keys β k (first, second) and of their decays, and of the values k of the
-// second: dk = β (first + second) + values, dβ = Σ_K (first + second) k, dg = Σ_K of both. A warp has one head of one
-// token.
+// From the gradients of both attentions, of keys β k (first, second) and of their decays, and of the values k
+// of the second: dk = β (first + second) + values, dβ = Σ_K (first + second) k, dg = Σ_K of both. A warp has
+// one head of one token.
 template <class T>
-__device__ __forceinline__ void gather(const T* __restrict__ k, const float* __restrict__ beta, const T* __restrict__ first,
-                                       const T* __restrict__ second, const T* __restrict__ values,
-                                       const float* __restrict__ decay1, const float* __restrict__ decay2,
-                                       T* __restrict__ dk, float* __restrict__ d_beta, float* __restrict__ dg, int rows,
-                                       int key) {
+__device__ __forceinline__ void gather(const T* __restrict__ k, const float* __restrict__ beta,
+                                       const T* __restrict__ first, const T* __restrict__ second,
+                                       const T* __restrict__ values, const float* __restrict__ decay1,
+                                       const float* __restrict__ decay2, T* __restrict__ dk,
+                                       float* __restrict__ d_beta, float* __restrict__ dg, int rows, int key) {
     for (int row = blockIdx.x * (BLOCK / WARP) + warp_id(); row < rows; row += gridDim.x * (BLOCK / WARP)) {
         const long long at = (long long)row * key;
         float of_beta = 0.f, of_g = 0.f;
@@ -126,8 +129,8 @@ __device__ __forceinline__ void gather(const T* __restrict__ k, const float* __r
 
 // d_lambda [H K] = −σ(lambda) Σ_b shares.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-mesa_lambda(const float* __restrict__ lambda, const float* __restrict__ shares, float* __restrict__ d_lambda, int batch,
-            int n) {
+mesa_lambda(const float* __restrict__ lambda, const float* __restrict__ shares, float* __restrict__ d_lambda,
+            int batch, int n) {
     const int i = blockIdx.x * BLOCK + threadIdx.x;
     if (i >= n) return;
     float sum = 0.f;

@@ -6,13 +6,13 @@
 // Backward, with e the conjugate of the gradient of h:
 //   e ← Ā e₊ + R dy,  du = Re Σ e + D dy             the recurrence from the end
 //   s ← Ā s + h₋,  dR = Σ conj(h) dy,  dĀ = Σ conj(R s) dy + conj(s_T) d_state,  dD = Σ u dy
-// so no state of the past is needed: a forward pass carries h and s = ∂h/∂Ā. Ā and R, and the way from their gradients
-// to those of the parameters, are computed in f64: Ā is raised to the power of the sequence's length.
+// so no state of the past is needed: a forward pass carries h and s = ∂h/∂Ā. Ā and R, and the way from their
+// gradients to those of the parameters, are computed in f64: Ā is raised to the power of the sequence's length.
 //
 // Source: Gu et al., "On the parameterization and initialization of diagonal state space models", 2022.
 //
-// LANES lanes share a channel of one sequence, each with P of its pairs of states in registers; a block of 128 threads
-// has 128 / LANES channels side by side, and TILE steps of them in shared memory at a time.
+// LANES lanes share a channel of one sequence, each with P of its pairs of states in registers; a block of 128
+// threads has 128 / LANES channels side by side, and TILE steps of them in shared memory at a time.
 #include "common.cuh"
 
 constexpr int BLOCK = 128, TILE = 32;
@@ -25,7 +25,9 @@ __device__ __forceinline__ Complex times(Complex a, Complex b) {
 }
 __device__ __forceinline__ Complex conj(Complex a) { return {a.re, -a.im}; }
 __device__ __forceinline__ Complex scaled(Complex a, double by) { return {a.re * by, a.im * by}; }
-__device__ __forceinline__ Complex inverse(Complex a) { return scaled(conj(a), 1. / (a.re * a.re + a.im * a.im)); }
+__device__ __forceinline__ Complex inverse(Complex a) {
+    return scaled(conj(a), 1. / (a.re * a.re + a.im * a.im));
+}
 
 // A, Δ, Ā and (Ā − 1) / A of one state.
 struct Discrete {
@@ -46,8 +48,9 @@ struct Discrete {
 
 // coef [D, N, 4]: Ā and R. Any one-dimensional grid.
 extern "C" __global__ void __launch_bounds__(256)
-s4d_discrete(const float* __restrict__ c, const float* __restrict__ log_dt, const float* __restrict__ log_a_real,
-             const float* __restrict__ a_imag, float* __restrict__ coef, int width, int pairs) {
+s4d_discrete(const float* __restrict__ c, const float* __restrict__ log_dt,
+             const float* __restrict__ log_a_real, const float* __restrict__ a_imag, float* __restrict__ coef,
+             int width, int pairs) {
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (long long)width * pairs;
          i += (long long)gridDim.x * blockDim.x) {
         const Discrete at(log_dt[i / pairs], log_a_real[i], a_imag[i]);
@@ -105,7 +108,8 @@ struct Place {
     }
     // Steps t0.. of the block's channels of x [B, T, D]; zeros past the ends. Barriers begin and end it.
     template <class T>
-    __device__ __forceinline__ void load(float (&tile)[TILE][CHANNELS], const T* x, int t0, int steps, int width) const {
+    __device__ __forceinline__ void load(float (&tile)[TILE][CHANNELS], const T* x, int t0, int steps,
+                                         int width) const {
         __syncthreads();
 #pragma unroll 4
         for (int i = threadIdx.x; i < TILE * CHANNELS; i += BLOCK) {
@@ -116,7 +120,8 @@ struct Place {
         __syncthreads();
     }
     template <class T>
-    __device__ __forceinline__ void store(const float (&tile)[TILE][CHANNELS], T* x, int t0, int steps, int width) const {
+    __device__ __forceinline__ void store(const float (&tile)[TILE][CHANNELS], T* x, int t0, int steps,
+                                          int width) const {
         __syncthreads();
 #pragma unroll 4
         for (int i = threadIdx.x; i < TILE * CHANNELS; i += BLOCK) {
@@ -134,12 +139,13 @@ __device__ __forceinline__ float lanes_sum(float x) {
     return x;
 }
 
-// y and the final state from x = u and the initial state; in reverse du and the gradient of the initial state from
-// x = dy and the gradient of the final one. start, end [B, D, N, 2]; start may be null.
+// y and the final state from x = u and the initial state; in reverse du and the gradient of the initial state
+// from x = dy and the gradient of the final one. start, end [B, D, N, 2]; start may be null.
 template <class T, int LANES, int P>
-__device__ __forceinline__ void scan(const float* __restrict__ coef, const T* __restrict__ x, const float* __restrict__ d,
-                                     const float* __restrict__ start, T* __restrict__ y, float* __restrict__ end, int steps,
-                                     int width, int pairs, bool reverse) {
+__device__ __forceinline__ void scan(const float* __restrict__ coef, const T* __restrict__ x,
+                                     const float* __restrict__ d, const float* __restrict__ start,
+                                     T* __restrict__ y, float* __restrict__ end, int steps, int width,
+                                     int pairs, bool reverse) {
     constexpr int CHANNELS = Place<LANES>::CHANNELS;
     __shared__ float in[TILE][CHANNELS], out[TILE][CHANNELS];
     const Place<LANES> at(width);
@@ -180,12 +186,13 @@ __device__ __forceinline__ void scan(const float* __restrict__ coef, const T* __
     if (at.live) h.store(end + state, at.lane, pairs, sign);
 }
 
-// What each sequence adds to the gradients of R and Ā, sums [B, D, N, 4], and of D, skips [B, D]. start, d_state
-// [B, D, N, 2] may be null.
+// What each sequence adds to the gradients of R and Ā, sums [B, D, N, 4], and of D, skips [B, D]. start,
+// d_state [B, D, N, 2] may be null.
 template <class T, int LANES, int P>
-__device__ __forceinline__ void sums(const float* __restrict__ coef, const T* __restrict__ u, const T* __restrict__ dy,
-                                     const float* __restrict__ start, const float* __restrict__ d_state,
-                                     float* __restrict__ sums, float* __restrict__ skips, int steps, int width, int pairs) {
+__device__ __forceinline__ void sums(const float* __restrict__ coef, const T* __restrict__ u,
+                                     const T* __restrict__ dy, const float* __restrict__ start,
+                                     const float* __restrict__ d_state, float* __restrict__ sums,
+                                     float* __restrict__ skips, int steps, int width, int pairs) {
     constexpr int CHANNELS = Place<LANES>::CHANNELS;
     __shared__ float us[TILE][CHANNELS], ds[TILE][CHANNELS];
     const Place<LANES> at(width);
@@ -223,9 +230,11 @@ __device__ __forceinline__ void sums(const float* __restrict__ coef, const T* __
         const int n = at.lane + p * LANES;
         if (n >= pairs) break;
         // conj(R Σ s dy) + conj(s) d_state
-        const float re = read.re[p] * by_s.re[p] - read.im[p] * by_s.im[p] + s.re[p] * grad.re[p] + s.im[p] * grad.im[p];
-        const float im = -read.re[p] * by_s.im[p] - read.im[p] * by_s.re[p] + s.re[p] * grad.im[p] - s.im[p] * grad.re[p];
-        const float values[4] = {by_h.re[p], -by_h.im[p], re, im};
+        const float re = read.re[p] * by_s.re[p] - read.im[p] * by_s.im[p];
+        const float im = -read.re[p] * by_s.im[p] - read.im[p] * by_s.re[p];
+        const float end_re = s.re[p] * grad.re[p] + s.im[p] * grad.im[p];
+        const float end_im = s.re[p] * grad.im[p] - s.im[p] * grad.re[p];
+        const float values[4] = {by_h.re[p], -by_h.im[p], re + end_re, im + end_im};
         store_vec<4>(sums + (row * pairs + n) * 4, values);
     }
 }

@@ -1,8 +1,8 @@
 //! MesaNet: each step reads from the best linear fit, in the sense of least squares, of values to keys so far.
 //!
-//! von Oswald et al., "MesaNet: sequence modeling by locally optimal test-time training", arXiv 2506.05233, section 3.
-//! Parameters are those of `fla.layers.MesaNet` as the authors of the benchmark call it: values as wide as keys, and
-//! without a convolution.
+//! von Oswald et al., "MesaNet: sequence modeling by locally optimal test-time training", arXiv 2506.05233,
+//! section 3. Parameters are those of `fla.layers.MesaNet` as the authors of the benchmark call it: values as
+//! wide as keys, and without a convolution.
 
 use candle_core::{DType, Result, Tensor};
 

@@ -1,9 +1,9 @@
 //! S4D: a state space model with a complex diagonal transition that does not depend on the input.
 //!
-//! Gu, Gupta, Goel and Ré, "On the parameterization and initialization of diagonal state space models",
-//! arXiv 2206.11893, with S4D-Lin's initialization. Parameters are those of the S4D layer that its authors publish as a
-//! minimal version: a GELU and a gated linear layer follow the recurrence. As there, the parameters of the recurrence
-//! learn at a rate of at most 1e-3 and without weight decay.
+//! Gu, Gupta, Goel and Ré, "On the parameterization and initialization of diagonal state space models", arXiv
+//! 2206.11893, with S4D-Lin's initialization. Parameters are those of the S4D layer that its authors publish as
+//! a minimal version: a GELU and a gated linear layer follow the recurrence. As there, the parameters of the
+//! recurrence learn at a rate of at most 1e-3 and without weight decay.
 
 use candle_core::{DType, Result, Tensor};
 

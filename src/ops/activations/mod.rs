@@ -15,7 +15,8 @@ use crate::{dispatch, slices};
 /// Elements that one task takes.
 const BLOCK: usize = 4096;
 
-/// x Φ(x) with the normal distribution Φ, elementwise on any shape, by the error function and not its approximation.
+/// x Φ(x) with the normal distribution Φ, elementwise on any shape, by the error function and not its
+/// approximation.
 ///
 /// Source: Hendrycks and Gimpel, "Gaussian error linear units", arXiv:1606.08415, 2016.
 pub fn gelu(x: impl Into<Arg>) -> Result<Tensor> {

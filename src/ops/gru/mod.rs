@@ -22,17 +22,17 @@ const NAME: &str = "gru";
 /// | `bias` | \[3D\] | |
 /// | `state` | [B, D] | before the first token; none: zeros |
 ///
-/// Returns the states [B, T, D] and the last of them [B, D]. On the CPU all arguments share one dtype, f32 or f64; on
-/// a GPU `gates`, `weight` and the states are f32 or bf16, the others f32, as is the state that is carried. With
-/// a = h Wᵀ + bias in three parts, for one sequence and token:
+/// Returns the states [B, T, D] and the last of them [B, D]. On the CPU all arguments share one dtype, f32 or
+/// f64; on a GPU `gates`, `weight` and the states are f32 or bf16, the others f32, as is the state that is
+/// carried. With a = h Wᵀ + bias in three parts, for one sequence and token:
 ///
 /// ```text
 /// r = σ(r_x + r_a)    z = σ(z_x + z_a)    n = tanh(n_x + r n_a)
 /// h ← (1 − z) n + z h
 /// ```
 ///
-/// Cho et al. 2014, arXiv:1406.1078, in the form of PyTorch's `nn.GRU`, which applies r behind the product. Every
-/// argument is differentiable. A sequence fed in pieces gives the same bits as in one.
+/// Cho et al. 2014, arXiv:1406.1078, in the form of PyTorch's `nn.GRU`, which applies r behind the product.
+/// Every argument is differentiable. A sequence fed in pieces gives the same bits as in one.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.

@@ -98,7 +98,8 @@ impl<F: Real> Gru<'_, F> {
         before
     }
 
-    /// Gradients of the arguments from those of the outputs, `d_h` [B, T, D] and `d_last` [B, D], and the states `h`.
+    /// Gradients of the arguments from those of the outputs, `d_h` [B, T, D] and `d_last` [B, D], and the
+    /// states `h`.
     pub fn backward(&self, h: &[F], d_h: &[F], d_last: &[F]) -> GruGrads<F> {
         let (width, rows) = (self.width, self.batch * self.steps);
         let wide = 3 * width;

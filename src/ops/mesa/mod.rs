@@ -36,19 +36,19 @@ pub struct States {
 /// | `lambda` | \[H K\] | regularisation of each key channel: softplus of it, and a quarter |
 /// | `states` | | none: zeros |
 ///
-/// Returns the outputs [B, T, H, V] and the final states [B, H, K, K] and [B, H, K, V]. On the CPU all arguments share
-/// one dtype, f32 or f64; on a GPU `q`, `k`, `v` and the outputs are f32 or bf16, the others f32. With row vectors, one
-/// head and one token:
+/// Returns the outputs [B, T, H, V] and the final states [B, H, K, K] and [B, H, K, V]. On the CPU all
+/// arguments share one dtype, f32 or f64; on a GPU `q`, `k`, `v` and the outputs are f32 or bf16, the others
+/// f32. With row vectors, one head and one token:
 ///
 /// ```text
 /// A ← e^g A + β kᵀ k      S ← e^g S + β kᵀ v
 /// o = q (A + diag λ)⁻¹ S
 /// ```
 ///
-/// von Oswald et al. 2025, arXiv:2506.05233, equations 6 to 8. There the system is solved by thirty steps of conjugate
-/// gradients; here exactly, by a factorisation: the two agree as far as the steps converge. Every argument is
-/// differentiable. On the CPU the forward pass is strictly sequential: a sequence fed in pieces gives the same bits as in
-/// one.
+/// von Oswald et al. 2025, arXiv:2506.05233, equations 6 to 8. There the system is solved by thirty steps of
+/// conjugate gradients; here exactly, by a factorisation: the two agree as far as the steps converge. Every
+/// argument is differentiable. On the CPU the forward pass is strictly sequential: a sequence fed in pieces
+/// gives the same bits as in one.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.

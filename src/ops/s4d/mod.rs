@@ -26,19 +26,19 @@ const NAME: &str = "s4d";
 /// | `d` | \[D\] | skip connection |
 /// | `state` | [B, D, N, 2] | before the first token; none: zeros |
 ///
-/// Returns the outputs [B, T, D] and the final state [B, D, N, 2]. On the CPU all arguments share one dtype, f32 or f64;
-/// on a GPU `u` and the outputs are f32 or bf16, the others f32. N counts pairs of conjugate states, of which one is
-/// kept. With Ā = exp(Δ A) and C̄ = C (Ā − 1) / A, for one channel and token:
+/// Returns the outputs [B, T, D] and the final state [B, D, N, 2]. On the CPU all arguments share one dtype,
+/// f32 or f64; on a GPU `u` and the outputs are f32 or bf16, the others f32. N counts pairs of conjugate
+/// states, of which one is kept. With Ā = exp(Δ A) and C̄ = C (Ā − 1) / A, for one channel and token:
 ///
 /// ```text
 /// h ← Ā h + u
 /// y = 2 Re Σ C̄ h + D u
 /// ```
 ///
-/// Gu et al. 2022, arXiv:2206.11893, section 3: zero-order hold, with B = 1 and what it would be multiplied with moved
-/// to C; the convolution as a recurrence. Every argument is differentiable. Ā and C̄ are computed in f64 throughout:
-/// they are raised to the power of the sequence's length. On the CPU the forward pass is strictly sequential: a sequence
-/// fed in pieces gives the same bits as in one.
+/// Gu et al. 2022, arXiv:2206.11893, section 3: zero-order hold, with B = 1 and what it would be multiplied
+/// with moved to C; the convolution as a recurrence. Every argument is differentiable. Ā and C̄ are computed in
+/// f64 throughout: they are raised to the power of the sequence's length. On the CPU the forward pass is
+/// strictly sequential: a sequence fed in pieces gives the same bits as in one.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.

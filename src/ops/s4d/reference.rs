@@ -1,8 +1,8 @@
 //! CPU path of S4D: groups of channels go through the steps, one state of all of them at a time.
 //!
-//! The gradients need no state of the past. The transition being the same at every step, what a sequence adds to the
-//! gradients of Ā and C̄ is a sum over steps of states that a second forward pass carries: h, and s = ∂h/∂Ā with
-//! s ← Ā s + h. The gradient of u is the recurrence itself, run from the end.
+//! The gradients need no state of the past. The transition being the same at every step, what a sequence adds
+//! to the gradients of Ā and C̄ is a sum over steps of states that a second forward pass carries: h, and s =
+//! ∂h/∂Ā with s ← Ā s + h. The gradient of u is the recurrence itself, run from the end.
 
 use rayon::prelude::*;
 
@@ -244,7 +244,8 @@ impl<F: Real> S4d<'_, F> {
             (d_u, state, sums)
         });
         let (n, groups) = (self.pairs, self.width.div_ceil(LANES));
-        // Over the batch, in its order; per channel and state the gradients of 2 C̄ and of Ā, per channel that of D.
+        // Over the batch, in its order; per channel and state the gradients of 2 C̄ and of Ā, per channel that
+        // of D.
         let per_group = |group: usize| {
             let of: Vec<&[f64]> = (0..self.batch).map(|b| parts[b * groups + group].2.as_slice()).collect();
             sum_in_order(&of)
@@ -307,8 +308,8 @@ impl<F: Real> S4d<'_, F> {
         (d_u, self.flat(&states, group.count, -F::one()))
     }
 
-    /// What one batch entry adds to the gradients of 2 C̄ and Ā, four numbers for each state of a channel, and to that of
-    /// D, one more for the channel.
+    /// What one batch entry adds to the gradients of 2 C̄ and Ā, four numbers for each state of a channel, and
+    /// to that of D, one more for the channel.
     fn backward_sums(&self, b: usize, group: &Group<F>, d_y: &[F], d_state: &[F]) -> Vec<f64> {
         let mut states = self.states(self.state, b, group);
         let mut slopes = vec![Pair::zero(); self.pairs];
