@@ -78,7 +78,7 @@ fn cases(width: usize) -> Vec<(&'static str, Vec<Tensor>, Op)> {
     let ids = Tensor::from_vec(ids, (BATCH, STEPS), &Device::Cpu).expect("a shape of that size");
     let x = random(&tokens(&[d]), 1.0);
     let wide = random(&tokens(&[2 * d]), 1.0);
-    let dropout = Dropout { p: 0.2, key: [1, 2], site: 0, first: 0 };
+    let dropout = Dropout { p: 0.2, key: [1, 2], site: 0, first: 0, tied: false };
     vec![
         (
             "causal_conv1d",
@@ -150,7 +150,7 @@ fn cases(width: usize) -> Vec<(&'static str, Vec<Tensor>, Op)> {
         (
             "causal_attention",
             vec![keys.clone(), keys.clone(), keys.clone()],
-            Box::new(move |x| causal_attention(&x[0], &x[1], &x[2], scale)),
+            Box::new(move |x| causal_attention(&x[0], &x[1], &x[2], scale, None)),
         ),
         (
             "qk_norm_rope",

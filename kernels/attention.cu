@@ -1,6 +1,7 @@
 // Causal softmax attention: o = softmax(scale · q kᵀ + mask) v per head, and its gradients.
 //
-//   q [B, T, H, D], k [B, S, H, D], v [B, S, H, V] with S >= T; o [B, T, H, V]. Query t sees the keys 0 ..= S−T+t.
+//   q [B, T, H, D], k [B, S, H, D], v [B, S, H, V] with S >= T; o [B, T, H, V]. Query t sees the keys 0 ..= S−T+t, of
+//   them the last `window`, which is S where none is left out.
 //   A sequence of any of them has less than 2³¹ elements.
 //   lse [B, H, T4]: log₂ of every query's sum of exponentials; delta [B, H, T4]: rowsum(do ⊙ o). T4 is T rounded up
 //   to a multiple of 4, so that a tile of either starts at 16 bytes.
@@ -184,7 +185,17 @@ __device__ __forceinline__ bool aligned(const T* x, int dim) {
 }
 
 struct Sizes {
-    int steps, keys, heads, dim, values;
+    int steps, keys, heads, dim, values, window;
+    // The first tile of BN keys that a query from `q` on sees.
+    __device__ __forceinline__ int first_block(int q, int bn) const {
+        const int key = keys - steps + q + 1 - window;
+        return key > 0 ? key / bn : 0;
+    }
+    // The end of the tiles of BM queries that see a key before `end`.
+    __device__ __forceinline__ int end_block(int end, int bm) const {
+        const int query = min(end - 1 + window - 1 - (keys - steps), steps - 1);
+        return query >= 0 ? query / bm + 1 : 0;
+    }
 };
 
 // ---- forward
@@ -209,15 +220,16 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
     v = head_of(v, bh, n.keys, n.heads, n.values), o = head_of(o, bh, n.steps, n.heads, n.values);
     const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
-    Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, 0, n.keys, n.dim);
-    Copy<T, DP, LDV, BN, THREADS> copy_v(v, ldv, 0, n.keys, n.values);
+    const int first = n.first_block(q0, BN);
+    Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, first * BN, n.keys, n.dim);
+    Copy<T, DP, LDV, BN, THREADS> copy_v(v, ldv, first * BN, n.keys, n.values);
     const auto copy = [&](int block) {
         copy_k(ks + block % 2 * BN * LD);
         copy_v(vs + block % 2 * BN * LDV);
         cp_async_commit();
     };
     Copy<T, DP, LD, BM, THREADS>(q, ld, q0, n.steps, n.dim)(qs);
-    copy(0);
+    copy(first);
     cp_async_wait<0>();
     __syncthreads();
     const Rows<R, DP, LD, MT, DP <= 64> rows(qs + 16 * MT * warp_id() * LD);
@@ -232,26 +244,29 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
     const float c = scale * LOG2E;
     const int end = w0 + 16 * MT > 0 ? past + w0 + 16 * MT : 0;  // keys that the warp's last query sees
     const int blocks = ceil_div(past + q0 + BM, BN);
-    for (int block = 0; block < blocks; block++) {
+    const int low = past + w0 - n.window;  // the last key that the warp's first query does not see any more
+    for (int block = first; block < blocks; block++) {
         cp_async_wait<0>();
         __syncthreads();  // the block's keys are here, and nobody reads the other buffer any more
         if (block + 1 < blocks) copy(block + 1);
         const int k0 = block * BN;
-        if (k0 >= end) continue;
+        if (k0 >= end || k0 + BN - 1 <= low) continue;
 
         float s[MT][NT][4];
         zero(s);
         rows.times(s, ks + block % 2 * BN * LD);
-        if (k0 + BN > past + w0 + 1) {
+        if (k0 + BN > past + w0 + 1 || k0 < low + 16 * MT) {
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int j = 0; j < NT; j++)
 #pragma unroll
-                    for (int e = 0; e < 4; e++)
+                    for (int e = 0; e < 4; e++) {
+                        const int key = k0 + acc_col(j, e), row = acc_row(i, e);
                         // Rows before the first query keep a key, so that they stay finite; nobody sees them.
-                        if (k0 + acc_col(j, e) > (past + w0 + acc_row(i, e) > 0 ? past + w0 + acc_row(i, e) : 0))
+                        if (key > (past + w0 + row > 0 ? past + w0 + row : 0) || key <= low + row)
                             s[i][j][e] = -INFINITY;
+                    }
         }
 #pragma unroll
         for (int i = 0; i < MT; i++)
@@ -262,7 +277,9 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
                 for (int j = 0; j < NT; j++) top = fmaxf(top, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
                 top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
                 top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
-                const float old = exp2_fast((max[i][half] - top) * c), shift = top * c;
+                // A row whose window begins behind this tile has no score yet.
+                const float base = top == -INFINITY ? 0.f : top;
+                const float old = exp2_fast((max[i][half] - base) * c), shift = base * c;
                 max[i][half] = top;
                 float part = 0.f;
 #pragma unroll
@@ -353,7 +370,8 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
     lse += (long long)bh * ceil_div(n.steps, 4) * 4, delta += (long long)bh * ceil_div(n.steps, 4) * 4;
     const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
-    Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, 0, n.keys, n.dim), copy_v(v, ldv, 0, n.keys, n.values);
+    const int first = n.first_block(q0, BN);
+    Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, first * BN, n.keys, n.dim), copy_v(v, ldv, first * BN, n.keys, n.values);
     const auto copy = [&](int block) {
         copy_k(ks + block % 2 * BN * LD);
         copy_v(vs + block % 2 * BN * LD);
@@ -362,7 +380,7 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
     Copy<T, DP, LD, BM, THREADS>(dout, ldv, q0, n.steps, n.values)(dos);
     cp_async_commit();
     Copy<T, DP, LD, BM, THREADS>(q, ld, q0, n.steps, n.dim)(qs);
-    copy(0);
+    copy(first);
     cp_async_wait<1>();
     __syncthreads();
     row_deltas<T, LD, 16 * MT>(deltas + own, dos + own * LD, o, ldv, w0, n.steps, n.values,
@@ -388,12 +406,13 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
     const float c = scale * LOG2E;
     const int end = w0 + 16 * MT > 0 ? past + w0 + 16 * MT : 0;
     const int blocks = ceil_div(past + q0 + BM, BN);
-    for (int block = 0; block < blocks; block++) {
+    const int low = past + w0 - n.window;
+    for (int block = first; block < blocks; block++) {
         cp_async_wait<0>();
         __syncthreads();
         if (block + 1 < blocks) copy(block + 1);
         const int k0 = block * BN;
-        if (k0 >= end) continue;
+        if (k0 >= end || k0 + BN - 1 <= low) continue;
 
         const T* const kt = ks + block % 2 * BN * LD;
         const T* const vt = vs + block % 2 * BN * LD;
@@ -402,15 +421,16 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
         q_rows.times(s, kt);
         zero(ds);
         do_rows.times(ds, vt);
-        if (k0 + BN > past + w0 + 1 || w0 < 0) {
+        if (k0 + BN > past + w0 + 1 || k0 < low + 16 * MT || w0 < 0) {
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int j = 0; j < NT; j++)
 #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (k0 + acc_col(j, e) > past + w0 + acc_row(i, e) || w0 + acc_row(i, e) < 0)
-                            s[i][j][e] = -INFINITY;
+                    for (int e = 0; e < 4; e++) {
+                        const int key = k0 + acc_col(j, e), row = acc_row(i, e);
+                        if (key > past + w0 + row || key <= low + row || w0 + row < 0) s[i][j][e] = -INFINITY;
+                    }
         }
 #pragma unroll
         for (int i = 0; i < MT; i++)
@@ -454,7 +474,7 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
     const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
     // From the tile of the first query that sees the first key.
-    const int first = (k0 > past ? k0 - past : 0) / BM, blocks = ceil_div(n.steps, BM);
+    const int first = (k0 > past ? k0 - past : 0) / BM, blocks = n.end_block(k0 + BN, BM);
     Copy<T, DP, LD, BM, THREADS> copy_q(q, ld, first * BM, n.steps, n.dim);
     Copy<T, DP, LD, BM, THREADS> copy_do(dout, ldv, first * BM, n.steps, n.values);
     const auto copy = [&](int block) {
@@ -481,7 +501,8 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
         __syncthreads();
         if (block + 1 < blocks) copy(block + 1);
         const int q0 = block * BM;
-        if (past + q0 + BM <= w0) continue;  // no query of the tile sees a key of this warp
+        // No query of the tile sees a key of this warp.
+        if (past + q0 + BM <= w0 || past + q0 >= w0 + 16 * MT - 1 + n.window) continue;
 
         const T* const qt = qs + block % 2 * BM * LD;
         const T* const dot = dos + block % 2 * BM * LD;
@@ -492,15 +513,15 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
         k_rows.times(p, qt);
         zero(ds);
         v_rows.times(ds, dot);
-        if (past + q0 < w0 + 16 * MT - 1 || q0 + BM > n.steps) {
+        if (past + q0 < w0 + 16 * MT - 1 || q0 + BM > n.steps || past + q0 + BM > w0 + n.window) {
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int j = 0; j < NT; j++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        const int t = q0 + acc_col(j, e);
-                        if (w0 + acc_row(i, e) > past + t || t >= n.steps) p[i][j][e] = -INFINITY;
+                        const int t = q0 + acc_col(j, e), back = past + t - (w0 + acc_row(i, e));
+                        if (back < 0 || back >= n.window || t >= n.steps) p[i][j][e] = -INFINITY;
                     }
         }
 #pragma unroll
@@ -554,7 +575,7 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
     lse += (long long)bh * ceil_div(n.steps, 4) * 4, delta += (long long)bh * ceil_div(n.steps, 4) * 4;
     const int ld = n.heads * n.dim, ldv = n.heads * n.values;
 
-    const int first = (k0 > past ? k0 - past : 0) / BM, blocks = ceil_div(n.steps, BM);
+    const int first = (k0 > past ? k0 - past : 0) / BM, blocks = n.end_block(k0 + BN, BM);
     Copy<bf16, DP, LD, BM, THREADS> copy_q(q, ld, first * BM, n.steps, n.dim);
     Copy<bf16, DP, LD, BM, THREADS> copy_do(dout, ldv, first * BM, n.steps, n.values);
     const auto copy = [&](int block) {
@@ -623,7 +644,8 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
         cp_async_wait<0>();
         __syncthreads();
         if (block + 1 < blocks) copy(block + 1);
-        if (past + block * BM + BM <= w0) continue;  // the same for both warps
+        // The same for both warps.
+        if (past + block * BM + BM <= w0 || past + block * BM >= w0 + 16 * MT - 1 + n.window) continue;
 
         const int q0 = block * BM + side * HALF, buffer = block % 2;
         const bf16* const qt = qs + buffer * BM * LD;
@@ -633,15 +655,15 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
         k_rows.times(p, qt + side * HALF * LD);
         zero(ds);
         v_rows.times(ds, dot + side * HALF * LD);
-        if (past + q0 < w0 + 16 * MT - 1 || q0 + HALF > n.steps) {
+        if (past + q0 < w0 + 16 * MT - 1 || q0 + HALF > n.steps || past + q0 + HALF > w0 + n.window) {
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int j = 0; j < NT; j++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        const int t = q0 + acc_col(j, e);
-                        if (w0 + acc_row(i, e) > past + t || t >= n.steps) p[i][j][e] = -INFINITY;
+                        const int t = q0 + acc_col(j, e), back = past + t - (w0 + acc_row(i, e));
+                        if (back < 0 || back >= n.window || t >= n.steps) p[i][j][e] = -INFINITY;
                     }
         }
 #pragma unroll
@@ -686,19 +708,19 @@ __device__ __forceinline__ void choose_kv(const typename R::elem* q, const typen
 #define ENTRIES(DP, R, NAME, FORWARD, FORWARD_BLOCKS, DQ, DQ_BLOCKS, DKDV, DKDV_BLOCKS)                                 \
     extern "C" __global__ void __launch_bounds__(FORWARD::THREADS, FORWARD_BLOCKS) attention_forward_##DP##_##NAME(     \
         const R::elem* q, const R::elem* k, const R::elem* v, R::elem* o, float* lse, int steps, int keys, int heads,   \
-        int dim, int values, float scale) {                                                                            \
-        forward<R, DP, FORWARD>(q, k, v, o, lse, {steps, keys, heads, dim, values}, scale);                             \
+        int dim, int values, int window, float scale) {                                                                \
+        forward<R, DP, FORWARD>(q, k, v, o, lse, {steps, keys, heads, dim, values, window}, scale);                     \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(DQ::THREADS, DQ_BLOCKS) attention_dq_##DP##_##NAME(                    \
         const R::elem* q, const R::elem* k, const R::elem* v, const R::elem* o, const float* lse, const R::elem* dout,  \
-        float* delta, R::elem* dq, int steps, int keys, int heads, int dim, int values, float scale) {                  \
-        backward_q<R, DP, DQ>(q, k, v, o, lse, dout, delta, dq, {steps, keys, heads, dim, values}, scale);              \
+        float* delta, R::elem* dq, int steps, int keys, int heads, int dim, int values, int window, float scale) {      \
+        backward_q<R, DP, DQ>(q, k, v, o, lse, dout, delta, dq, {steps, keys, heads, dim, values, window}, scale);      \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(DKDV::THREADS, DKDV_BLOCKS) attention_dkdv_##DP##_##NAME(              \
         const R::elem* q, const R::elem* k, const R::elem* v, const float* lse, const R::elem* dout,                    \
-        const float* delta, R::elem* dk, R::elem* dv, int steps, int keys, int heads, int dim, int values,              \
+        const float* delta, R::elem* dk, R::elem* dv, int steps, int keys, int heads, int dim, int values, int window,  \
         float scale) {                                                                                                 \
-        choose_kv<R, DP, DKDV>(q, k, v, lse, dout, delta, dk, dv, {steps, keys, heads, dim, values}, scale);            \
+        choose_kv<R, DP, DKDV>(q, k, v, lse, dout, delta, dk, dv, {steps, keys, heads, dim, values, window}, scale);    \
     }
 
 using Wide = Tile<2, 4, 64>;     // 128 rows, 64 of the other side

@@ -22,11 +22,14 @@ __device__ __forceinline__ void dropout_apply(const T* x, T* y, int rows, int n,
     }
 }
 
+// `tied`: the timesteps of a sample share one mask.
 #define KERNELS(NAME, T, VEC)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                         \
         dropout_apply_##NAME(const T* x, T* y, int rows, int n, int log_width, const uint32_t* key, float p,      \
-                             float keep, uint32_t first, uint32_t site, int steps) {                              \
-        dropout_apply<T, VEC>(x, y, rows, n, log_width, Mask(key, p, keep, first, site, steps));                  \
+                             float keep, uint32_t first, uint32_t site, int steps, int tied) {                    \
+        Mask mask(key, p, keep, first, site, steps);                                                              \
+        mask.tied = tied != 0;                                                                                    \
+        dropout_apply<T, VEC>(x, y, rows, n, log_width, mask);                                                    \
     }
 
 KERNELS(f32, float, VECTOR<float>)

@@ -14,6 +14,7 @@
 //
 // qk_norm_rope_forward_<f32|bf16>, qk_norm_rope_backward_<f32|bf16>: any grid, block 256, shared 0; the backward pass
 // writes partial sums of dw [grid, D], which qk_norm_rope_dw adds up: grid ceil(D/32), block 1024.
+// rope_<f32|bf16>: the rotation alone, with the usual sign of the sine; any grid, block 256.
 #include "common.cuh"
 
 #ifdef SB_EMULATE
@@ -218,7 +219,38 @@ __device__ __forceinline__ void backward(const T* __restrict__ x, const float* _
     }
 }
 
+// The rotation alone, with the usual sign; `sign` −1 turns back.
+template <class T>
+__device__ __forceinline__ void rope(const T* __restrict__ x, T* __restrict__ y, long long tokens, int steps, int heads,
+                                     int half, int offset, long long log2_base, float sign) {
+    __shared__ double turns[HALF];
+    fill_turns(turns, half, log2_base);
+    const Work work(half);
+    const int at = work.at, dim = 2 * half;
+    const bool vector = vectors(x, half) && vectors(y, half);
+    for (long long token = work.first; token < tokens; token += work.stride) {
+        const long long row = token * heads * dim;
+        float cos[PAIRS], sin[PAIRS];
+        angles(turns, at, half, offset + (int)(token % steps), cos, sin);
+        for (int h = 0; h < heads; h++) {
+            const Pairs in = load_pairs(x + row + h * dim, at, half, vector);
+            Pairs out;
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                out.a[i] = fmaf(in.a[i], cos[i], -sign * in.b[i] * sin[i]);
+                out.b[i] = fmaf(in.b[i], cos[i], sign * in.a[i] * sin[i]);
+            }
+            store_pairs(y + row + h * dim, at, half, vector, out);
+        }
+    }
+}
+
 #define ENTRIES(T, NAME)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK) rope_##NAME(                                                   \
+        const T* x, T* y, long long tokens, int steps, int heads, int half, int offset, long long log2_base,           \
+        float sign) {                                                                                                  \
+        rope<T>(x, y, tokens, steps, heads, half, offset, log2_base, sign);                                            \
+    }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(BLOCK) qk_norm_rope_forward_##NAME(                                    \
         const T* x, const float* w, T* y, long long tokens, int steps, int heads, int half, int offset,                \
         long long log2_base) {                                                                                             \

@@ -180,6 +180,8 @@ struct Mask {
     uint32_t threshold, first, site;
     int steps;
     float keep;
+    // All timesteps of a sample share the mask of the first.
+    bool tied = false;
 
     __device__ __forceinline__ Mask() : Mask(nullptr, 0.f, 1.f, 0, 0, 1) {}
     __device__ __forceinline__ Mask(const uint32_t* key, float p, float keep, uint32_t first, uint32_t site, int steps)
@@ -188,7 +190,7 @@ struct Mask {
           threshold((uint32_t)ceilf(p * 16777216.f)), first(first), site(site), steps(steps), keep(key ? keep : 1.f) {}
 
     __device__ __forceinline__ uint4 draw(uint32_t row, uint32_t block) const {
-        const uint32_t b = row / steps, t = row % steps;
+        const uint32_t b = row / steps, t = tied ? 0 : row % steps;
         return philox4x32(make_uint4(block, t, first + b, site), key);
     }
     __device__ __forceinline__ bool kept(uint32_t bits) const { return bits >> 8 >= threshold; }

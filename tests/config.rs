@@ -588,7 +588,17 @@ fn lists_of_models_tasks_and_devices() {
     let models = json(&["models", "--json", "--set", "model.decay=off", "--budget", "1e6"]);
     assert_eq!(
         names(&models)[2..],
-        ["gla", "delta_net", "gated_delta_net", "gated_delta_product", "transformer"]
+        [
+            "gla",
+            "delta_net",
+            "gated_delta_net",
+            "gated_delta_product",
+            "retnet",
+            "mesa_net",
+            "transformer",
+            "gru",
+            "s4"
+        ]
     );
     assert_eq!(
         (&models[2]["transition"], &models[2]["decay"]),
@@ -596,7 +606,7 @@ fn lists_of_models_tasks_and_devices() {
     );
     assert_eq!(models[2]["recurrence"], "S = S + k^T v");
     assert_eq!(models[4]["transition"], "Householder");
-    assert!(models[6]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no"));
+    assert!(models[8]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no"));
     let models = json(&["models", "--json", "--set", "model.negative_eigenvalues=on"]);
     assert_eq!(names(&models)[..3], ["delta_net", "gated_delta_net", "gated_delta_product"]);
     assert_eq!(models[0]["eigenvalues"], serde_json::json!([-1.0, 1.0]));
@@ -738,7 +748,8 @@ prop_compose! {
             name: name.to_string(),
             layers,
             width: 2 * half * heads,
-            state,
+            // Pairs of states.
+            state: if name == "s4" { 2 * state } else { state },
             heads: Auto::Value(heads),
             dropout,
             conv,

@@ -16,10 +16,15 @@ use selectivbench::config::load::defaults;
 use selectivbench::config::{Auto, ModelConfig, Switch};
 use selectivbench::model::{
     Builder, Call, Context, Dims, DropoutKey, Grain, Input, MODELS, Mixer, Model, Notes, ParamStore, Part,
-    RecNet, count_parameters, find, width_for_budget,
+    RecNet, Transition, count_parameters, find, width_for_budget,
 };
+use selectivbench::ops::attention::rope;
+use selectivbench::ops::causal_conv1d::causal_conv1d_silu;
+use selectivbench::ops::gla::gla;
 use selectivbench::ops::head::{Targets, head_cross_entropy};
+use selectivbench::ops::linear::linear;
 use selectivbench::ops::no_grad;
+use selectivbench::ops::norms::{GateOrder, gated_rms_norm};
 
 fn config(name: &str, width: usize, layers: usize, state: usize) -> ModelConfig {
     ModelConfig {
@@ -81,9 +86,14 @@ fn layers_agree_with_the_pytorch_layers() -> Result<()> {
     Ok(())
 }
 
+/// The models of the paper, whose whole stacks have references.
+fn models_of_the_paper() -> impl Iterator<Item = &'static Model> {
+    MODELS[..7].iter()
+}
+
 #[test]
 fn stacks_agree_with_the_pytorch_models() -> Result<()> {
-    for model in MODELS {
+    for model in models_of_the_paper() {
         let golden = Golden::open(&format!("model_{}", model.name));
         for dtype in [DType::F64, DType::F32] {
             let what = format!("{} in {dtype:?}", model.name);
@@ -142,6 +152,11 @@ const SWITCHES: [(&str, Owns, Field); 4] = [
 /// A small configuration of the model, by itself and with every combination of its switches.
 fn settings(model: &Model) -> Vec<ModelConfig> {
     let mut all = vec![ModelConfig { householders: 2, ..config(model.name, 16, 2, 8) }];
+    if model.transition == Transition::Attention {
+        for window in [2, 9] {
+            all.push(ModelConfig { window: Auto::Value(window), ..all[0].clone() });
+        }
+    }
     for (_, part, field) in SWITCHES {
         let other = match part(model) {
             Part::Never | Part::Always => continue,
@@ -161,7 +176,7 @@ fn settings(model: &Model) -> Vec<ModelConfig> {
 fn shown(config: &ModelConfig) -> String {
     let mut config = config.clone();
     let switches = SWITCHES.map(|(name, _, field)| format!("{name} {}", *field(&mut config)));
-    format!("{} with {}", config.name, switches.join(", "))
+    format!("{} with {}, window {:?}", config.name, switches.join(", "), config.window)
 }
 
 /// One layer in f64.
@@ -192,7 +207,9 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
     let mut compared = 0;
     for model in MODELS {
         for (name, part, field) in &SWITCHES[..3] {
-            if part(model) == Part::Never {
+            // No weight makes retention's fixed decay do nothing: it has a test of its own.
+            if matches!(part(model), Part::Never | Part::Always) || (model.name, *name) == ("retnet", "decay")
+            {
                 continue;
             }
             let mut whole = ModelConfig { householders: 2, ..config(model.name, width, 1, 8) };
@@ -208,6 +225,7 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
                     ("decay", "mamba" | "mamba2", "A_log") => Some(value.affine(0.0, -1000.0)?),
                     ("decay", "gla", "gk_proj.1.bias") => Some(value.affine(0.0, 1e6)?),
                     ("decay", "gla", "gk_proj.0.weight" | "gk_proj.1.weight") => None,
+                    ("decay", "mesa_net", "a_proj.bias") => Some(value.affine(0.0, 1e6)?),
                     ("decay", _, "dt_bias") if model.name.contains("delta") => Some(value.affine(0.0, -1e6)?),
                     ("decay", _, "a_proj.weight" | "A_log") => None,
                     ("output_gate", "mamba", "in_proj.weight") => {
@@ -249,7 +267,36 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
             compared += 1;
         }
     }
-    assert_eq!(compared, 18);
+    assert_eq!(compared, 22);
+    Ok(())
+}
+
+/// Retention without its decay keeps everything: as gated linear attention without its own, whose keys turn.
+#[test]
+fn retention_without_decay_keeps_everything() -> Result<()> {
+    let golden = Golden::open("layer_retnet");
+    let weights = params_of(&golden);
+    let weight = |name: &str| &weights[name];
+    let config = ModelConfig { decay: Switch::Off, ..config("retnet", 64, 1, 16) };
+    let (mixer, store) = layer(&config)?;
+    store.load(&weights).unwrap();
+    let x = golden.f64("x");
+    let got = no_grad(|| mixer.forward(&x, &mut Call::new(None, None)))?;
+
+    let short = |name: &str, heads: (usize, usize, usize, usize)| -> Result<Tensor> {
+        let y = linear(&x, weight(&format!("{name}_proj.weight")), None)?;
+        causal_conv1d_silu(&y, weight(&format!("{name}_conv1d.weight")), None, None)?.0.reshape(heads)
+    };
+    let (keys, values) = ((2, 70, 4, 16), (2, 70, 4, 32));
+    let (q, k) = (rope(&short("q", keys)?, 10_000.0, 0)?, rope(&short("k", keys)?, 10_000.0, 0)?);
+    let keep = Tensor::zeros(keys, DType::F64, &Device::Cpu)?;
+    let (o, _) = gla(&q, &k, &short("v", values)?, &keep, 0.25, None)?;
+    let gate = linear(&x, weight("g_proj.weight"), None)?;
+    let norm = weight("g_norm_swish_gate.weight");
+    let y = gated_rms_norm(&o.reshape((2, 70, 128))?, &gate, norm, 1e-5, GateOrder::AfterNorm)?;
+    let want = linear(&y, weight("o_proj.weight"), None)?;
+    let error = relative_rms(&got, &want);
+    assert!(error < 1e-12, "off by {error:.1e}");
     Ok(())
 }
 
@@ -291,8 +338,16 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
         assert_eq!(net.params().count(), sizes, "{what}");
         let has = |part: &str| net.params().named().any(|param| param.name().contains(part));
         assert_eq!(has("conv1d"), taxonomy.short_conv, "{what}");
-        assert_eq!(has("A_log") || has("gk_proj"), taxonomy.decay.is_some(), "{what}");
-        assert_eq!(has("b_proj"), taxonomy.delta_rule, "{what}");
+        let decays = match config.name.as_str() {
+            // Retention's decay is fixed, that of the GRU a gate among others, that of S4D a part of its rates.
+            "retnet" => config.decay != Switch::Off,
+            "gru" | "s4" => true,
+            "mesa_net" => has("a_proj"),
+            _ => has("A_log") || has("gk_proj"),
+        };
+        assert_eq!(decays, taxonomy.decay.is_some(), "{what}");
+        // A fit has weights too.
+        assert_eq!(has("b_proj"), taxonomy.delta_rule || config.name == "mesa_net", "{what}");
 
         let mut notes = Notes::new(0..steps);
         no_grad(|| net.inspect(Input::Ids(&ids), &mut Context::default(), &mut notes))?;
@@ -302,7 +357,7 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
         assert_eq!(told(&["output_gate"]), taxonomy.output_gate, "{what}");
         assert_eq!(told(&["beta"]), taxonomy.delta_rule, "{what}");
         let Some([low, high]) = taxonomy.eigenvalues else {
-            assert_eq!(config.name, "transformer");
+            assert!(["transformer", "gru"].contains(&config.name.as_str()), "{what}");
             continue;
         };
         assert_eq!(high, 1.0, "{what}");
@@ -311,6 +366,9 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
         for note in notes.iter().filter(|note| ["decay", "alpha"].contains(&note.kind.name)) {
             assert!(note.values.iter().all(|a| (0.0..=1.0).contains(a)), "{what}");
             assert!(note.values.iter().any(|a| *a < 0.9999), "{what}");
+        }
+        if config.name == "s4" {
+            continue;
         }
         // 1 − β is the eigenvalue along a key.
         let most = |beta: f32| {
@@ -370,11 +428,19 @@ fn the_taxonomy_is_that_of_the_literature() {
             Some([-1.0, 1.0]),
             Some(64 * 32),
         ),
+        ("gru", "nonlinear", Some(Grain::State), false, false, None, Some(64)),
+        ("s4", "complex diagonal", Some(Grain::State), false, false, Some([-1.0, 1.0]), Some(64 * 16)),
+        ("mesa_net", "scalar", Some(Grain::Head), false, false, Some([0.0, 1.0]), Some(2 * 64 * 16)),
+        ("retnet", "scalar", Some(Grain::Head), false, true, Some([0.0, 1.0]), Some(64 * 32)),
     ] {
         let taxonomy = of(name);
         assert_eq!((taxonomy.transition.as_str(), taxonomy.decay), (transition, decay), "{name}");
-        assert_eq!(taxonomy.input_dependent_decay, decay.is_some(), "{name}");
-        assert_eq!((taxonomy.delta_rule, taxonomy.channel_mixing), (delta, delta), "{name}");
+        assert_eq!(
+            taxonomy.input_dependent_decay,
+            decay.is_some() && !["retnet", "s4"].contains(&name),
+            "{name}"
+        );
+        assert_eq!((taxonomy.delta_rule, taxonomy.channel_mixing), (delta, delta || name == "gru"), "{name}");
         assert_eq!((taxonomy.output_gate, taxonomy.eigenvalues), (gate, eigenvalues), "{name}");
         assert_eq!(taxonomy.state_per_layer, state, "{name}");
     }
@@ -390,6 +456,10 @@ fn a_switch_without_a_part_is_refused() {
                 *field(&mut config) = switch;
                 match count_parameters(&config, 7, 13) {
                     Ok(_) => assert_ne!(part, Part::Never, "{} {name}", model.name),
+                    Err(error) if part == Part::Always => assert_eq!(
+                        error.to_string(),
+                        format!("model.{name} is off, but {} cannot do without; set it to auto", model.name)
+                    ),
                     Err(error) => {
                         let start = format!("model.{name} is {switch}, but {} has no such part", model.name);
                         assert!(error.to_string().starts_with(&start), "{error}");
@@ -407,6 +477,36 @@ fn a_switch_without_a_part_is_refused() {
         "model.negative_eigenvalues is on, but mamba has no such part; leave it at auto, or use one of delta_net, \
          gated_delta_net, gated_delta_product"
     );
+}
+
+/// What lies before the window of the last layer's windows is never seen: each layer looks one window further back.
+#[test]
+fn a_window_bounds_what_is_seen() -> Result<()> {
+    let (steps, window) = (40, 5);
+    let config = ModelConfig { window: Auto::Value(window), ..config("transformer", 16, 2, 8) };
+    let model = find("transformer").unwrap();
+    let taxonomy = model.taxonomy(&Dims::new(model, &config).unwrap());
+    assert_eq!(taxonomy.state_per_layer, Some(2 * 16 * window));
+    let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+    let logits = |ids: Vec<u32>| -> Result<Vec<Vec<f32>>> {
+        let ids = Tensor::from_vec(ids, (1, steps), &Device::Cpu)?;
+        no_grad(|| net.logits(Input::Ids(&ids), &mut Context::default()))?.squeeze(0)?.to_vec2()
+    };
+    let ids: Vec<u32> = (0..steps as u32).map(|t| t * 5 % 7).collect();
+    let (changed_at, whole) = (11, logits(ids.clone())?);
+    let mut other = ids;
+    other[changed_at] = 6 - other[changed_at];
+    let reach = changed_at..=changed_at + 2 * (window - 1);
+    for (t, (a, b)) in whole.iter().zip(logits(other)?).enumerate() {
+        assert_eq!(*a != b, reach.contains(&t), "step {t}");
+    }
+
+    let wrong = ModelConfig { window: Auto::Value(4), ..self::config("gla", 16, 1, 8) };
+    assert_eq!(
+        count_parameters(&wrong, 7, 13).unwrap_err().to_string(),
+        "model.window is 4, but gla has no attention; leave it at auto, or use transformer"
+    );
+    Ok(())
 }
 
 /// Symbols with blank runs between them, as the tasks have.
@@ -452,7 +552,9 @@ fn every_parameter_gets_a_gradient() -> Result<()> {
 #[test]
 fn pieces_give_what_the_whole_gives() -> Result<()> {
     let (batch, steps) = (2, 61);
-    for config in MODELS.iter().flat_map(settings) {
+    // A window of the current step alone asks nothing of queries and keys.
+    let narrow = ModelConfig { window: Auto::Value(1), ..config("transformer", 16, 2, 8) };
+    for config in MODELS.iter().flat_map(settings).chain([narrow]) {
         let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
         let ids = symbols(batch, steps, 7)?;
         let whole = no_grad(|| net.logits(Input::Ids(&ids), &mut Context::default()))?;
@@ -516,6 +618,35 @@ fn a_budget_picks_a_near_width() {
         let count = count_parameters(&ModelConfig { width, ..base }, 41, 1601).unwrap();
         assert!((count as f64 / 5e6 - 1.0).abs() < 0.1, "{} at {width}: {count}", model.name);
     }
+}
+
+/// The rates of S4D's recurrence are updated on their own, and have no weight decay.
+#[test]
+fn some_parameters_have_a_learning_rate_of_their_own() -> Result<()> {
+    for model in MODELS {
+        let net = RecNet::new(&config(model.name, 16, 2, 8), 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+        let groups = net.params().groups();
+        let end = groups.iter().fold(0, |end, group| {
+            assert_eq!(group.start, end, "{}", model.name);
+            end + group.len
+        });
+        assert_eq!(end, net.params().value().elem_count(), "{}", model.name);
+        let rates: Vec<_> = groups.iter().map(|group| group.most_rate).collect();
+        if model.name != "s4" {
+            assert_eq!(rates, [None], "{}", model.name);
+            continue;
+        }
+        assert_eq!(rates, [None, Some(1e-3)]);
+        net.params().zero_grad()?;
+        let ones = Tensor::ones(groups[1].len, DType::F32, &Device::Cpu)?;
+        groups[1].of(net.params().gradient())?.slice_set(&ones, 0, 0)?;
+        for param in net.params().params() {
+            let slow = ["log_dt", "log_A_real", "A_imag"].iter().any(|name| param.name().ends_with(name));
+            let marked = param.grad().flatten_all()?.to_vec1::<f32>()?;
+            assert!(marked.iter().all(|x| (*x == 1.0) == slow), "{}", param.name());
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -405,7 +405,7 @@ mod dropout {
     use selectivbench::ops::norms::layer_norm;
     use selectivbench::ops::residual_norm::residual_dropout_layer_norm;
 
-    const DROPOUT: Dropout = Dropout { p: 0.2, key: [5, 6], site: 3, first: 10 };
+    const DROPOUT: Dropout = Dropout { p: 0.2, key: [5, 6], site: 3, first: 10, tied: false };
 
     #[test]
     fn the_mask_is_a_function_of_position() {
@@ -419,6 +419,16 @@ mod dropout {
         }
         let second = dropout(&x.narrow(0, 1, 1).unwrap(), &Dropout { first: 11, ..DROPOUT }).unwrap();
         assert_eq!(values(&second), y[65 * 9..]);
+    }
+
+    #[test]
+    fn a_tied_mask_is_that_of_the_first_step() {
+        let x = Tensor::ones((2, 65, 9), DType::F64, &Device::Cpu).unwrap();
+        let free = values(&dropout(&x, &DROPOUT).unwrap());
+        let tied = values(&dropout(&x, &Dropout { tied: true, ..DROPOUT }).unwrap());
+        for (i, y) in tied.into_iter().enumerate() {
+            assert_eq!(y, free[i / (65 * 9) * 65 * 9 + i % 9]);
+        }
     }
 
     #[test]
@@ -652,12 +662,52 @@ mod swiglu {
     }
 }
 
+mod activations {
+    use super::*;
+    use selectivbench::ops::activations::{gelu, glu};
+
+    #[test]
+    fn values_and_gradients() {
+        // x Φ(x), to sixteen digits.
+        let x = Tensor::new(&[-3.0, -1.0, 0.0, 0.5, 2.0, 40.0], &Device::Cpu).unwrap();
+        let want = [
+            -0.004_049_694_094_890_284,
+            -0.158_655_253_931_457_05,
+            0.0,
+            0.345_731_230_637_006_55,
+            1.954_499_736_103_641_6,
+            40.0,
+        ];
+        for (y, want) in values(&gelu(&x).unwrap()).into_iter().zip(want) {
+            assert!((y - want).abs() <= 1e-13 * want.abs(), "{y} {want}");
+        }
+        let x = random((2, 3, 8), 1);
+        let y = values(&glu(&x).unwrap());
+        for (row, x) in values(&x).chunks(8).enumerate() {
+            for i in 0..4 {
+                let want = x[i] / (1.0 + (-x[i + 4]).exp());
+                assert!((y[4 * row + i] - want).abs() < 1e-14);
+            }
+        }
+        for n in [1, 5] {
+            let inputs = [random((2, 3, 2 * n), 2)];
+            check_gradients("gelu", &inputs, |x| Ok(vec![gelu(&x[0])?]));
+            check_gradients("glu", &inputs, |x| Ok(vec![glu(&x[0])?]));
+        }
+        let inputs = [random((3, 200, 10), 3)];
+        check_threads("gelu", &inputs, |x| Ok(vec![gelu(&x[0])?]));
+        check_threads("glu", &inputs, |x| Ok(vec![glu(&x[0])?]));
+        let error = glu(&random((2, 3), 1)).unwrap_err();
+        assert!(error.to_string().contains("has no halves"), "{error}");
+    }
+}
+
 mod attention {
     use super::*;
-    use selectivbench::ops::attention::{causal_attention, qk_norm_rope};
+    use selectivbench::ops::attention::{causal_attention, qk_norm_rope, rope};
 
     /// Scores of every pair, in f64.
-    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Tensor {
+    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, window: Option<usize>) -> Tensor {
         let (b, t, h, d) = q.dims4().unwrap();
         let (_, s, _, e) = v.dims4().unwrap();
         let (q, k, v) = (values(q), values(k), values(v));
@@ -666,9 +716,11 @@ mod attention {
             let score = |j: usize| -> f64 {
                 (0..d).map(|c| q[((b * t + t_) * h + h_) * d + c] * k[((b * s + j) * h + h_) * d + c]).sum()
             };
-            let weights: Vec<f64> = (0..s - t + t_ + 1).map(|j| (scale * score(j)).exp()).collect();
+            let seen = s - t + t_ + 1;
+            let first = seen.saturating_sub(window.unwrap_or(seen));
+            let weights: Vec<f64> = (first..seen).map(|j| (scale * score(j)).exp()).collect();
             let total: f64 = weights.iter().sum();
-            for (j, weight) in weights.iter().enumerate() {
+            for (j, weight) in (first..).zip(&weights) {
                 for c in 0..e {
                     out[((b * t + t_) * h + h_) * e + c] +=
                         weight / total * v[((b * s + j) * h + h_) * e + c];
@@ -689,18 +741,20 @@ mod attention {
             (1, 260, 391, 1, 4, 6),
         ] {
             let (q, k, v) = (random((b, t, h, d), 1), random((b, s, h, d), 2), random((b, s, h, e), 3));
-            let want = plain(&q, &k, &v, 0.7);
-            assert!(rel_rms(&causal_attention(&q, &k, &v, 0.7).unwrap(), &want) < 1e-13);
-            let single = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
-            let got = causal_attention(&single(&q), &single(&k), &single(&v), 0.7).unwrap();
-            assert!(rel_rms(&got, &want) < 2e-6);
+            for window in [None, Some(1), Some(2), Some(70), Some(1000)] {
+                let want = plain(&q, &k, &v, 0.7, window);
+                assert!(rel_rms(&causal_attention(&q, &k, &v, 0.7, window).unwrap(), &want) < 1e-13);
+                let single = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+                let got = causal_attention(&single(&q), &single(&k), &single(&v), 0.7, window).unwrap();
+                assert!(rel_rms(&got, &want) < 2e-6, "{t} of {s}, window {window:?}");
+            }
         }
     }
 
     #[test]
     fn large_scores_do_not_overflow() {
         let big = |salt| (random((1, 200, 1, 4), salt) * 60.0).unwrap().to_dtype(DType::F32).unwrap();
-        let out = causal_attention(&big(1), &big(2), &big(3), 1.0).unwrap();
+        let out = causal_attention(&big(1), &big(2), &big(3), 1.0, None).unwrap();
         assert!(values(&out).iter().all(|x| x.is_finite()));
     }
 
@@ -708,13 +762,18 @@ mod attention {
     fn gradients_match_differences() {
         for (b, t, s, h, d, e) in [(1, 1, 1, 1, 2, 2), (2, 3, 5, 2, 5, 9), (1, 65, 130, 2, 3, 2)] {
             let inputs = [random((b, t, h, d), 1), random((b, s, h, d), 2), random((b, s, h, e), 3)];
-            check_gradients("attention", &inputs, |x| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5)?]));
+            for window in [None, Some(1), Some(3), Some(70)] {
+                let run = |x: &[Tensor]| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5, window)?]);
+                check_gradients("attention", &inputs, run);
+            }
         }
         let inputs = [1, 2, 3].map(|salt| random((2, 200, 3, 9), salt));
-        check_threads("attention", &inputs, |x| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5)?]));
+        check_threads("attention", &inputs, |x| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5, None)?]));
         assert!(
-            causal_attention(&inputs[0], &random((2, 3, 3, 9), 1), &random((2, 3, 3, 9), 1), 1.0).is_err()
+            causal_attention(&inputs[0], &random((2, 3, 3, 9), 1), &random((2, 3, 3, 9), 1), 1.0, None)
+                .is_err()
         );
+        assert!(causal_attention(&inputs[0], &inputs[1], &inputs[2], 1.0, Some(0)).is_err());
     }
 
     #[test]
@@ -739,6 +798,26 @@ mod attention {
         let inputs = [random((2, 200, 3, 10), 1), random(10, 2)];
         check_threads("qk_norm_rope", &inputs, |x| Ok(vec![qk_norm_rope(&x[0], &x[1], 1000.0, 0)?]));
         let error = qk_norm_rope(&random((1, 1, 1, 9), 1), &random(9, 2), 1000.0, 0).unwrap_err();
+        assert!(error.to_string().contains("even head dimension, got 9"), "{error}");
+    }
+
+    #[test]
+    fn rotation_alone() {
+        let x = random((2, 5, 3, 8), 1);
+        let mut want = vec![];
+        for (row, x) in values(&x).chunks(8).enumerate() {
+            let position = (7 + row / 3 % 5) as f64;
+            let angle = |i: usize| position * 10_000f64.powf(-(2.0 * i as f64) / 8.0);
+            want.extend((0..4).map(|i| x[i] * angle(i).cos() - x[i + 4] * angle(i).sin()));
+            want.extend((0..4).map(|i| x[i] * angle(i).sin() + x[i + 4] * angle(i).cos()));
+        }
+        let want = Tensor::from_vec(want, x.shape(), &Device::Cpu).unwrap();
+        assert!(rel_rms(&rope(&x, 10_000.0, 7).unwrap(), &want) < 1e-14);
+        for (t, d) in [(1, 2), (3, 10), (65, 4)] {
+            check_gradients("rope", &[random((2, t, 3, d), 1)], |x| Ok(vec![rope(&x[0], 1000.0, 3)?]));
+        }
+        check_threads("rope", &[random((2, 200, 3, 10), 1)], |x| Ok(vec![rope(&x[0], 1000.0, 0)?]));
+        let error = rope(&random((1, 1, 1, 9), 1), 1000.0, 0).unwrap_err();
         assert!(error.to_string().contains("even head dimension, got 9"), "{error}");
     }
 }

@@ -7,6 +7,9 @@ use common::*;
 use selectivbench::ops::delta::gated_delta_rule;
 use selectivbench::ops::gates;
 use selectivbench::ops::gla::gla;
+use selectivbench::ops::gru::gru;
+use selectivbench::ops::mesa::{States, mesa};
+use selectivbench::ops::s4d::s4d;
 use selectivbench::ops::selective_scan::selective_scan;
 use selectivbench::ops::ssd::ssd;
 
@@ -143,6 +146,40 @@ fn cases() -> Vec<Case> {
             timed: vec![true, true, true, true, false],
             make: gla_inputs,
             run: |x| gla(&x[0], &x[1], &x[2], &x[3], 0.7, Some((&x[4]).into())),
+        },
+        Case {
+            name: "gru",
+            inputs: vec!["gates", "weight", "bias", "state"],
+            timed: vec![true, false, false, false],
+            make: |b, t, k, _| {
+                vec![
+                    noise(1, &[b, t, 3 * k]),
+                    (noise(2, &[3 * k, k]) * (k as f64).powf(-0.5)).unwrap(),
+                    noise(3, &[3 * k]),
+                    noise(4, &[b, k]),
+                ]
+            },
+            run: |x| gru(&x[0], &x[1], &x[2], Some((&x[3]).into())),
+        },
+        Case {
+            name: "s4d",
+            inputs: vec!["u", "c", "log_dt", "log_a_real", "a_imag", "d", "state"],
+            timed: vec![true, false, false, false, false, false, false],
+            make: |b, t, k, v| {
+                vec![
+                    noise(1, &[b, t, v]),
+                    noise(2, &[v, k, 2]),
+                    ((noise(3, &[v]) * 0.5).unwrap() - 3.0).unwrap(),
+                    (noise(4, &[v, k]) * 0.5).unwrap(),
+                    (noise(5, &[v, k]) * 2.0).unwrap(),
+                    noise(6, &[v]),
+                    noise(7, &[b, v, k, 2]),
+                ]
+            },
+            run: |x| {
+                let state = Some((&x[6]).into());
+                s4d(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], state)
+            },
         },
         Case {
             name: "selective_scan",
@@ -464,6 +501,103 @@ fn strong_decays_are_stable() -> Result<()> {
             assert_close(&format!("log decay {decay}"), got, want, 1e-5);
         }
     }
+    Ok(())
+}
+
+/// q, k, v, β, g, λ, a matrix M for the state M Mᵀ of keys, and the state of values.
+fn mesa_inputs(batch: usize, steps: usize, k: usize, v: usize) -> Vec<Tensor> {
+    vec![
+        unit_rows(noise(1, &[batch, steps, HEADS, k])),
+        unit_rows(noise(2, &[batch, steps, HEADS, k])),
+        noise(3, &[batch, steps, HEADS, v]),
+        gates::sigmoid(&noise(4, &[batch, steps, HEADS]), 1.0).unwrap(),
+        log_decay(noise(5, &[batch, steps, HEADS]), 0.3),
+        noise(6, &[HEADS * k]),
+        noise(7, &[batch, HEADS, k, k]),
+        noise(8, &[batch, HEADS, k, v]),
+    ]
+}
+
+fn run_mesa(x: &[Tensor]) -> Result<Vec<Tensor>> {
+    let keys = x[6].matmul(&x[6].transpose(2, 3)?)?;
+    let states = States { keys: (&keys).into(), values: (&x[7]).into() };
+    let (o, keys, values) = mesa(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], Some(states))?;
+    Ok(vec![o, keys, values])
+}
+
+/// The readout is linear attention of queries that solve the system, and the system has an inverse.
+#[test]
+fn mesa_solves_its_system() -> Result<()> {
+    let (batch, steps, k, v) = (2, 9, 5, 3);
+    let x = mesa_inputs(batch, steps, k, v);
+    let start = x[6].matmul(&x[6].transpose(2, 3)?)?;
+    let out = run_mesa(&x)?;
+    let at = |i: usize, t: usize| x[i].narrow(1, t, 1)?.squeeze(1)?.contiguous();
+    let (mut keys, mut values) = (start, x[7].clone());
+    let lambda = (x[5].exp()? + 1.0)?.log()?.affine(1.0, 0.25)?.reshape((1, HEADS, k))?;
+    for t in 0..steps {
+        let (key, decay) = (at(1, t)?, at(4, t)?.exp()?.reshape((batch, HEADS, 1, 1))?);
+        let weighted = key.broadcast_mul(&at(3, t)?.unsqueeze(2)?)?.unsqueeze(3)?;
+        keys = (keys.broadcast_mul(&decay)? + weighted.matmul(&key.unsqueeze(2)?)?)?;
+        values = (values.broadcast_mul(&decay)? + weighted.matmul(&at(2, t)?.unsqueeze(2)?)?)?;
+        // Conjugate gradients, as many steps as there are unknowns and then some.
+        let times = |x: &Tensor| -> Result<Tensor> {
+            keys.matmul(&x.unsqueeze(3)?)?.squeeze(3)? + x.broadcast_mul(&lambda)?
+        };
+        let inner = |a: &Tensor, b: &Tensor| (a * b)?.sum_keepdim(2);
+        let mut solution = at(0, t)?.zeros_like()?;
+        let (mut residual, mut direction) = (at(0, t)?, at(0, t)?);
+        for _ in 0..k + 3 {
+            let (image, size) = (times(&direction)?, inner(&residual, &residual)?);
+            let step = (&size / (inner(&direction, &image)? + 1e-30)?)?;
+            solution = (solution + direction.broadcast_mul(&step)?)?;
+            residual = (residual - image.broadcast_mul(&step)?)?;
+            let next = (inner(&residual, &residual)? / (size + 1e-30)?)?;
+            direction = (&residual + direction.broadcast_mul(&next)?)?;
+        }
+        let want = solution.unsqueeze(2)?.matmul(&values)?.squeeze(2)?;
+        assert_close("mesa", &out[0].narrow(1, t, 1)?.squeeze(1)?, &want, 1e-9);
+    }
+    assert_close("keys", &out[1], &keys, 1e-13);
+    assert_close("values", &out[2], &values, 1e-13);
+    Ok(())
+}
+
+#[test]
+fn mesa_gradients_precision_and_pieces() -> Result<()> {
+    let names = ["q", "k", "v", "beta", "g", "lambda", "M", "values"];
+    for (batch, steps, k, v) in SHAPES {
+        let inputs = mesa_inputs(batch, steps, k, v);
+        check_gradients(&names, &inputs, 1e-6, run_mesa);
+        let (wide_out, wide) = run_with_grads(&inputs, run_mesa)?;
+        let (out, grads) = run_with_grads(&in_f32(&inputs), run_mesa)?;
+        for (got, want) in out.iter().chain(&grads).zip(wide_out.iter().chain(&wide)) {
+            assert_close("mesa in f32", got, want, 2e-5);
+        }
+    }
+    let inputs = in_f32(&mesa_inputs(2, 70, 5, 9));
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let run = || run_with_grads(&inputs, run_mesa);
+    let (one, three) = (pool(1).install(run)?, pool(3).install(run)?);
+    for (a, b) in one.0.iter().chain(&one.1).zip(three.0.iter().chain(&three.1)) {
+        assert_same_bits("mesa", a, b);
+    }
+    let mut state = None;
+    let mut outputs = vec![];
+    for (start, len) in [(0, 1), (1, 64), (65, 5)] {
+        let part: Vec<Tensor> =
+            inputs[..5].iter().map(|x| x.narrow(1, start, len)?.contiguous()).collect::<Result<_>>()?;
+        let (keys, values) = match state {
+            Some(state) => state,
+            None => (inputs[6].matmul(&inputs[6].transpose(2, 3)?)?, inputs[7].clone()),
+        };
+        let states = States { keys: (&keys).into(), values: (&values).into() };
+        let (o, keys, values) =
+            mesa(&part[0], &part[1], &part[2], &part[3], &part[4], &inputs[5], Some(states))?;
+        outputs.push(o);
+        state = Some((keys, values));
+    }
+    assert_same_bits("mesa in pieces", &Tensor::cat(&outputs, 1)?, &one.0[0]);
     Ok(())
 }
 

@@ -337,7 +337,8 @@ fn golden_state(golden: &Golden, path: &Path) {
 #[test]
 fn imported_weights_predict_what_pytorch_predicts() {
     let place = Place::new(TINY);
-    for model in MODELS {
+    // Those of the paper have references.
+    for model in &MODELS[..7] {
         let golden = Golden::open(&format!("model_{}", model.name));
         golden_state(&golden, &place.path("state.safetensors"));
         let x = golden.get("x", candle_core::DType::F32);

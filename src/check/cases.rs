@@ -6,21 +6,25 @@ use rayon::prelude::*;
 use super::case::{Case, Input, Kind};
 use super::loss::Loss;
 use crate::ops::Arg;
+use crate::ops::activations::{gelu, glu};
 use crate::ops::add::add;
-use crate::ops::attention::{causal_attention, qk_norm_rope};
+use crate::ops::attention::{causal_attention, qk_norm_rope, rope};
 use crate::ops::causal_conv1d::{Split, causal_conv1d_silu, causal_conv1d_silu_split};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::dropout::{Dropout, dropout};
 use crate::ops::embedding::embedding;
 use crate::ops::gates::{decay_gate, log_sigmoid, sigmoid};
 use crate::ops::gla::gla;
+use crate::ops::gru::gru;
 use crate::ops::head::{PAD, Targets};
 use crate::ops::l2norm::l2norm;
 use crate::ops::linear::linear;
+use crate::ops::mesa::{States, mesa};
 use crate::ops::norms::{GateOrder, RmsEps, gated_rms_norm, layer_norm, rms_norm};
 use crate::ops::optim::{AdamStep, global_norm};
 use crate::ops::philox::{philox4x32, unit_f32};
 use crate::ops::residual_norm::residual_dropout_layer_norm;
+use crate::ops::s4d::s4d;
 use crate::ops::selective_scan::selective_scan;
 use crate::ops::ssd::ssd;
 use crate::ops::swiglu::swiglu;
@@ -196,6 +200,10 @@ pub const OPS: &[Op] = &[
             // Values wider than keys, and keys of earlier steps.
             sizes.extend(headed(&[(1, 130, 1, 72, 96)]));
             sizes.push(Size { sub: 33, ..headed(&[(2, 40, 2, 64, 64)])[0] });
+            // Windows: within a tile, over tiles, one step, and keys that no query sees.
+            sizes.push(Size { width: 50, ..headed(&[(2, 400, 2, 64, 64)])[0] });
+            sizes.push(Size { width: 1, ..headed(&[(1, 130, 1, 128, 128)])[0] });
+            sizes.push(Size { width: 5, sub: 200, ..headed(&[(1, 70, 2, 96, 96)])[0] });
             sizes
         },
         thorough: || {
@@ -203,6 +211,11 @@ pub const OPS: &[Op] = &[
             sizes.iter_mut().for_each(|size| size.value = size.key);
             sizes.push(Size { sub: 300, ..headed(&[(1, 1, 4, 64, 64)])[0] });
             sizes.push(Size { sub: 65, ..headed(&[(2, 100, 2, 96, 96)])[0] });
+            for dim in [32, 64, 80, 96, 128] {
+                for (steps, window) in [(1, 3), (400, 63), (300, 33)] {
+                    sizes.push(Size { width: window, ..headed(&[(1, steps, 2, dim, dim)])[0] });
+                }
+            }
             sizes
         },
         measured: |scale| vec![Size { value: scale.size().key, ..scale.size() }],
@@ -248,8 +261,8 @@ pub const OPS: &[Op] = &[
         room: "dropout",
         matrices: false,
         activations: true,
-        quick: || rows(&[(2, 70, 96), (1, 3, 81), (1, 1, 1)]),
-        thorough: || rows(&[(3, 400, 257), (1, 2_200, 64)]),
+        quick: || both(rows(&[(2, 70, 96), (1, 3, 81), (1, 1, 1)])),
+        thorough: || both(rows(&[(3, 400, 257), (1, 2_200, 64)])),
         measured: |scale| vec![scale.size()],
         build: dropout_case,
     },
@@ -315,6 +328,19 @@ pub const OPS: &[Op] = &[
         },
     },
     Op {
+        name: "gelu",
+        room: "activations",
+        matrices: false,
+        activations: true,
+        quick: || rows(&[(2, 70, 256), (1, 1, 3)]),
+        thorough: || rows(&[(3, 400, 81)]),
+        measured: |scale| vec![scale.size()],
+        build: |size| {
+            let x = activation("x", Draw::of(size).normal(&[size.batch, size.steps, size.width], 2.0));
+            elementwise(size, "gelu", x, gelu)
+        },
+    },
+    Op {
         name: "gla",
         room: "gla",
         matrices: true,
@@ -335,6 +361,29 @@ pub const OPS: &[Op] = &[
         thorough: || rows(&[(1, 1, 31), (1, 1, 4_000_000)]),
         measured: |scale| vec![Size { width: parameters(scale), ..at(1, 1) }],
         build: global_norm_case,
+    },
+    Op {
+        name: "glu",
+        room: "activations",
+        matrices: false,
+        activations: true,
+        quick: || rows(&[(2, 70, 256), (1, 3, 81), (1, 1, 1)]),
+        thorough: || rows(&[(2, 400, 120), (1, 2_200, 64), (3, 130, 1024)]),
+        measured: |scale| vec![scale.size()],
+        build: |size| {
+            let x = activation("x", Draw::of(size).normal(&[size.batch, size.steps, 2 * size.width], 2.0));
+            elementwise(size, "glu", x, glu)
+        },
+    },
+    Op {
+        name: "gru",
+        room: "gru",
+        matrices: true,
+        activations: true,
+        quick: || both(rows(&[(2, 70, 64), (1, 3, 81), (9, 1, 120), (1, 40, 256)])),
+        thorough: || both(rows(&[(1, 1, 1), (3, 130, 72), (17, 66, 96), (2, 400, 128), (1, 2_200, 16)])),
+        measured: |scale| if scale.long() { vec![] } else { vec![scale.size()] },
+        build: gru_case,
     },
     Op {
         name: "head",
@@ -409,6 +458,22 @@ pub const OPS: &[Op] = &[
         },
     },
     Op {
+        name: "mesa",
+        room: "mesa",
+        matrices: true,
+        activations: true,
+        quick: || {
+            both(headed(&[(2, 70, 2, 64, 64), (1, 3, 1, 81, 81), (1, 1, 2, 120, 72), (1, 40, 1, 128, 128)]))
+        },
+        thorough: || {
+            both(headed(&[(1, 1, 1, 1, 1), (3, 130, 2, 9, 18), (1, 400, 1, 32, 64), (2, 66, 3, 72, 72)]))
+        },
+        measured: |scale| {
+            if scale.long() { vec![] } else { vec![Size { value: scale.size().key, ..scale.size() }] }
+        },
+        build: mesa_case,
+    },
+    Op {
         name: "qk_norm_rope",
         room: "attention",
         matrices: false,
@@ -439,6 +504,34 @@ pub const OPS: &[Op] = &[
         },
         measured: |scale| vec![scale.size()],
         build: rms_norm_case,
+    },
+    Op {
+        name: "rope",
+        room: "attention",
+        matrices: false,
+        activations: true,
+        quick: || headed(&[(2, 70, 2, 64, 1), (1, 3, 1, 72, 1), (1, 1, 3, 120, 1)]),
+        thorough: || headed(&[(2, 400, 2, 96, 1), (1, 2_200, 1, 128, 1), (2, 130, 4, 18, 1)]),
+        measured: |scale| vec![scale.size()],
+        build: rope_case,
+    },
+    Op {
+        name: "s4d",
+        room: "s4d",
+        matrices: false,
+        activations: true,
+        quick: || both(scans(&[(2, 70, 64, 16), (1, 3, 81, 34), (1, 1, 120, 256), (1, 400, 40, 128)])),
+        thorough: || {
+            both(scans(&[
+                (1, 1, 1, 2),
+                (3, 130, 72, 16),
+                (1, 400, 96, 256),
+                (1, 2_200, 32, 64),
+                (2, 65, 130, 24),
+            ]))
+        },
+        measured: |scale| vec![Size { states: 128, ..scale.size() }],
+        build: s4d_case,
     },
     Op {
         name: "selective_scan",
@@ -715,10 +808,11 @@ fn add_case(size: &Size) -> Case {
     }
 }
 
-/// With `sub` above 1: so many keys of earlier steps.
+/// With `sub` above 1: so many keys of earlier steps. With a width below its default: a window of so many.
 fn attention_case(size: &Size) -> Case {
     let &Size { batch, steps, heads, key, value, sub, .. } = size;
     let keys = if sub > 1 { steps + sub } else { steps };
+    let window = (size.width < Size::default().width).then_some(size.width);
     let mut draw = Draw::of(size);
     let scale = (key as f64).powf(-0.5);
     let (b, h, t, past) = (batch as f64, heads as f64, steps as f64, (keys - steps) as f64);
@@ -730,14 +824,16 @@ fn attention_case(size: &Size) -> Case {
         ],
         operations: b * h * (t * t + 2.0 * t * past) * (key + value) as f64,
         backward: 2.5,
-        run: Box::new(move |x| Ok(vec![causal_attention(x[0].clone(), x[1].clone(), x[2].clone(), scale)?])),
+        run: Box::new(move |x| {
+            Ok(vec![causal_attention(x[0].clone(), x[1].clone(), x[2].clone(), scale, window)?])
+        }),
         ..base(
             "attention",
             size,
             match keys - steps {
                 0 => label(size, format_args!("H{heads} K{key} V{value}")),
                 past => label(size, format_args!("S{} H{heads} K{key} V{value}", past + steps)),
-            },
+            } + &window.map_or(String::new(), |window| format!(" window {window}")),
         )
     }
 }
@@ -751,6 +847,18 @@ fn qk_norm_rope_case(size: &Size) -> Case {
         operations: 8.0 * shape.iter().product::<usize>() as f64,
         run: Box::new(|x| Ok(vec![qk_norm_rope(x[0].clone(), x[1].clone(), 1000.0, 5)?])),
         ..base("qk_norm_rope", size, label(size, format_args!("H{heads} K{key}")))
+    }
+}
+
+fn rope_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, .. } = size;
+    let shape = [batch, steps, heads, key];
+    Case {
+        inputs: vec![activation("x", Draw::of(size).normal(&shape, 1.0))],
+        operations: 3.0 * shape.iter().product::<usize>() as f64,
+        backward: 1.0,
+        run: Box::new(|x| Ok(vec![rope(x[0].clone(), 10_000.0, 5)?])),
+        ..base("rope", size, label(size, format_args!("H{heads} K{key}")))
     }
 }
 
@@ -885,6 +993,69 @@ fn gla_case(size: &Size) -> Case {
     }
 }
 
+fn gru_case(size: &Size) -> Case {
+    let &Size { batch, steps, width, stateful, .. } = size;
+    let mut draw = Draw::of(size);
+    let bound = (width as f32).powf(-0.5);
+    let mut inputs = vec![
+        activation("gates", draw.normal(&[batch, steps, 3 * width], 1.0)),
+        weight("weight", draw.uniform(&[3 * width, width], -bound, bound)),
+        param("bias", draw.normal(&[3 * width], 0.5)),
+    ];
+    if stateful {
+        inputs.push(exact("state", draw.uniform(&[batch, width], -1.0, 1.0)));
+    }
+    Case {
+        inputs,
+        outputs: &["h", "final state"],
+        operations: (6 * width * width + 20 * width) as f64 * (batch * steps) as f64,
+        run: Box::new(move |x| {
+            let state = stateful.then(|| x[3].clone());
+            let (h, state) = gru(x[0].clone(), x[1].clone(), x[2].clone(), state)?;
+            Ok(vec![h, state])
+        }),
+        ..base("gru", size, label(size, format_args!("D{width}")))
+    }
+}
+
+fn mesa_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, value, stateful, .. } = size;
+    let mut draw = Draw::of(size);
+    let (per_key, per_head) = ([batch, steps, heads, key], [batch, steps, heads]);
+    let keys = blank_runs(&draw.normal(&per_key, 1.0), batch, heads * key);
+    let mut inputs = vec![
+        activation("q", unit_rows(&draw.normal(&per_key, 1.0), key)),
+        activation("k", unit_rows(&keys, key)),
+        activation("v", draw.normal(&[batch, steps, heads, value], 1.0)),
+        exact("beta", draw.draw(&per_head, |_, u| 1.0 / (1.0 + (-2.0 * normal(u)).exp()))),
+        exact("g", draw.draw(&per_head, |_, u| log_decay(u))),
+        param("lambda", draw.normal(&[heads * key], 0.5)),
+    ];
+    if stateful {
+        inputs.push(exact("state of keys", gram(&draw.normal(&[batch, heads, key, key], 1.0), key)));
+        inputs.push(exact("state of values", draw.normal(&[batch, heads, key, value], 0.5)));
+    }
+    let (k, v) = (key as f64, value as f64);
+    Case {
+        inputs,
+        outputs: &["o", "final state of keys", "final state of values"],
+        operations: (4.0 * k * v + 4.0 * k * k + k * k * k / 3.0) * (batch * steps * heads) as f64,
+        run: Box::new(move |x| {
+            let states = stateful.then(|| States { keys: x[6].clone(), values: x[7].clone() });
+            let [q, k, v, beta, g, lambda] = [0, 1, 2, 3, 4, 5].map(|i| x[i].clone());
+            let (o, keys, values) = mesa(q, k, v, beta, g, lambda, states)?;
+            Ok(vec![o, keys, values])
+        }),
+        ..base("mesa", size, label(size, format_args!("H{heads} K{key} V{value}")))
+    }
+}
+
+/// M Mᵀ / n of the n × n matrices of an array: symmetric, and with no direction below zero.
+fn gram(x: &Tensor, n: usize) -> Tensor {
+    let product = x.matmul(&x.transpose(2, 3).expect("matrices")).and_then(|x| x / n as f64);
+    product.expect("square matrices")
+}
+
 /// The inverse softplus of a step size between 1e-3 and 0.1, log-uniform, as the layers begin with.
 fn step_bias(u: [f32; 4]) -> f32 {
     let dt = (1e-3f32.ln() + (0.1f32 / 1e-3).ln() * u[0]).exp();
@@ -929,6 +1100,35 @@ fn scan_case(size: &Size) -> Case {
             Ok(vec![y, state])
         }),
         ..base("selective_scan", size, label(size, format_args!("D{width} N{states}")))
+    }
+}
+
+fn s4d_case(size: &Size) -> Case {
+    let &Size { batch, steps, width, states, stateful, .. } = size;
+    let (pairs, mut draw) = (states / 2, Draw::of(size));
+    let turn = |i: usize, u| std::f32::consts::PI * (i % pairs) as f32 + 0.1 * normal(u);
+    let mut inputs = vec![
+        activation("u", draw.normal(&[batch, steps, width], 1.0)),
+        param("c", draw.normal(&[width, pairs, 2], 0.7)),
+        param("log_dt", draw.uniform(&[width], 1e-3f32.ln(), 0.1f32.ln())),
+        param("log_a_real", draw.draw(&[width, pairs], |_, u| 0.5f32.ln() + 0.1 * normal(u))),
+        param("a_imag", draw.draw(&[width, pairs], turn)),
+        param("d", draw.normal(&[width], 1.0)),
+    ];
+    if stateful {
+        inputs.push(exact("state", draw.normal(&[batch, width, pairs, 2], 1.0)));
+    }
+    Case {
+        inputs,
+        outputs: &["y", "final state"],
+        operations: 14.0 * (batch * steps * width * pairs) as f64,
+        run: Box::new(move |x| {
+            let state = stateful.then(|| x[6].clone());
+            let [u, c, log_dt, log_a_real, a_imag, d] = [0, 1, 2, 3, 4, 5].map(|i| x[i].clone());
+            let (y, state) = s4d(u, c, log_dt, log_a_real, a_imag, d, state)?;
+            Ok(vec![y, state])
+        }),
+        ..base("s4d", size, label(size, format_args!("D{width} N{states}")))
     }
 }
 
@@ -978,14 +1178,17 @@ fn decay_gate_case(size: &Size) -> Case {
     }
 }
 
-const DROPOUT: Dropout = Dropout { p: 0.2, key: [7, 11], site: 3, first: 5 };
+const DROPOUT: Dropout = Dropout { p: 0.2, key: [7, 11], site: 3, first: 5, tied: false };
 
+/// `stateful` stands for a mask that all timesteps share.
 fn dropout_case(size: &Size) -> Case {
     let x = activation("x", Draw::of(size).normal(&[size.batch, size.steps, size.width], 1.0));
+    let mask = Dropout { tied: size.stateful, ..DROPOUT };
+    let tied = if size.stateful { " tied" } else { "" };
     Case {
         backward: 1.0,
-        run: Box::new(|x| Ok(vec![dropout(x[0].clone(), &DROPOUT)?])),
-        ..elementwise(size, "dropout", x, |x| dropout(x, &DROPOUT))
+        size: format!("B{} T{} D{}{tied}", size.batch, size.steps, size.width),
+        ..elementwise(size, "dropout", x, move |x| dropout(x, &mask))
     }
 }
 

@@ -103,6 +103,27 @@ const EXCEPTIONS: &[Exception] = &[
         reason: "a difference of large sums; the released bf16 layers are off by up to 6.5e-2 in what follows from it",
     },
     Exception {
+        op: "mesa",
+        tensor: "*",
+        route: Route::F32,
+        tolerance: 3e-5,
+        reason: "solutions of systems whose condition number reaches a hundred, as runs of equal keys make them",
+    },
+    Exception {
+        op: "mesa",
+        tensor: "*",
+        route: Route::Tf32,
+        tolerance: 5e-3,
+        reason: "what the products round, the systems multiply",
+    },
+    Exception {
+        op: "mesa",
+        tensor: "*",
+        route: Route::Bf16,
+        tolerance: 3e-2,
+        reason: "what is rounded to bf16, the systems multiply; the released bf16 layer is off by up to 3.5e-2",
+    },
+    Exception {
         op: "delta_rule",
         tensor: "*",
         route: Route::Tf32,

@@ -41,6 +41,8 @@ const BF16_EXCEPTIONS: &[(&str, f64)] = &[
     (".dt_proj.bias", 0.1),
     (".a_proj.weight", 0.1),
     (".b_proj.weight", 0.1),
+    (".b_proj.bias", 0.1),
+    (".lambda_params", 0.1),
 ];
 
 /// How far the gradient of a parameter of a whole model may be off.

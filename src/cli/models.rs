@@ -33,7 +33,7 @@ pub struct ModelsArgs {
     /// Number of layers
     #[arg(long)]
     layers: Option<usize>,
-    /// State size N of mamba and mamba2
+    /// State size N of mamba, mamba2 and s4
     #[arg(long)]
     state: Option<usize>,
     /// Trained parameters to aim at; 5e6 and 5000000 are the same

@@ -178,6 +178,9 @@ impl ModelConfig {
         )?;
         count("model.conv", self.conv, 1..=1024)?;
         count("model.householders", self.householders, 1..=64)?;
+        if let Auto::Value(window) = self.window {
+            count("model.window", window, 1..=MOST_STEPS)?;
+        }
         let base = self.rope_base;
         number("model.rope_base", base, (1.0..=1e12).contains(&base), "between 1 and 1e12")?;
         // One layer, whose count is enough to refuse what no device holds, shows whether all can be built.

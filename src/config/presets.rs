@@ -23,6 +23,7 @@ impl Config {
                 conv: 4,
                 householders: 4,
                 rope_base: 1000.0,
+                window: Auto::AUTO,
                 decay: Switch::Auto,
                 output_gate: Switch::Auto,
                 short_conv: Switch::Auto,

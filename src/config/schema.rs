@@ -200,7 +200,7 @@ pub struct ModelConfig {
     pub name: String,
     pub layers: usize,
     pub width: usize,
-    /// State size N of mamba and mamba2.
+    /// State size N of mamba, mamba2 and s4.
     pub state: usize,
     /// `auto`: the authors' rule (4 up to width 512, then the first power of two with head dim <= 128).
     pub heads: Auto,
@@ -211,6 +211,8 @@ pub struct ModelConfig {
     pub householders: usize,
     /// Base of the transformer's rotary embedding.
     pub rope_base: f64,
+    /// Latest timesteps that attention sees, the current one included; `auto`: all of them.
+    pub window: Auto,
     /// Decay of the state; off: nothing is forgotten but by the delta rule.
     pub decay: Switch,
     /// Gate on what is read from the state.

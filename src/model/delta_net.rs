@@ -5,7 +5,7 @@
 //! `expand_v = 2` and short convolutions: those of Gated DeltaNet without decay and output gate.
 
 use super::gated_delta_net::GatedDelta;
-use super::{Grain, Model, Part};
+use super::{Grain, Model, Part, Transition};
 
 pub(super) const MODEL: Model = Model {
     name: "delta_net",
@@ -17,6 +17,7 @@ pub(super) const MODEL: Model = Model {
     build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, 1))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
     grain: Some(Grain::Head),
+    transition: Transition::Linear,
     input_dependent_decay: true,
     householders: |_| 1,
     decay: Part::Off,

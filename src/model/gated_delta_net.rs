@@ -7,7 +7,9 @@
 use candle_core::{Result, Tensor};
 
 use super::output::{gate, norm_and_gate};
-use super::{Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConvs};
+use super::{
+    Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConvs, Transition,
+};
 use crate::ops::delta::gated_delta_rule;
 use crate::ops::gates::{decay_gate, sigmoid};
 use crate::ops::l2norm::l2norm;
@@ -21,6 +23,7 @@ pub(super) const MODEL: Model = Model {
     build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, 1))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
     grain: Some(Grain::Head),
+    transition: Transition::Linear,
     input_dependent_decay: true,
     householders: |_| 1,
     decay: Part::On,

@@ -5,7 +5,7 @@
 //! `expand_v = 2`; as there, beta reaches 2 (negative eigenvalues).
 
 use super::gated_delta_net::GatedDelta;
-use super::{Grain, Model, Part};
+use super::{Grain, Model, Part, Transition};
 
 pub(super) const MODEL: Model = Model {
     name: "gated_delta_product",
@@ -17,6 +17,7 @@ pub(super) const MODEL: Model = Model {
     build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, dims.householders))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
     grain: Some(Grain::Head),
+    transition: Transition::Linear,
     input_dependent_decay: true,
     householders: |dims| dims.householders,
     decay: Part::On,

@@ -6,8 +6,10 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::output::{gate, norm_and_gate};
-use super::{Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConvs};
+use super::output::{fused_norm, gate, norm_and_gate};
+use super::{
+    Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConvs, Transition,
+};
 use crate::ops::gates::log_sigmoid;
 use crate::ops::gla::gla;
 use crate::ops::linear::linear;
@@ -27,6 +29,7 @@ pub(super) const MODEL: Model = Model {
     build: |dims, builder| Ok(Box::new(Gla::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.head_dim()),
     grain: Some(Grain::KeyChannel),
+    transition: Transition::Linear,
     input_dependent_decay: true,
     householders: |_| 0,
     decay: Part::On,
@@ -67,8 +70,6 @@ impl Gla {
                 bias: up.param("bias", &[width], Init::linear(GATE_RANK)),
             }
         };
-        // fla names the norm after the gate that it is fused with.
-        let norm = if dims.parts.output_gate { "g_norm_swish_gate" } else { "g_norm" };
         Self {
             heads: dims.heads,
             head_dim: dims.head_dim(),
@@ -78,7 +79,7 @@ impl Gla {
             },
             gate: gate(dims, builder),
             decay: dims.parts.decay.then(decay),
-            norm: builder.push(norm).param("weight", &[2 * dims.head_dim()], Init::Const(1.0)),
+            norm: fused_norm(dims, builder),
             out: builder.push("o_proj").param("weight", &[width, 2 * width], Init::linear(2 * width)),
         }
     }

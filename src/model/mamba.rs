@@ -6,7 +6,9 @@
 use candle_core::{Result, Tensor};
 
 use super::notes::softplus;
-use super::{Builder, Call, Conv, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale};
+use super::{
+    Builder, Call, Conv, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, Transition,
+};
 use crate::ops::Arg;
 use crate::ops::linear::linear;
 use crate::ops::selective_scan::selective_scan;
@@ -21,6 +23,7 @@ pub(super) const MODEL: Model = Model {
     build: |dims, builder| Ok(Box::new(Mamba::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.state),
     grain: Some(Grain::State),
+    transition: Transition::Linear,
     input_dependent_decay: true,
     householders: |_| 0,
     decay: Part::On,
@@ -81,7 +84,7 @@ impl Mamba {
             dt_bias: dt_proj.param("bias", &[inner], Init::step_size()),
             a_log: match dims.parts.decay {
                 true => builder.param("A_log", &[inner, n], Init::LogArange),
-                false => builder.constant("A_log", &[inner, n], NO_DECAY),
+                false => builder.constant("A_log", &[inner, n], Init::Const(NO_DECAY)),
             },
             d: builder.param("D", &[inner], Init::Const(1.0)),
             out: builder.push("out_proj").param("weight", &[width, inner], Init::linear(inner)),

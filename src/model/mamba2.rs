@@ -7,7 +7,9 @@ use candle_core::{Result, Tensor};
 
 use super::mamba::NO_DECAY;
 use super::notes::softplus;
-use super::{Builder, Call, Conv, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale};
+use super::{
+    Builder, Call, Conv, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, Transition,
+};
 use crate::ops::linear::linear;
 use crate::ops::norms::{GateOrder, RmsEps, gated_rms_norm, rms_norm};
 use crate::ops::ssd::ssd;
@@ -23,6 +25,7 @@ pub(super) const MODEL: Model = Model {
     build: |dims, builder| Ok(Box::new(Mamba2::new(dims, builder))),
     state_size: |dims| Some(2 * dims.width * dims.state),
     grain: Some(Grain::Head),
+    transition: Transition::Linear,
     input_dependent_decay: true,
     householders: |_| 0,
     decay: Part::On,
@@ -75,7 +78,7 @@ impl Mamba2 {
             dt_bias: builder.param("dt_bias", &[heads], Init::step_size()),
             a_log: match dims.parts.decay {
                 true => builder.param("A_log", &[heads], Init::LogUniform(1.0, 16.0)),
-                false => builder.constant("A_log", &[heads], NO_DECAY),
+                false => builder.constant("A_log", &[heads], Init::Const(NO_DECAY)),
             },
             d: builder.param("D", &[heads], Init::Const(1.0)),
             norm: builder.push("norm").param("weight", &[inner], Init::Const(1.0)),

@@ -13,9 +13,13 @@ mod delta_net;
 mod gated_delta_net;
 mod gated_delta_product;
 mod gla;
+mod gru;
 mod mamba;
 mod mamba2;
+mod mesa_net;
 mod output;
+mod retnet;
+mod s4;
 mod short_conv;
 mod transformer;
 
@@ -23,7 +27,7 @@ use std::collections::HashMap;
 
 use candle_core::{Result, Tensor};
 
-use crate::config::ModelConfig;
+use crate::config::{Auto, ModelConfig};
 use crate::error::nearest;
 use crate::ops::Arg;
 use crate::ops::dropout::Dropout;
@@ -32,7 +36,7 @@ pub use notes::{Kind, Notes, Rows, Scale};
 pub use param::{Builder, Init, Param, ParamStore};
 pub use recnet::{Context, DropoutKey, Input, RecNet};
 pub use short_conv::{Conv, ShortConvs};
-pub use taxonomy::{Grain, Part, Parts, Taxonomy};
+pub use taxonomy::{Grain, Part, Parts, Taxonomy, Transition};
 
 /// Every model that a configuration can name.
 pub const MODELS: &[Model] = &[
@@ -43,6 +47,10 @@ pub const MODELS: &[Model] = &[
     delta_net::MODEL,
     gated_delta_net::MODEL,
     gated_delta_product::MODEL,
+    retnet::MODEL,
+    gru::MODEL,
+    s4::MODEL,
+    mesa_net::MODEL,
 ];
 
 /// The model of that name, or an error that names the nearest one.
@@ -71,6 +79,7 @@ pub struct Model {
     pub state_size: fn(&Dims) -> Option<usize>,
     /// What has a decay of its own, where there is one.
     pub grain: Option<Grain>,
+    pub transition: Transition,
     pub input_dependent_decay: bool,
     /// Steps of the delta rule at each token; 0: a write erases nothing.
     pub householders: fn(&Dims) -> usize,
@@ -98,13 +107,15 @@ pub trait Mixer: Send + Sync {
 pub struct Dims {
     pub width: usize,
     pub heads: usize,
-    /// State size N of mamba and mamba2.
+    /// State size N of mamba, mamba2 and s4.
     pub state: usize,
     /// Taps of the short convolution.
     pub conv: usize,
     /// Householder steps per token.
     pub householders: usize,
     pub rope_base: f64,
+    /// Latest timesteps that attention sees; `None`: all of them.
+    pub window: Option<usize>,
     pub parts: Parts,
 }
 
@@ -112,6 +123,19 @@ impl Dims {
     /// Fails if the width cannot be cut into the heads, or on a part that `model` cannot have.
     pub fn new(model: &Model, config: &ModelConfig) -> anyhow::Result<Self> {
         let parts = model.parts(config)?;
+        let window = match config.window {
+            Auto::Auto(_) => None,
+            Auto::Value(window) if model.transition == Transition::Attention => Some(window),
+            Auto::Value(window) => {
+                let have = MODELS.iter().filter(|model| model.transition == Transition::Attention);
+                let have: Vec<&str> = have.map(|model| model.name).collect();
+                bail_input!(
+                    "model.window is {window}, but {} has no attention; leave it at auto, or use {}",
+                    model.name,
+                    have.join(" or ")
+                )
+            }
+        };
         let heads = config.heads();
         if heads == 0 || !divides(config) {
             let width = config.width;
@@ -135,6 +159,7 @@ impl Dims {
             conv: config.conv,
             householders: config.householders,
             rope_base: config.rope_base,
+            window,
             parts,
         })
     }
@@ -154,6 +179,8 @@ fn divides(config: &ModelConfig) -> bool {
 pub struct Call<'a> {
     /// The mask for dropout inside the layer, while training.
     pub dropout: Option<Dropout>,
+    /// Timesteps of the sequence before this piece.
+    pub position: usize,
     slots: Option<&'a mut LayerState>,
     notes: Option<&'a mut Notes>,
 }
@@ -164,7 +191,12 @@ pub struct LayerState(Vec<Option<Tensor>>);
 
 impl<'a> Call<'a> {
     pub fn new(dropout: Option<Dropout>, slots: Option<&'a mut LayerState>) -> Self {
-        Self { dropout, slots, notes: None }
+        Self { dropout, position: 0, slots, notes: None }
+    }
+
+    /// For a piece that begins after `position` timesteps of its sequence.
+    pub fn at(self, position: usize) -> Self {
+        Self { position, ..self }
     }
 
     /// With somebody who looks at the layer.

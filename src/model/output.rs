@@ -21,7 +21,13 @@ pub fn gate(dims: &Dims, builder: &Builder) -> Option<Param> {
     dims.parts.output_gate.then(gate)
 }
 
-/// Of the values `o`, [B, T, H, V], read from a layer whose input is `x`, [B, T, width]: norm ⊙ ô ⊙ silu(gate x), or
+/// The norm's weight in the layers of fla that name it after the gate that it is fused with.
+pub fn fused_norm(dims: &Dims, builder: &Builder) -> Param {
+    let name = if dims.parts.output_gate { "g_norm_swish_gate" } else { "g_norm" };
+    builder.push(name).param("weight", &[2 * dims.head_dim()], Init::Const(1.0))
+}
+
+/// Of the values `o`, [B, T, H, V] or in the same order, read from a layer whose input is `x`, [B, T, width]: norm ⊙ ô ⊙ silu(gate x), or
 /// norm ⊙ ô, as [B, T, 2 width].
 pub fn norm_and_gate(
     o: &Tensor,

@@ -20,6 +20,10 @@ pub enum Init {
     Const(f64),
     /// Uniform in ±bound.
     Uniform(f64),
+    /// Uniform in [low, high).
+    Between(f64, f64),
+    /// Normal, of this deviation.
+    Normal(f64),
     /// Each row holds log 1, log 2, …, log of the row's length (S4D-real, Mamba's `A_log`).
     LogArange,
     /// log of a uniform number in (low, high) (`A_log` of Mamba-2 and the gated delta family).
@@ -46,6 +50,14 @@ impl Init {
         match self {
             Init::Const(value) => vec![*value; n],
             Init::Uniform(bound) => (0..n).map(|_| bound * (2.0 * uniform() - 1.0)).collect(),
+            Init::Between(low, high) => (0..n).map(|_| low + (high - low) * uniform()).collect(),
+            // Box and Muller.
+            Init::Normal(deviation) => (0..n)
+                .map(|_| {
+                    let radius = (-2.0 * (1.0 - uniform()).ln()).sqrt();
+                    deviation * radius * (std::f64::consts::TAU * uniform()).cos()
+                })
+                .collect(),
             Init::LogArange => {
                 let row = *shape.last().unwrap_or(&1);
                 (0..n).map(|i| ((i % row + 1) as f64).ln()).collect()
@@ -83,6 +95,8 @@ struct Spec {
     shape: Vec<usize>,
     init: Init,
     role: Role,
+    /// The largest learning rate of a parameter that has its own, and no weight decay.
+    most_rate: Option<f64>,
     placed: OnceLock<Placed>,
 }
 
@@ -91,6 +105,8 @@ struct Spec {
 pub struct Param {
     spec: Arc<Spec>,
     rows: Option<(usize, usize)>,
+    /// Seen without its last dimension, which is 1.
+    matrix: bool,
 }
 
 impl Param {
@@ -107,14 +123,22 @@ impl Param {
     /// layer can keep PyTorch's fused weight and still treat its parts one by one.
     pub fn rows(&self, start: usize, len: usize) -> Param {
         assert!(self.rows.is_none() && start + len <= self.spec.shape[0], "rows of {}", self.spec.name);
-        Param { spec: self.spec.clone(), rows: Some((start, len)) }
+        Param { rows: Some((start, len)), ..self.clone() }
+    }
+
+    /// The weight of a convolution of one tap, [O, I, 1], as the matrix that it is.
+    pub fn matrix(&self) -> Param {
+        assert!(self.spec.shape.last() == Some(&1), "{} as a matrix", self.spec.name);
+        Param { matrix: true, ..self.clone() }
     }
 
     fn view(&self, whole: &Tensor) -> Tensor {
-        match self.rows {
+        let seen = match self.rows {
             None => whole.clone(),
             Some((start, len)) => whole.narrow(0, start, len).expect("checked when the rows were taken"),
-        }
+        };
+        let last = candle_core::D::Minus1;
+        if self.matrix { seen.squeeze(last).expect("checked when it was made a matrix") } else { seen }
     }
 
     /// The full name, as in the PyTorch state_dict.
@@ -260,23 +284,28 @@ impl Builder {
 
     /// Declares a trained parameter.
     pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Param {
-        self.add(name, shape, init, Role::Trained)
+        self.add(name, shape, init, Role::Trained, None)
+    }
+
+    /// Declares a trained parameter whose learning rate is never above `most_rate`, and which has no weight decay.
+    pub fn slow_param(&self, name: &str, shape: &[usize], init: Init, most_rate: f64) -> Param {
+        self.add(name, shape, init, Role::Trained, Some(most_rate))
     }
 
     /// Declares values that a checkpoint holds but training leaves alone.
     pub fn buffer(&self, name: &str, shape: &[usize], init: Init) -> Param {
-        self.add(name, shape, init, Role::Buffer)
+        self.add(name, shape, init, Role::Buffer, None)
     }
 
     /// Declares values that stand in for a parameter which the model does not have; no checkpoint holds them.
-    pub fn constant(&self, name: &str, shape: &[usize], value: f64) -> Param {
-        self.add(name, shape, Init::Const(value), Role::Constant)
+    pub fn constant(&self, name: &str, shape: &[usize], init: Init) -> Param {
+        self.add(name, shape, init, Role::Constant, None)
     }
 
-    fn add(&self, name: &str, shape: &[usize], init: Init, role: Role) -> Param {
+    fn add(&self, name: &str, shape: &[usize], init: Init, role: Role, most_rate: Option<f64>) -> Param {
         let name = format!("{}{name}", self.prefix);
-        let spec = Spec { name, shape: shape.to_vec(), init, role, placed: OnceLock::new() };
-        let param = Param { spec: Arc::new(spec), rows: None };
+        let spec = Spec { name, shape: shape.to_vec(), init, role, most_rate, placed: OnceLock::new() };
+        let param = Param { spec: Arc::new(spec), rows: None, matrix: false };
         self.declared.lock().unwrap().params.push(param.clone());
         param
     }
@@ -300,9 +329,10 @@ impl Builder {
             shape,
             init: Init::Const(0.0),
             role: spec.role,
+            most_rate: None,
             placed: OnceLock::new(),
         };
-        let stack = Param { spec: Arc::new(spec), rows: None };
+        let stack = Param { spec: Arc::new(spec), rows: None, matrix: false };
         let members = members.iter().map(|&member| member.clone()).collect();
         self.declared.lock().unwrap().stacks.push((stack.clone(), members));
         stack
@@ -327,12 +357,16 @@ impl Builder {
     /// adding one leaves the others' values.
     pub fn finish(self, seed: u64, dtype: DType, device: &Device) -> Result<ParamStore> {
         let declared = std::mem::take(&mut *self.declared.lock().unwrap());
-        let (trained, others): (Vec<_>, Vec<_>) =
+        let (mut trained, others): (Vec<_>, Vec<_>) =
             declared.groups().into_iter().partition(|group| group[0].trained());
+        // Those with a learning rate of their own stand together at the end, for one update each of either kind.
+        let rate = |group: &Vec<Param>| group[0].spec.most_rate;
+        trained.sort_by(|a, b| rate(a).partial_cmp(&rate(b)).expect("rates are numbers"));
         let size = |param: &Param| param.spec.shape.iter().product::<usize>();
         let mut values = Vec::new();
         let mut placed: Vec<(&Param, usize)> = Vec::new();
         let mut end = 0;
+        let mut groups: Vec<Group> = Vec::new();
         for group in trained.iter().chain(&others) {
             let begin = values.len();
             for param in group {
@@ -345,7 +379,12 @@ impl Builder {
             }
             values.resize(values.len().next_multiple_of(ALIGN), 0.0);
             if group[0].trained() {
+                let (start, most_rate) = (end, rate(group));
                 end = values.len();
+                match groups.last_mut() {
+                    Some(group) if group.most_rate == most_rate => group.len += end - start,
+                    _ => groups.push(Group { start, len: end - start, most_rate }),
+                }
             }
         }
         for (stack, members) in &declared.stacks {
@@ -377,7 +416,7 @@ impl Builder {
         let params: Vec<Param> = trained.into_iter().flatten().collect();
         let buffers = others.into_iter().flatten().filter(|param| param.spec.role == Role::Buffer).collect();
         let count = params.iter().map(size).sum();
-        Ok(ParamStore { params, buffers, value, gradient, shadow, count })
+        Ok(ParamStore { params, buffers, groups, value, gradient, shadow, count })
     }
 }
 
@@ -409,10 +448,27 @@ impl Stream {
     }
 }
 
+/// A stretch of the flat buffers whose values are updated in the same way.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Group {
+    pub start: usize,
+    pub len: usize,
+    /// The largest learning rate, of parameters that have their own and no weight decay.
+    pub most_rate: Option<f64>,
+}
+
+impl Group {
+    /// This stretch of a flat buffer.
+    pub fn of(&self, flat: &Tensor) -> Result<Tensor> {
+        flat.narrow(0, self.start, self.len)
+    }
+}
+
 /// All parameters of a model, over flat buffers.
 pub struct ParamStore {
     params: Vec<Param>,
     buffers: Vec<Param>,
+    groups: Vec<Group>,
     value: Tensor,
     gradient: Tensor,
     shadow: Option<Tensor>,
@@ -428,6 +484,11 @@ impl ParamStore {
     /// The untrained values that a checkpoint holds besides.
     pub fn buffers(&self) -> &[Param] {
         &self.buffers
+    }
+
+    /// The flat buffer in stretches that are updated alike; all of them together are all of it.
+    pub fn groups(&self) -> &[Group] {
+        &self.groups
     }
 
     /// Number of trained values.

@@ -49,7 +49,11 @@ impl Context {
 
 /// What all layers carry from one piece to the next.
 #[derive(Clone, Default)]
-pub struct State(Vec<LayerState>);
+pub struct State {
+    layers: Vec<LayerState>,
+    /// Timesteps of the pieces so far.
+    steps: usize,
+}
 
 /// A stack of mixers with its parameters.
 pub struct RecNet {
@@ -185,21 +189,24 @@ impl RecNet {
             Input::Dense(u) => linear::linear(u, weight, Some(Arg::from(bias)))?,
         };
         see("encoder", &x)?;
-        if let Some(State(layers)) = &mut context.state {
-            layers.resize_with(self.layers.len(), LayerState::default);
+        let mut position = 0;
+        if let Some(state) = &mut context.state {
+            state.layers.resize_with(self.layers.len(), LayerState::default);
+            position = state.steps;
+            state.steps += x.dim(1)?;
         }
         for (l, (mixer, weight, bias)) in self.layers.iter().enumerate() {
             // Two sites a layer: what the mixer drops inside, and what the residual branch drops.
             let dropout = |site: usize| {
                 let DropoutKey { p, key, first } = context.dropout?;
-                (p > 0.0).then_some(Dropout { p, key, site: site as u32, first })
+                (p > 0.0).then_some(Dropout { p, key, site: site as u32, first, tied: false })
             };
             let (inside, branch) = (dropout(2 * l), dropout(2 * l + 1));
-            let slots = context.state.as_mut().map(|State(layers)| &mut layers[l]);
+            let slots = context.state.as_mut().map(|state| &mut state.layers[l]);
             if let Some(notes) = &mut notes {
                 notes.layer = l;
             }
-            let mut call = Call::new(inside, slots).with_notes(notes.as_deref_mut());
+            let mut call = Call::new(inside, slots).at(position).with_notes(notes.as_deref_mut());
             let y = mixer.forward(&x, &mut call)?;
             see(&format!("layers.{l}"), &y)?;
             x = residual_norm::residual_dropout_layer_norm(&y, &x, weight, bias, NORM_EPS, branch)?;

@@ -22,7 +22,7 @@ impl Conv {
             weight: match reaches {
                 true => builder.param("weight", &[channels, 1, dims.conv], init()),
                 // One tap of 1 leaves the operation's SiLU.
-                false => builder.constant("weight", &[channels, 1, 1], 1.0),
+                false => builder.constant("weight", &[channels, 1, 1], Init::Const(1.0)),
             },
             bias: (bias && reaches).then(|| builder.param("bias", &[channels], init())),
             reaches,

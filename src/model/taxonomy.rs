@@ -47,6 +47,19 @@ pub enum Grain {
     State,
 }
 
+/// What carries the state from one step to the next, before decay and delta rule are named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transition {
+    /// The state is multiplied with a matrix of real eigenvalues.
+    Linear,
+    /// With a diagonal of complex numbers.
+    Complex,
+    /// The state goes through a function that is not linear.
+    Nonlinear,
+    /// Nothing: what was seen is kept as it is.
+    Attention,
+}
+
 /// A configured layer in the words in which models are compared.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Taxonomy {
@@ -65,7 +78,7 @@ pub struct Taxonomy {
     pub output_gate: bool,
     pub short_conv: bool,
     /// Smallest and largest eigenvalue that a factor of the transition can have; a product of several can also have
-    /// complex ones, of a modulus up to 1. `None`: there is no transition.
+    /// complex ones, of a modulus up to 1. Of a complex diagonal: their real parts. `None`: there is no matrix.
     pub eigenvalues: Option<[f64; 2]>,
     /// Floats of state per sequence; `None` if it grows with the sequence.
     pub state_per_layer: Option<usize>,
@@ -117,10 +130,12 @@ impl Model {
             1 => Some("Householder".to_string()),
             n => Some(format!("{n} Householders")),
         };
-        let (transition, eigenvalues) = match (state_per_layer, kept, erased) {
-            (None, ..) => ("key-value cache".into(), None),
-            (_, None, None) => ("identity".into(), Some([1.0, 1.0])),
-            (_, kept, erased) => {
+        let (transition, eigenvalues) = match (self.transition, kept, erased) {
+            (Transition::Attention, ..) => ("key-value cache".into(), None),
+            (Transition::Nonlinear, ..) => ("nonlinear".into(), None),
+            (Transition::Complex, ..) => ("complex diagonal".into(), Some([-1.0, 1.0])),
+            (Transition::Linear, None, None) => ("identity".into(), Some([1.0, 1.0])),
+            (Transition::Linear, kept, erased) => {
                 let factors: Vec<String> = kept.map(String::from).into_iter().chain(erased).collect();
                 (factors.join(" x "), Some([if negative_eigenvalues { -1.0 } else { 0.0 }, 1.0]))
             }
@@ -129,7 +144,7 @@ impl Model {
             transition,
             decay: grain,
             input_dependent_decay: grain.is_some() && self.input_dependent_decay,
-            channel_mixing: householders > 0,
+            channel_mixing: householders > 0 || self.transition == Transition::Nonlinear,
             delta_rule: householders > 0,
             householders,
             output_gate,

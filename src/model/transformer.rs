@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::notes::age;
-use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Part, Rows, Scale};
+use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, Transition};
 use crate::bail_input;
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
@@ -20,11 +20,12 @@ use crate::ops::{Arg, view};
 
 pub(super) const MODEL: Model = Model {
     name: "transformer",
-    recurrence: |_| "keeps every key and value",
+    recurrence: |_| "keeps keys and values",
     reference: "Vaswani et al. 2017, arXiv 1706.03762",
     build: |dims, builder| Ok(Box::new(Transformer::new(dims, builder)?)),
-    state_size: |_| None,
+    state_size: |dims| dims.window.map(|window| 2 * dims.width * window),
     grain: None,
+    transition: Transition::Attention,
     input_dependent_decay: false,
     householders: |_| 0,
     decay: Part::Never,
@@ -72,6 +73,7 @@ struct Transformer {
     heads: usize,
     head_dim: usize,
     rope_base: f64,
+    window: Option<usize>,
     inv_freq: Param,
     q: Affine,
     k: Affine,
@@ -105,6 +107,7 @@ impl Transformer {
             heads: dims.heads,
             head_dim,
             rope_base: dims.rope_base,
+            window: dims.window,
             inv_freq: builder.push("rotary").buffer("inv_freq", &[head_dim / 2], Init::Values(frequencies)),
             q: Affine::new(builder, "q_proj", width, width),
             k: Affine::new(builder, "k_proj", width, width),
@@ -122,7 +125,7 @@ impl Transformer {
 
 /// Of q [1, T, H, D] and k [1, S, H, D] in f32: the share of the attention at each age, [1, T, ages], mean over
 /// the heads, and its entropy [1, T, H].
-fn attention(q: &Tensor, k: &Tensor, scale: f64) -> Result<(Tensor, Tensor)> {
+fn attention(q: &Tensor, k: &Tensor, scale: f64, window: Option<usize>) -> Result<(Tensor, Tensor)> {
     let ((_, steps, heads, dim), keys) = (q.dims4()?, k.dim(1)?);
     let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
     let (q, k) = (values(q)?, values(k)?);
@@ -134,17 +137,18 @@ fn attention(q: &Tensor, k: &Tensor, scale: f64) -> Result<(Tensor, Tensor)> {
         .map(|t| {
             let mut shares = [0.0; AGES];
             let last = keys - steps + t;
+            let first = (last + 1).saturating_sub(window.unwrap_or(keys));
             let entropies = (0..heads).map(|h| {
                 let query = &q[row(t, h)];
                 let score = |s| {
                     let dot: f32 = query.iter().zip(&k[row(s, h)]).map(|(q, k)| q * k).sum();
                     f64::from(dot) * scale
                 };
-                let scores: Vec<f64> = (0..=last).map(score).collect();
+                let scores: Vec<f64> = (first..=last).map(score).collect();
                 let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let total: f64 = scores.iter().map(|score| (score - most).exp()).sum();
                 let mut entropy = 0.0;
-                for (s, score) in scores.iter().enumerate() {
+                for (s, score) in (first..).zip(&scores) {
                     let log = score - most - total.ln();
                     entropy -= log.exp() * log;
                     shares[age(last - s).min(AGES - 1)] += (log.exp() / heads as f64) as f32;
@@ -165,8 +169,7 @@ impl Mixer for Transformer {
     fn forward(&self, x: &Tensor, call: &mut Call) -> Result<Tensor> {
         let (batch, steps, width) = x.dims3()?;
         let per_head = (batch, steps, self.heads, self.head_dim);
-        let past = call.recall(0).zip(call.recall(1));
-        let offset = past.as_ref().map_or(0, |(k, _)| k.dims()[1]);
+        let (past, offset) = (call.recall(0).zip(call.recall(1)), call.position);
         let q = qk_norm_rope(view(&self.q.forward(x)?, per_head), &self.q_norm, self.rope_base, offset)?;
         let k = qk_norm_rope(view(&self.k.forward(x)?, per_head), &self.k_norm, self.rope_base, offset)?;
         let v = self.v.forward(x)?;
@@ -175,11 +178,14 @@ impl Mixer for Transformer {
             None => (k, v),
         };
         let scale = (self.head_dim as f64).powf(-0.5);
-        call.note(&ATTENTION, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale)?.0))?;
-        call.note(&ENTROPY, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale)?.1))?;
-        let o = causal_attention(&q, &k, view(&v, k.shape()), scale)?;
-        call.keep(0, k);
-        call.keep(1, v);
+        call.note(&ATTENTION, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale, self.window)?.0))?;
+        call.note(&ENTROPY, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale, self.window)?.1))?;
+        let o = causal_attention(&q, &k, view(&v, k.shape()), scale, self.window)?;
+        // The next timestep sees one less of what is here than its window has.
+        let keys = k.dim(1)?;
+        let kept = self.window.map_or(keys, |window| keys.min((window - 1).max(1)));
+        call.keep(0, k.narrow(1, keys - kept, kept)?);
+        call.keep(1, v.narrow(1, keys - kept, kept)?);
         let o = self.out.forward(view(&o, (batch, steps, width)))?;
         let h = add(x, &rms_norm(&o, &self.out_norm, RMS_EPS, RmsEps::Outside)?)?;
         let mut y = self.down.forward(&swiglu(&self.up.forward(&h)?, &self.beta)?)?;

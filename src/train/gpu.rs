@@ -12,7 +12,7 @@ use cudarc::driver::CudaGraph;
 use super::breakdown::Counter;
 use super::evaluate::{EvalPlan, Evaluation, MeanDivergence, next_targets};
 use super::trainer::{StepStats, Trainer};
-use crate::config::{Emulate, OptimizerKind};
+use crate::config::Emulate;
 use crate::cuda::Gpu;
 use crate::cuda::about::trim;
 use crate::cuda::graph::{capture, rehearse};
@@ -74,7 +74,8 @@ impl Sums {
 /// learning rate.
 pub(super) struct Updates {
     gpu: Gpu,
-    adam: DeviceAdam,
+    /// One for each group of parameters.
+    adam: Vec<DeviceAdam>,
     report: Report,
     /// The sizes that came, the latest last.
     sizes: Vec<Size>,
@@ -93,21 +94,12 @@ struct Size {
 
 impl Updates {
     fn new(trainer: &Trainer) -> Result<Self> {
-        let train = &trainer.config.train;
-        let settings = AdamStep {
-            lr: 0.0,
-            beta1: train.beta1,
-            beta2: train.beta2,
-            eps: train.eps,
-            weight_decay: train.weight_decay,
-            decoupled: train.optimizer == OptimizerKind::Adamw,
-            step: 0,
-            grad_scale: 1.0,
-        };
         let device = trainer.net.params().value().device();
         let gpu = Gpu::new(device)?;
         Ok(Self {
-            adam: DeviceAdam::new(settings, train.clip, device)?,
+            adam: (trainer.net.params().groups().iter())
+                .map(|group| DeviceAdam::new(trainer.adam_step(group), trainer.config.train.clip, device))
+                .collect::<candle_core::Result<_>>()?,
             report: Report::new(&gpu)?,
             sizes: vec![],
             capturing: true,
@@ -211,7 +203,11 @@ impl Trainer {
             if let Some(DropoutKey { key, .. }) = dropout {
                 set_key(&updates.gpu, key)?;
             }
-            anyhow::Ok(updates.adam.set_step(lr, self.step as u64 + 1)?)
+            for (group, adam) in self.net.params().groups().iter().zip(&updates.adam) {
+                let AdamStep { lr, step, .. } = self.adam_step(group);
+                adam.set_step(lr, step)?;
+            }
+            anyhow::Ok(())
         })?;
         updates.launch(self)?;
         // Everything is on its way: now wait for what it says.
@@ -226,13 +222,19 @@ impl Trainer {
     }
 
     /// Puts a whole update on the stream, its report included; the host sees nothing of it.
-    fn launch_update(&self, batch: &DeviceBatch, adam: &DeviceAdam, report: &Report) -> Result<()> {
+    fn launch_update(&self, batch: &DeviceBatch, adam: &[DeviceAdam], report: &Report) -> Result<()> {
         let (totals, loss) = self.accumulate_on_gpu(batch)?;
         trace::part("optimizer", || {
             let params = self.net.params();
-            let (value, grad, shadow) = (params.value(), params.gradient(), params.shadow());
-            let squares = sum_of_squares(grad)?;
-            adam.apply(&Flat { value, grad, m: &self.m, v: &self.v, shadow }, &squares, &loss)?;
+            let squares = sum_of_squares(params.gradient())?;
+            for (group, adam) in params.groups().iter().zip(adam) {
+                let of = |flat| group.of(flat);
+                let (value, grad, m, v) =
+                    (of(params.value())?, of(params.gradient())?, of(&self.m)?, of(&self.v)?);
+                let shadow = params.shadow().map(of).transpose()?;
+                let flat = Flat { value: &value, grad: &grad, m: &m, v: &v, shadow: shadow.as_ref() };
+                adam.apply(&flat, &squares, &loss)?;
+            }
             for (i, totals) in totals.iter().enumerate() {
                 report.add(totals, Some(&squares), i > 0)?;
             }

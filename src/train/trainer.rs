@@ -7,6 +7,7 @@ use super::evaluate::{ElementLabels, targets, with_input};
 use super::schedule;
 use crate::config::{Auto, Config, Emulate, OptimizerKind};
 use crate::device::number_format;
+use crate::model::param::Group;
 use crate::model::{Context, DropoutKey, Input, RecNet};
 use crate::ops::head::head_cross_entropy;
 use crate::ops::optim::{AdamStep, clip_scale, global_norm};
@@ -256,21 +257,35 @@ impl Trainer {
             let device = params.value().device();
             return with_input(batch, device, |input| Ok(self.not_finite(input, loss)))?.and_then(Err);
         }
-        let train = &self.config.train;
+        let grad_scale = clip_scale(grad_norm, self.config.train.clip);
+        trace::part("optimizer", || -> Result<()> {
+            for group in params.groups() {
+                let of = |flat| group.of(flat);
+                let (value, grad, m, v) =
+                    (of(params.value())?, of(params.gradient())?, of(&self.m)?, of(&self.v)?);
+                AdamStep { grad_scale, ..self.adam_step(group) }.apply(&value, &grad, &m, &v)?;
+            }
+            Ok(())
+        })?;
         let lr = self.learning_rate();
-        let adam = AdamStep {
-            lr,
+        self.step += 1;
+        Ok(StepStats { loss, accuracy, grad_norm, lr, tokens: batch.valid_steps() })
+    }
+
+    /// The next update of a group of parameters, without clipping.
+    pub(super) fn adam_step(&self, group: &Group) -> AdamStep {
+        let train = &self.config.train;
+        let most = group.most_rate.unwrap_or(f64::INFINITY);
+        AdamStep {
+            lr: train.lr.min(most) * schedule::multiplier(&self.config, self.step, self.total),
             beta1: train.beta1,
             beta2: train.beta2,
             eps: train.eps,
-            weight_decay: train.weight_decay,
+            weight_decay: if group.most_rate.is_some() { 0.0 } else { train.weight_decay },
             decoupled: train.optimizer == OptimizerKind::Adamw,
             step: self.step as u64 + 1,
-            grad_scale: clip_scale(grad_norm, train.clip),
-        };
-        trace::part("optimizer", || adam.apply(params.value(), params.gradient(), &self.m, &self.v))?;
-        self.step += 1;
-        Ok(StepStats { loss, accuracy, grad_norm, lr, tokens: batch.valid_steps() })
+            grad_scale: 1.0,
+        }
     }
 
     /// The first tensor that is not finite, in the order in which a step computes them.
@@ -388,6 +403,33 @@ train: {batch: 8, warmup: 10, eval_every: 16}";
         assert!((loss - last.0).abs() < 1e-6, "the last micro-batch is reported");
         let sum: Vec<f32> = first.1.iter().zip(&last.1).map(|(a, b)| a + b).collect();
         assert!(distance(&sum, &gradient(&parts)) < 1e-5);
+    }
+
+    /// The first update of Adam moves every value by the learning rate, AdamW's decay beside it.
+    #[test]
+    fn the_rates_of_s4_learn_slowly_and_do_not_decay() {
+        let sets = ["model={name: s4, state: 4}", "train={lr: 0.05, warmup: 0, optimizer: adamw}"];
+        let (mut trainer, batch) = trainer(&[&sets[..], &["train.weight_decay=0.5"]].concat());
+        let values = |trainer: &Trainer| -> Vec<(String, Vec<f32>)> {
+            let of = |param: &crate::model::Param| param.value().flatten_all().unwrap().to_vec1().unwrap();
+            trainer.net().params().params().iter().map(|p| (p.name().to_string(), of(p))).collect()
+        };
+        let before = values(&trainer);
+        let lr = trainer.update(&batch).unwrap().lr as f32;
+        for ((name, before), (_, after)) in before.iter().zip(values(&trainer)) {
+            let slow = ["log_dt", "log_A_real", "A_imag"].iter().any(|own| name.ends_with(own));
+            for (before, after) in before.iter().zip(after) {
+                let (most, decay) = if slow { (lr / 50.0, 0.0) } else { (lr, 0.5 * lr * before) };
+                let moved = (after - before + decay).abs();
+                // Where the gradient is as small as epsilon, it moves less.
+                assert!(moved <= 1.001 * most + 1e-6, "{name}: {moved} of {most}");
+            }
+        }
+        let moved = |name: &str| {
+            let of = |list: &[(String, Vec<f32>)]| list.iter().find(|(n, _)| n == name).unwrap().1[0];
+            (of(&values(&trainer)) - of(&before)).abs()
+        };
+        assert!(moved("layers.0.kernel.log_dt") > 0.9 * lr / 50.0 && moved("decoder.bias") > 0.5 * lr);
     }
 
     #[test]

@@ -4,8 +4,9 @@ use candle_core::{DType, Result, Tensor};
 
 use super::hopper::Hopper;
 use super::reference::Shape;
+use super::rope::Turn;
 use crate::cuda::{Gpu, KernelArg, Launch, kernels, route, suffix};
-use crate::ops::tape::Forward;
+use crate::ops::tape::{Forward, Value};
 
 /// The tile of a kernel: rows that a block owns, 16 or 32 to a warp, and rows that it walks over at a time.
 struct Tile {
@@ -79,13 +80,14 @@ fn per_query(gpu: &Gpu, shape: Shape) -> Result<Tensor> {
     Ok(value?.into_tensor())
 }
 
-fn sizes(shape: Shape, scale: f64) -> [KernelArg; 6] {
+fn sizes(shape: Shape, scale: f64) -> [KernelArg; 7] {
     [
         shape.steps.into(),
         shape.keys.into(),
         shape.heads.into(),
         shape.dim.into(),
         shape.values.into(),
+        shape.window.into(),
         (scale as f32).into(),
     ]
 }
@@ -152,17 +154,7 @@ pub fn backward(
     Ok([dq, dk, dv])
 }
 
-/// Sizes of [`norm_rope`].
-#[derive(Clone, Copy)]
-pub struct NormRope {
-    pub steps: usize,
-    pub heads: usize,
-    pub dim: usize,
-    pub base: f64,
-    pub offset: usize,
-}
-
-impl NormRope {
+impl Turn {
     const THREADS: u32 = 256;
 
     fn check(self) -> Result<Self> {
@@ -204,6 +196,19 @@ impl NormRope {
         let launch = Launch::new(self.blocks(tokens), Self::THREADS);
         gpu.launch(&kernels::QK_NORM_ROPE, &name, launch, &params)?;
         Ok(Forward { outputs: vec![y], ..Default::default() })
+    }
+
+    /// x turned, without a norm; `sign` −1 turns back.
+    pub fn rope(self, x: &Tensor, sign: f64) -> Result<Value> {
+        self.check()?;
+        let (gpu, tokens) = (Gpu::of(x)?, self.tokens(x));
+        let y = gpu.empty(x.shape(), x.dtype())?;
+        let mut params = vec![gpu.ptr(x)?, gpu.of_value(&y)?];
+        params.extend(self.sizes(tokens));
+        params.push((sign as f32).into());
+        let launch = Launch::new(self.blocks(tokens), Self::THREADS);
+        gpu.launch(&kernels::QK_NORM_ROPE, &format!("rope_{}", suffix(x.dtype())?), launch, &params)?;
+        Ok(y)
     }
 
     /// Gradients of x and w.

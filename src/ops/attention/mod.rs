@@ -13,12 +13,13 @@ use self::reference::Shape;
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
 
-pub use rope::qk_norm_rope;
+pub use rope::{qk_norm_rope, rope};
 
 /// softmax(scale · q kᵀ + causal mask) v, per head.
 ///
 /// q [B, T, H, D], k [B, S, H, D], v [B, S, H, V] with S ≥ T; gives [B, T, H, V]. Query t sees the keys
-/// 0 ..= S−T+t, so k and v may hold a cache of earlier steps. Scores exist for one tile of queries and
+/// 0 ..= S−T+t, so k and v may hold a cache of earlier steps; with a `window`, only the last so many of them. Scores
+/// exist for one tile of queries and
 /// keys at a time; the backward pass forms them again from the saved log-sum-exp.
 /// Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 pub fn causal_attention(
@@ -26,6 +27,7 @@ pub fn causal_attention(
     k: impl Into<Arg>,
     v: impl Into<Arg>,
     scale: f64,
+    window: Option<usize>,
 ) -> Result<Tensor> {
     let (q, k, v) = (q.into(), k.into(), v.into());
     let (batch, steps, heads, dim) = q.shape().dims4()?;
@@ -41,7 +43,11 @@ pub fn causal_attention(
     if keys < steps {
         candle_core::bail!("attention: {keys} keys for {steps} queries; every query needs its own key")
     }
-    let shape = Shape { batch, steps, keys, heads, dim, values };
+    if window == Some(0) {
+        candle_core::bail!("attention: a window of 0 steps; every query sees its own key")
+    }
+    let window = window.unwrap_or(keys).min(keys);
+    let shape = Shape { batch, steps, keys, heads, dim, values, window };
     Ok(apply(CausalAttention { shape, scale }, &[q, k, v])?.remove(0))
 }
 

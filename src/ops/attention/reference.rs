@@ -17,12 +17,24 @@ pub struct Shape {
     pub heads: usize,
     pub dim: usize,
     pub values: usize,
+    /// Keys that a query sees at most.
+    pub window: usize,
 }
 
 impl Shape {
-    /// Keys that query `t` sees.
+    /// The end of the keys that query `t` sees.
     fn seen(&self, t: usize) -> usize {
         self.keys - self.steps + t + 1
+    }
+
+    /// The first key that query `t` sees.
+    fn first(&self, t: usize) -> usize {
+        self.seen(t).saturating_sub(self.window)
+    }
+
+    /// Those that query `t` sees of the `n` keys from `key` on, counted from there.
+    fn within(&self, t: usize, key: usize, n: usize) -> std::ops::Range<usize> {
+        self.first(t).saturating_sub(key).min(n)..self.seen(t).saturating_sub(key).min(n)
     }
 
     /// `count` rows from `first` on of head `h`, of an array [B, length, H, d].
@@ -98,19 +110,24 @@ impl<F: Real> Tile<F> {
         out.fill(F::zero());
         self.max.fill(F::neg_infinity());
         self.sum.fill(F::zero());
-        for key in (0..shape.seen(first + count - 1)).step_by(KEYS) {
+        for key in (shape.first(first)..shape.seen(first + count - 1)).step_by(KEYS) {
             let n = KEYS.min(keys - key);
             let scores = &mut self.scores[..count * n];
             let tile = shape.rows(k, (b, h), (keys, dim), key, n);
             gemm(MatMut::new(scores, count, n), F::zero(), scale, queries, tile.t());
             let rows = scores.chunks_exact_mut(n).zip(out.chunks_exact_mut(values));
             for (i, (row, out)) in rows.enumerate() {
-                let (row, masked) = row.split_at_mut(shape.seen(first + i).saturating_sub(key).min(n));
-                masked.fill(F::zero());
+                let seen = shape.within(first + i, key, n);
+                row[..seen.start].fill(F::zero());
+                row[seen.end..].fill(F::zero());
+                if seen.is_empty() {
+                    continue;
+                }
+                let row = &mut row[seen];
                 let max = row.iter().fold(self.max[i], |a, &b| if b > a { b } else { a });
                 let old = if max > self.max[i] { (self.max[i] - max).exp_fast() } else { F::one() };
                 row.iter_mut().for_each(|x| *x = (*x - max).exp_fast());
-                self.sum[i] = self.sum[i] * old + sum2(row, row, |x, _| x);
+                self.sum[i] = self.sum[i] * old + sum2(&*row, &*row, |x, _| x);
                 self.max[i] = max;
                 out.iter_mut().for_each(|x| *x *= old);
             }
@@ -136,7 +153,7 @@ pub fn backward<F: Real>(
     dout: &[F],
     scale: F,
 ) -> [Vec<F>; 3] {
-    let Shape { batch, steps, keys, heads, dim, values } = shape;
+    let Shape { batch, steps, keys, heads, dim, values, .. } = shape;
     let parts = map_heads(batch, heads, |b, h| {
         let mut dq = vec![F::zero(); steps * dim];
         let mut dk = vec![F::zero(); keys * dim];
@@ -154,7 +171,7 @@ pub fn backward<F: Real>(
             let count = QUERIES.min(steps - first);
             let queries = shape.rows(q, (b, h), (steps, dim), first, count);
             let douts = shape.rows(dout, (b, h), (steps, values), first, count);
-            for key in (0..shape.seen(first + count - 1)).step_by(KEYS) {
+            for key in (shape.first(first)..shape.seen(first + count - 1)).step_by(KEYS) {
                 let n = KEYS.min(keys - key);
                 let (p, ds) = (&mut p[..count * n], &mut ds[..count * n]);
                 let k_tile = shape.rows(k, (b, h), (keys, dim), key, n);
@@ -164,13 +181,15 @@ pub fn backward<F: Real>(
                 for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
                     let t = first + i;
                     let (lse, along) = (lse[(b * steps + t) * heads + h], along[t]);
-                    let seen = shape.seen(t).saturating_sub(key).min(n);
-                    for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
+                    let seen = shape.within(t, key, n);
+                    for x in [&mut *p, &mut *ds] {
+                        x[..seen.start].fill(F::zero());
+                        x[seen.end..].fill(F::zero());
+                    }
+                    for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
                         *p = (*p - lse).exp_fast();
                         *ds = *p * (*ds - along) * scale;
                     }
-                    p[seen..].fill(F::zero());
-                    ds[seen..].fill(F::zero());
                 }
                 let (p, ds) = (Mat::new(p, count, n), Mat::new(ds, count, n));
                 let (one, dv) = (F::one(), &mut dv[key * values..(key + n) * values]);

@@ -19,30 +19,83 @@ const EPS: f64 = 1e-8;
 pub fn qk_norm_rope(x: impl Into<Arg>, w: impl Into<Arg>, base: f64, offset: usize) -> Result<Tensor> {
     let (x, w) = (x.into(), w.into());
     let (_, steps, heads, dim) = x.shape().dims4()?;
-    if dim == 0 || dim % 2 != 0 {
-        candle_core::bail!("attention: rotary embedding needs an even head dimension, got {dim}")
-    }
+    check_dim(dim)?;
     if w.shape().elem_count() != dim {
         candle_core::bail!("attention: the norm's weight has shape {:?}, expected [{dim}]", w.shape())
     }
-    Ok(apply(QkNormRope { steps, heads, dim, base, offset }, &[x, w])?.remove(0))
+    Ok(apply(QkNormRope(Turn { steps, heads, dim, base, offset }), &[x, w])?.remove(0))
 }
 
-struct QkNormRope {
-    steps: usize,
-    heads: usize,
-    dim: usize,
-    base: f64,
-    offset: usize,
+/// Rotary position embedding alone.
+///
+/// x [B, T, H, D] with D even; gives [B, T, H, D]. The halves (x₁, x₂) of a head turn by θ as in
+/// [`qk_norm_rope`], with the usual sign: y₁ = x₁ cos θ − x₂ sin θ, y₂ = x₁ sin θ + x₂ cos θ.
+pub fn rope(x: impl Into<Arg>, base: f64, offset: usize) -> Result<Tensor> {
+    let x = x.into();
+    let (_, steps, heads, dim) = x.shape().dims4()?;
+    check_dim(dim)?;
+    Ok(apply(Rope(Turn { steps, heads, dim, base, offset }), &[x])?.remove(0))
 }
 
-impl QkNormRope {
-    #[cfg(feature = "cuda")]
-    fn on_gpu(&self) -> super::cuda::NormRope {
-        let Self { steps, heads, dim, base, offset } = *self;
-        super::cuda::NormRope { steps, heads, dim, base, offset }
+fn check_dim(dim: usize) -> Result<()> {
+    if dim == 0 || !dim.is_multiple_of(2) {
+        candle_core::bail!("attention: rotary embedding needs an even head dimension, got {dim}")
+    }
+    Ok(())
+}
+
+/// Rows of heads, and by how much they turn.
+#[derive(Clone, Copy)]
+pub(super) struct Turn {
+    pub steps: usize,
+    pub heads: usize,
+    pub dim: usize,
+    pub base: f64,
+    pub offset: usize,
+}
+
+struct Rope(Turn);
+
+impl Rope {
+    /// Turns every head; `sign` −1 turns back.
+    fn turned(&self, x: &Tensor, sign: f64) -> Result<Value> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return self.0.rope(x, sign);
+        }
+        Ok(dispatch!(x.dtype(), F => {
+            slices!(F; values = x);
+            let (dim, angles) = (self.0.dim, self.0.angles::<F>());
+            let y = map_rows(values.len() / dim, dim, |row, y: &mut [F]| {
+                y.copy_from_slice(&values[row * dim..(row + 1) * dim]);
+                let (cos, sin) = self.0.angle(&angles, row);
+                turn(y, cos, sin, F::of(-sign));
+            });
+            Value::cpu(y, x.shape())
+        }))
+    }
+}
+
+impl Node for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
     }
 
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        Ok(Forward { outputs: vec![self.turned(&args[0], 1.0)?], saved: vec![] })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let Some(dy) = &grads[0] else { return Ok(vec![None]) };
+        // The transpose of a rotation turns back.
+        let dx = self.turned(&dy.reshape(run.args[0].shape())?, -1.0)?;
+        Ok(vec![Some(dx.into_tensor())])
+    }
+}
+
+struct QkNormRope(Turn);
+
+impl Turn {
     /// cos and sin of every step and pair, [T, D] with the cosines of a step first.
     fn angles<F: Real>(&self) -> Vec<F> {
         let half = self.dim / 2;
@@ -60,30 +113,32 @@ impl QkNormRope {
         let t = row / self.heads % self.steps;
         angles[t * self.dim..(t + 1) * self.dim].split_at(self.dim / 2)
     }
+}
 
+impl QkNormRope {
     fn run<F: Real>(&self, x: &[F], w: &[F]) -> Vec<F> {
-        let (dim, angles) = (self.dim, self.angles::<F>());
+        let (dim, angles) = (self.0.dim, self.0.angles::<F>());
         map_rows(x.len() / dim, dim, |row, y: &mut [F]| {
             let x = &x[row * dim..(row + 1) * dim];
             let (r, _) = rms(x);
             for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
                 *y = x * r * w;
             }
-            let (cos, sin) = self.angle(&angles, row);
+            let (cos, sin) = self.0.angle(&angles, row);
             turn(y, cos, sin, F::one());
         })
     }
 
     /// Gradients of x and w.
     fn run_backward<F: Real>(&self, x: &[F], w: &[F], dy: &[F]) -> (Vec<F>, Vec<F>) {
-        let (dim, angles) = (self.dim, self.angles::<F>());
+        let (dim, angles) = (self.0.dim, self.0.angles::<F>());
         let mut dx = dy.to_vec();
         let parts = fill_blocks(&mut dx, dim, |first, block| {
             let mut dw = vec![F::zero(); dim];
             for (i, dx) in block.chunks_exact_mut(dim).enumerate() {
                 let row = first + i;
                 let x = &x[row * dim..(row + 1) * dim];
-                let (cos, sin) = self.angle(&angles, row);
+                let (cos, sin) = self.0.angle(&angles, row);
                 // The transpose of a rotation turns back.
                 turn(dx, cos, sin, -F::one());
                 let (r, c) = rms(x);
@@ -127,7 +182,7 @@ impl Node for QkNormRope {
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
         #[cfg(feature = "cuda")]
         if args[0].device().is_cuda() {
-            return self.on_gpu().forward(&args[0], &args[1]);
+            return self.0.forward(&args[0], &args[1]);
         }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], w = &args[1]);
@@ -140,7 +195,7 @@ impl Node for QkNormRope {
         let (args, Some(dy)) = (&run.args, &grads[0]) else { return Ok(vec![None; 2]) };
         #[cfg(feature = "cuda")]
         if dy.device().is_cuda() {
-            let (dx, dw) = self.on_gpu().backward(&args[0], &args[1], dy)?;
+            let (dx, dw) = self.0.backward(&args[0], &args[1], dy)?;
             return Ok(vec![Some(dx), Some(dw)]);
         }
         dispatch!(dy.dtype(), F => {

@@ -71,6 +71,7 @@ pub fn apply(dropout: &Dropout, x: &Tensor) -> Result<Value> {
     let grid = Grid::new(rows, width, dtype, &list);
     list.extend([KernelArg::from(rows), width.into(), grid.log_width.into()]);
     list.extend(mask_args(&gpu, Some(dropout), steps)?);
+    list.push(i32::from(dropout.tied).into());
     gpu.launch(&kernels::DROPOUT, &grid.name("dropout_apply", dtype)?, grid.map(&gpu), &list)?;
     Ok(y)
 }

@@ -25,6 +25,8 @@ pub struct Dropout {
     pub site: u32,
     /// Index of the first sample inside the whole batch.
     pub first: u32,
+    /// All timesteps of a sample share the mask of the first.
+    pub tied: bool,
 }
 
 impl Dropout {
@@ -39,6 +41,7 @@ impl Dropout {
     pub(crate) fn factors<F: Real>(&self, b: usize, t: usize, out: &mut [F]) {
         let (keep, p) = (F::of(1.0 / (1.0 - self.p)), self.p as f32);
         let sample = self.first.wrapping_add(b as u32);
+        let t = if self.tied { 0 } else { t };
         for (c, out) in out.chunks_mut(4).enumerate() {
             let bits = philox4x32([c as u32, t as u32, sample, self.site], self.key);
             for (out, bits) in out.iter_mut().zip(bits) {

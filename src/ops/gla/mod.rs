@@ -1,7 +1,7 @@
 //! Gated linear attention: a matrix state whose rows decay on their own.
 
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
@@ -64,12 +64,12 @@ struct GlaNode {
 
 /// Sizes, checked against every argument.
 #[derive(Clone, Copy)]
-struct Dims {
-    batch: usize,
-    steps: usize,
-    heads: usize,
-    key: usize,
-    value: usize,
+pub(super) struct Dims {
+    pub batch: usize,
+    pub steps: usize,
+    pub heads: usize,
+    pub key: usize,
+    pub value: usize,
 }
 
 impl GlaNode {

@@ -197,7 +197,7 @@ pub(super) fn backward(run: &Run, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
 }
 
 /// dW = dyᵀ x, added to a parameter's gradient on the spot.
-fn weight_gradient(gpu: &Gpu, run: &Run, dy: Mat, x: Mat) -> Result<Option<Tensor>> {
+pub(crate) fn weight_gradient(gpu: &Gpu, run: &Run, dy: Mat, x: Mat) -> Result<Option<Tensor>> {
     if let Some(param) = &run.params[1] {
         let grad = param.grad();
         gemm(gpu, dy.t(), x, Mat::of(gpu, &grad, x.columns)?, true)?;

@@ -1,0 +1,101 @@
+// Activation functions that stand alone (src/ops/activations).
+//
+//   gelu  y = x Φ(x), Φ by the error function    dx = dy (Φ(x) + x φ(x))
+//   glu   y = a σ(b) with a, b the halves of a row of x [rows, 2 n]; y [rows, n]
+//         da = dy σ(b),  db = dy a σ(b) (1 − σ(b))
+// Sources: Hendrycks and Gimpel, "Gaussian error linear units", 2016; Dauphin et al., "Language modeling with
+// gated convolutional networks", 2016.
+//
+// gelu_*: any one-dimensional grid, 256 threads. glu_*: a block of 256 threads is 2^log_width vectors of
+// columns by 256 / 2^log_width rows; grid (tiles of columns, any): the blocks take rows in turn.
+#include "rows.cuh"
+
+__device__ __forceinline__ float below(float x) { return 0.5f * erfcf(-0.70710678f * x); }
+
+template <class T>
+__device__ __forceinline__ void gelu_forward(const T* x, T* y, long long n) {
+    for_elements<VECTOR<T>>(n, aligned16(x) && aligned16(y), [&](auto width, long long i) {
+        float u[width.value];
+        load_elements(x + i, u);
+#pragma unroll
+        for (int j = 0; j < width.value; j++) u[j] *= below(u[j]);
+        store_elements(y + i, u);
+    });
+}
+template <class T>
+__device__ __forceinline__ void gelu_backward(const T* x, const T* dy, T* dx, long long n) {
+    for_elements<VECTOR<T>>(n, aligned16(x) && aligned16(dy) && aligned16(dx), [&](auto width, long long i) {
+        float u[width.value], g[width.value];
+        load_elements(x + i, u);
+        load_elements(dy + i, g);
+#pragma unroll
+        for (int j = 0; j < width.value; j++)
+            u[j] = g[j] * fmaf(u[j] * 0.39894228f, __expf(-0.5f * u[j] * u[j]), below(u[j]));
+        store_elements(dx + i, u);
+    });
+}
+
+// f(row, column) for the vectors of columns of this thread.
+template <int VEC, class F>
+__device__ __forceinline__ void for_rows(int rows, int n, int log_width, F f) {
+    const int width = 1 << log_width, height = THREADS >> log_width;
+    const int c = (blockIdx.x * width + (threadIdx.x & (width - 1))) * VEC;
+    if (c >= n) return;
+    for (long long r = (long long)blockIdx.y * height + (threadIdx.x >> log_width); r < rows;
+         r += (long long)gridDim.y * height)
+        f(r, c);
+}
+
+template <class T, int VEC>
+__device__ __forceinline__ void glu_forward(const T* x, T* y, int rows, int n, int log_width) {
+    for_rows<VEC>(rows, n, log_width, [&](long long r, int c) {
+        float a[VEC], b[VEC];
+        load_vec<VEC>(x + 2 * r * n + c, a);
+        load_vec<VEC>(x + (2 * r + 1) * n + c, b);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) a[i] *= sigmoid(b[i]);
+        store_vec<VEC>(y + r * n + c, a);
+    });
+}
+template <class T, int VEC>
+__device__ __forceinline__ void glu_backward(const T* x, const T* dy, T* dx, int rows, int n, int log_width) {
+    for_rows<VEC>(rows, n, log_width, [&](long long r, int c) {
+        float a[VEC], b[VEC], g[VEC];
+        load_vec<VEC>(x + 2 * r * n + c, a);
+        load_vec<VEC>(x + (2 * r + 1) * n + c, b);
+        load_vec<VEC>(dy + r * n + c, g);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            const float open = sigmoid(b[i]);
+            g[i] *= open;
+            b[i] = g[i] * a[i] * (1.f - open);
+        }
+        store_vec<VEC>(dx + 2 * r * n + c, g);
+        store_vec<VEC>(dx + (2 * r + 1) * n + c, b);
+    });
+}
+
+#define GELU(NAME, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) gelu_forward_##NAME(const T* x, T* y, long long n) {     \
+        gelu_forward<T>(x, y, n);                                                                                  \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        gelu_backward_##NAME(const T* x, const T* dy, T* dx, long long n) {                                        \
+        gelu_backward<T>(x, dy, dx, n);                                                                            \
+    }
+GELU(f32, float)
+GELU(bf16, bf16)
+
+#define GLU(NAME, T, VEC)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        glu_forward_##NAME(const T* x, T* y, int rows, int n, int log_width) {                                     \
+        glu_forward<T, VEC>(x, y, rows, n, log_width);                                                             \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        glu_backward_##NAME(const T* x, const T* dy, T* dx, int rows, int n, int log_width) {                      \
+        glu_backward<T, VEC>(x, dy, dx, rows, n, log_width);                                                       \
+    }
+GLU(f32, float, VECTOR<float>)
+GLU(bf16, bf16, VECTOR<bf16>)
+GLU(odd_f32, float, 1)
+GLU(odd_bf16, bf16, 1)

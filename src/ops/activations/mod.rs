@@ -1,0 +1,133 @@
+//! Activation functions that stand alone: the Gaussian error unit and the gated linear unit.
+
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use candle_core::cpu::erf::erfc_f64;
+use candle_core::{D, Device, Result, Tensor};
+use rayon::prelude::*;
+
+use super::real::{Real, sigmoid};
+use super::rows::map_rows;
+use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use crate::{dispatch, slices};
+
+/// Elements that one task takes.
+const BLOCK: usize = 4096;
+
+/// x Φ(x) with the normal distribution Φ, elementwise on any shape, by the error function and not its
+/// approximation.
+///
+/// Source: Hendrycks and Gimpel, "Gaussian error linear units", arXiv:1606.08415, 2016.
+pub fn gelu(x: impl Into<Arg>) -> Result<Tensor> {
+    Ok(apply(Gelu, &[x.into()])?.remove(0))
+}
+
+/// a σ(b), with a and b the halves of the last dimension: x [.., 2n], gives [.., n].
+///
+/// Source: Dauphin et al., "Language modeling with gated convolutional networks", arXiv:1612.08083, 2016.
+pub fn glu(x: impl Into<Arg>) -> Result<Tensor> {
+    let x = x.into();
+    match x.shape().dims().last() {
+        Some(n) if n % 2 == 0 && *n > 0 => Ok(apply(Glu, &[x])?.remove(0)),
+        _ => candle_core::bail!("glu: x has shape {:?}, whose last dimension has no halves", x.shape()),
+    }
+}
+
+/// Φ(x), the share of a normal distribution below x.
+fn below<F: Real>(x: F) -> F {
+    F::of(0.5 * erfc_f64(-x.as_f64() * std::f64::consts::FRAC_1_SQRT_2))
+}
+
+struct Gelu;
+
+impl Node for Gelu {
+    fn name(&self) -> &'static str {
+        "gelu"
+    }
+
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        let x = &args[0];
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::gelu(x, None)?], saved: vec![] });
+        }
+        let value = dispatch!(x.dtype(), F => {
+            slices!(F; data = x);
+            let y: Vec<F> = data.par_iter().with_min_len(BLOCK).map(|&x| x * below(x)).collect();
+            Value::cpu(y, x.shape().clone())
+        });
+        Ok(Forward { outputs: vec![value], saved: vec![] })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let (x, Some(dy)) = (&run.args[0], &grads[0]) else { return Ok(vec![None]) };
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(vec![Some(cuda::gelu(x, Some(dy))?.into_tensor())]);
+        }
+        dispatch!(x.dtype(), F => {
+            slices!(F; data = x, dy = dy);
+            let half = F::of(0.5);
+            // 1 / √(2π)
+            let height = F::of(0.398_942_280_401_432_7);
+            let slope = |x: F| below(x) + x * height * (-half * x * x).exp_fast();
+            let dx: Vec<F> =
+                data.par_iter().zip(dy).with_min_len(BLOCK).map(|(&x, &dy)| dy * slope(x)).collect();
+            Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
+        })
+    }
+}
+
+struct Glu;
+
+impl Node for Glu {
+    fn name(&self) -> &'static str {
+        "glu"
+    }
+
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        let x = &args[0];
+        let mut shape = x.dims().to_vec();
+        let n = shape[shape.len() - 1] / 2;
+        *shape.last_mut().expect("x has a last dimension") = n;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::glu(x, &shape)?], saved: vec![] });
+        }
+        let value = dispatch!(x.dtype(), F => {
+            slices!(F; data = x);
+            let y = map_rows(data.len() / (2 * n), n, |row, y: &mut [F]| {
+                let (a, b) = data[2 * row * n..][..2 * n].split_at(n);
+                for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                    *y = a * sigmoid(b);
+                }
+            });
+            Value::cpu(y, shape)
+        });
+        Ok(Forward { outputs: vec![value], saved: vec![] })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let (x, Some(dy)) = (&run.args[0], &grads[0]) else { return Ok(vec![None]) };
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(vec![Some(cuda::glu_backward(x, dy)?.into_tensor())]);
+        }
+        let n = x.dim(D::Minus1)? / 2;
+        dispatch!(x.dtype(), F => {
+            slices!(F; data = x, dy = dy);
+            let dx = map_rows(data.len() / (2 * n), 2 * n, |row, dx: &mut [F]| {
+                let (a, b) = data[2 * row * n..][..2 * n].split_at(n);
+                let (da, db) = dx.split_at_mut(n);
+                let dy = &dy[row * n..][..n];
+                for i in 0..n {
+                    let open = sigmoid(b[i]);
+                    da[i] = dy[i] * open;
+                    db[i] = da[i] * a[i] * (1.0 - open);
+                }
+            });
+            Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
+        })
+    }
+}

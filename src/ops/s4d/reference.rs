@@ -1,0 +1,355 @@
+//! CPU path of S4D: groups of channels go through the steps, one state of all of them at a time.
+//!
+//! The gradients need no state of the past. The transition being the same at every step, what a sequence adds
+//! to the gradients of Ā and C̄ is a sum over steps of states that a second forward pass carries: h, and s =
+//! ∂h/∂Ā with s ← Ā s + h. The gradient of u is the recurrence itself, run from the end.
+
+use rayon::prelude::*;
+
+use crate::ops::real::{Real, sum_in_order};
+
+/// Channels of a task.
+const LANES: usize = 16;
+
+type Lanes<F> = [F; LANES];
+
+/// A complex number, in f64.
+#[derive(Clone, Copy, Default)]
+struct Complex {
+    re: f64,
+    im: f64,
+}
+
+impl Complex {
+    fn times(self, other: Self) -> Self {
+        Self { re: self.re * other.re - self.im * other.im, im: self.re * other.im + self.im * other.re }
+    }
+
+    fn conjugate(self) -> Self {
+        Self { im: -self.im, ..self }
+    }
+
+    fn scaled(self, by: f64) -> Self {
+        Self { re: by * self.re, im: by * self.im }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self { re: self.re + other.re, im: self.im + other.im }
+    }
+
+    fn inverse(self) -> Self {
+        self.conjugate().scaled(1.0 / (self.re * self.re + self.im * self.im))
+    }
+
+    /// (e^self − 1) without the cancellation near zero.
+    fn exp_m1(self) -> Self {
+        let half = (self.im / 2.0).sin();
+        let grown = self.re.exp();
+        Self { re: self.re.exp_m1() - 2.0 * grown * half * half, im: grown * self.im.sin() }
+    }
+}
+
+/// One state of one channel: A, Ā and (Ā − 1) / A.
+struct Discrete {
+    a: Complex,
+    step: f64,
+    kept: Complex,
+    held: Complex,
+}
+
+impl Discrete {
+    fn new(log_dt: f64, log_a_real: f64, a_imag: f64) -> Self {
+        let (a, step) = (Complex { re: -log_a_real.exp(), im: a_imag }, log_dt.exp());
+        let less = a.scaled(step).exp_m1();
+        Self { a, step, kept: Complex { re: 1.0 + less.re, ..less }, held: less.times(a.inverse()) }
+    }
+}
+
+/// The arguments of one call, as slices; shapes as in [`super::s4d`].
+#[derive(Clone, Copy)]
+pub struct S4d<'a, F> {
+    pub batch: usize,
+    pub steps: usize,
+    pub width: usize,
+    pub pairs: usize,
+    pub u: &'a [F],
+    pub c: &'a [F],
+    pub log_dt: &'a [F],
+    pub log_a_real: &'a [F],
+    pub a_imag: &'a [F],
+    pub d: &'a [F],
+    pub state: Option<&'a [F]>,
+}
+
+/// Gradients of the arguments, each with its argument's shape.
+pub struct S4dGrads<F> {
+    pub u: Vec<F>,
+    pub c: Vec<F>,
+    pub log_dt: Vec<F>,
+    pub log_a_real: Vec<F>,
+    pub a_imag: Vec<F>,
+    pub d: Vec<F>,
+    pub state: Vec<F>,
+}
+
+/// Real and imaginary parts of one state of every channel of a group.
+#[derive(Clone, Copy)]
+struct Pair<F> {
+    re: Lanes<F>,
+    im: Lanes<F>,
+}
+
+impl<F: Real> Pair<F> {
+    fn zero() -> Self {
+        Self { re: [F::zero(); LANES], im: [F::zero(); LANES] }
+    }
+
+    /// self ← a · self + b.
+    #[inline(always)]
+    fn step(&mut self, a: &Self, b_re: &Lanes<F>, b_im: &Lanes<F>) {
+        for l in 0..LANES {
+            let (re, im) = (self.re[l], self.im[l]);
+            self.re[l] = a.re[l].fma(re, (-a.im[l]).fma(im, b_re[l]));
+            self.im[l] = a.re[l].fma(im, a.im[l].fma(re, b_im[l]));
+        }
+    }
+}
+
+/// A group of channels: Ā and 2 C̄ of every state; zeros beyond the last channel.
+struct Group<F> {
+    first: usize,
+    count: usize,
+    kept: Vec<Pair<F>>,
+    read: Vec<Pair<F>>,
+    skip: Lanes<F>,
+}
+
+impl<F: Real> S4d<'_, F> {
+    fn discrete(&self, channel: usize, pair: usize) -> Discrete {
+        let at = channel * self.pairs + pair;
+        Discrete::new(self.log_dt[channel].as_f64(), self.log_a_real[at].as_f64(), self.a_imag[at].as_f64())
+    }
+
+    fn c(&self, channel: usize, pair: usize) -> Complex {
+        let at = 2 * (channel * self.pairs + pair);
+        Complex { re: self.c[at].as_f64(), im: self.c[at + 1].as_f64() }
+    }
+
+    fn group(&self, first: usize) -> Group<F> {
+        let count = LANES.min(self.width - first);
+        let mut group = Group {
+            first,
+            count,
+            kept: vec![Pair::zero(); self.pairs],
+            read: vec![Pair::zero(); self.pairs],
+            skip: [F::zero(); LANES],
+        };
+        for l in 0..count {
+            group.skip[l] = self.d[first + l];
+            for n in 0..self.pairs {
+                let Discrete { kept, held, .. } = self.discrete(first + l, n);
+                let read = self.c(first + l, n).times(held).scaled(2.0);
+                (group.kept[n].re[l], group.kept[n].im[l]) = (F::of(kept.re), F::of(kept.im));
+                (group.read[n].re[l], group.read[n].im[l]) = (F::of(read.re), F::of(read.im));
+            }
+        }
+        group
+    }
+
+    /// A [B, D, N, 2] array's states of a group of channels; zeros for none.
+    fn states(&self, array: Option<&[F]>, b: usize, group: &Group<F>) -> Vec<Pair<F>> {
+        let mut states = vec![Pair::zero(); self.pairs];
+        if let Some(array) = array {
+            for l in 0..group.count {
+                let from = &array[2 * (b * self.width + group.first + l) * self.pairs..][..2 * self.pairs];
+                for (state, from) in states.iter_mut().zip(from.chunks_exact(2)) {
+                    (state.re[l], state.im[l]) = (from[0], from[1]);
+                }
+            }
+        }
+        states
+    }
+
+    /// The inverse of [`S4d::states`] for one group, [channels, N, 2]; imaginary parts times `sign`.
+    fn flat(&self, states: &[Pair<F>], count: usize, sign: F) -> Vec<F> {
+        let of = |l: usize| states.iter().flat_map(move |state| [state.re[l], sign * state.im[l]]);
+        (0..count).flat_map(of).collect()
+    }
+
+    /// The channels of a group at step `t` of a [B, T, D] array.
+    #[inline(always)]
+    fn row(&self, array: &[F], (b, t): (usize, usize), group: &Group<F>) -> Lanes<F> {
+        let mut row = [F::zero(); LANES];
+        let at = (b * self.steps + t) * self.width + group.first;
+        row[..group.count].copy_from_slice(&array[at..at + group.count]);
+        row
+    }
+
+    /// Runs `f` on every batch entry and group of channels, in parallel, batch entry by batch entry.
+    fn map<R: Send>(&self, f: impl Fn(usize, Group<F>) -> R + Sync) -> Vec<R> {
+        let groups = self.width.div_ceil(LANES);
+        (0..self.batch * groups)
+            .into_par_iter()
+            .map(|i| f(i / groups, self.group(i % groups * LANES)))
+            .collect()
+    }
+
+    /// Puts the [T, channels] arrays of [`S4d::map`] together to [B, T, D].
+    fn together(&self, parts: &[&[F]]) -> Vec<F> {
+        let groups = self.width.div_ceil(LANES);
+        let mut out = vec![F::zero(); self.batch * self.steps * self.width];
+        let sequence = self.steps * self.width;
+        out.par_chunks_mut(sequence).zip(parts.par_chunks(groups)).for_each(|(out, parts)| {
+            for (group, part) in parts.iter().enumerate() {
+                let (first, count) = (group * LANES, part.len() / self.steps);
+                for (row, values) in out.chunks_exact_mut(self.width).zip(part.chunks_exact(count)) {
+                    row[first..first + count].copy_from_slice(values);
+                }
+            }
+        });
+        out
+    }
+
+    /// The outputs and the final state.
+    pub fn forward(&self) -> (Vec<F>, Vec<F>) {
+        let parts = self.map(|b, group| {
+            let mut states = self.states(self.state, b, &group);
+            let mut out = Vec::with_capacity(self.steps * group.count);
+            let none = [F::zero(); LANES];
+            for t in 0..self.steps {
+                let u = self.row(self.u, (b, t), &group);
+                let mut y = none;
+                for ((h, kept), read) in states.iter_mut().zip(&group.kept).zip(&group.read) {
+                    h.step(kept, &u, &none);
+                    for l in 0..LANES {
+                        y[l] = read.re[l].fma(h.re[l], (-read.im[l]).fma(h.im[l], y[l]));
+                    }
+                }
+                for l in 0..LANES {
+                    y[l] = group.skip[l].fma(u[l], y[l]);
+                }
+                out.extend_from_slice(&y[..group.count]);
+            }
+            (out, self.flat(&states, group.count, F::one()))
+        });
+        let y: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
+        (self.together(&y), parts.iter().flat_map(|part| &part.1).copied().collect())
+    }
+
+    /// Gradients of the arguments from those of the outputs, `d_y` [B, T, D] and `d_state` [B, D, N, 2].
+    pub fn backward(&self, d_y: &[F], d_state: &[F]) -> S4dGrads<F> {
+        let parts = self.map(|b, group| {
+            let (d_u, state) = self.backward_input(b, &group, d_y, d_state);
+            let sums = self.backward_sums(b, &group, d_y, d_state);
+            (d_u, state, sums)
+        });
+        let (n, groups) = (self.pairs, self.width.div_ceil(LANES));
+        // Over the batch, in its order; per channel and state the gradients of 2 C̄ and of Ā, per channel that
+        // of D.
+        let per_group = |group: usize| {
+            let of: Vec<&[f64]> = (0..self.batch).map(|b| parts[b * groups + group].2.as_slice()).collect();
+            sum_in_order(&of)
+        };
+        let sums: Vec<f64> = (0..groups).flat_map(per_group).collect();
+        let mut grads = S4dGrads {
+            u: self.together(&parts.iter().map(|part| part.0.as_slice()).collect::<Vec<_>>()),
+            state: parts.iter().flat_map(|part| &part.1).copied().collect(),
+            c: Vec::with_capacity(2 * self.width * n),
+            log_dt: Vec::with_capacity(self.width),
+            log_a_real: Vec::with_capacity(self.width * n),
+            a_imag: Vec::with_capacity(self.width * n),
+            d: Vec::with_capacity(self.width),
+        };
+        for (channel, sums) in sums.chunks_exact(4 * n + 1).enumerate() {
+            let mut d_log_dt = 0.0;
+            for (pair, sums) in sums.chunks_exact(4).enumerate() {
+                // The gradient of a complex number z is ∂/∂Re z + i ∂/∂Im z: conj(f′) carries it through f.
+                let d_read = Complex { re: sums[0], im: sums[1] }.scaled(2.0);
+                let Discrete { a, step, kept, held } = self.discrete(channel, pair);
+                let d_c = held.conjugate().times(d_read);
+                let d_held = self.c(channel, pair).conjugate().times(d_read);
+                let by_a = a.inverse().conjugate();
+                let d_kept = Complex { re: sums[2], im: sums[3] }.plus(by_a.times(d_held));
+                let through = kept.conjugate().times(d_kept);
+                let d_a = through.scaled(step).plus(held.conjugate().times(by_a).times(d_held).scaled(-1.0));
+                d_log_dt += step * a.conjugate().times(through).re;
+                grads.c.extend([F::of(d_c.re), F::of(d_c.im)]);
+                grads.log_a_real.push(F::of(a.re * d_a.re));
+                grads.a_imag.push(F::of(d_a.im));
+            }
+            grads.log_dt.push(F::of(d_log_dt));
+            grads.d.push(F::of(sums[4 * n]));
+        }
+        grads
+    }
+
+    /// The gradients of u, [T, channels], and of the initial state, of one batch entry.
+    fn backward_input(&self, b: usize, group: &Group<F>, d_y: &[F], d_state: &[F]) -> (Vec<F>, Vec<F>) {
+        let none = [F::zero(); LANES];
+        // Conjugates of the gradients of the states, which the same Ā carries back.
+        let mut states = self.states(Some(d_state), b, group);
+        states.iter_mut().for_each(|e| e.im.iter_mut().for_each(|im| *im = -*im));
+        let mut d_u = vec![F::zero(); self.steps * group.count];
+        for (t, d_u) in d_u.chunks_exact_mut(group.count).enumerate().rev() {
+            let dy = self.row(d_y, (b, t), group);
+            let mut sum = none;
+            for ((e, kept), read) in states.iter_mut().zip(&group.kept).zip(&group.read) {
+                for l in 0..LANES {
+                    e.re[l] = read.re[l].fma(dy[l], e.re[l]);
+                    e.im[l] = read.im[l].fma(dy[l], e.im[l]);
+                    sum[l] += e.re[l];
+                }
+                e.step(kept, &none, &none);
+            }
+            for (l, d_u) in d_u.iter_mut().enumerate() {
+                *d_u = group.skip[l].fma(dy[l], sum[l]);
+            }
+        }
+        (d_u, self.flat(&states, group.count, -F::one()))
+    }
+
+    /// What one batch entry adds to the gradients of 2 C̄ and Ā, four numbers for each state of a channel, and
+    /// to that of D, one more for the channel.
+    fn backward_sums(&self, b: usize, group: &Group<F>, d_y: &[F], d_state: &[F]) -> Vec<f64> {
+        let mut states = self.states(self.state, b, group);
+        let mut slopes = vec![Pair::zero(); self.pairs];
+        // Σ h dy and Σ s dy, without the conjugation.
+        let mut read_sums = vec![Pair::zero(); self.pairs];
+        let mut slope_sums = vec![Pair::zero(); self.pairs];
+        let none = [F::zero(); LANES];
+        let mut d_skip = none;
+        for t in 0..self.steps {
+            let (u, dy) = (self.row(self.u, (b, t), group), self.row(d_y, (b, t), group));
+            for n in 0..self.pairs {
+                let (h, s, kept) = (&mut states[n], &mut slopes[n], &group.kept[n]);
+                s.step(kept, &h.re, &h.im);
+                h.step(kept, &u, &none);
+                let (read_sum, slope_sum) = (&mut read_sums[n], &mut slope_sums[n]);
+                for l in 0..LANES {
+                    read_sum.re[l] = h.re[l].fma(dy[l], read_sum.re[l]);
+                    read_sum.im[l] = h.im[l].fma(dy[l], read_sum.im[l]);
+                    slope_sum.re[l] = s.re[l].fma(dy[l], slope_sum.re[l]);
+                    slope_sum.im[l] = s.im[l].fma(dy[l], slope_sum.im[l]);
+                }
+            }
+            for l in 0..LANES {
+                d_skip[l] = u[l].fma(dy[l], d_skip[l]);
+            }
+        }
+        let ends = self.states(Some(d_state), b, group);
+        let complex = |pair: &Pair<F>, l: usize| Complex { re: pair.re[l].as_f64(), im: pair.im[l].as_f64() };
+        let mut sums = Vec::with_capacity(group.count * (4 * self.pairs + 1));
+        for l in 0..group.count {
+            for n in 0..self.pairs {
+                let d_read = complex(&read_sums[n], l).conjugate();
+                // y has 2 C̄ h in it, and the final state h alone.
+                let through = complex(&group.read[n], l).times(complex(&slope_sums[n], l)).conjugate();
+                let end = complex(&slopes[n], l).conjugate().times(complex(&ends[n], l));
+                let d_kept = through.plus(end);
+                sums.extend([d_read.re, d_read.im, d_kept.re, d_kept.im]);
+            }
+            sums.push(d_skip[l].as_f64());
+        }
+        sums
+    }
+}
