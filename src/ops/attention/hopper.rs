@@ -49,12 +49,13 @@ impl Hopper {
     pub fn new(gpu: &Gpu, shape: Shape, dtype: DType, scale: f64) -> Option<Self> {
         // Rows of 16 bytes are what TMA copies; the other head dims would be padded by more than a third.
         let fits = shape.dim.is_multiple_of(8) && shape.values.is_multiple_of(8);
+        let windowed = shape.window < shape.keys;
         let dim = match shape.dim.max(shape.values) {
             33..=64 => 64,
             97..=128 => 128,
             _ => return None,
         };
-        (fits && dtype == DType::BF16 && gpu.runs(&kernels::ATTENTION_SM90A)).then(|| Self {
+        (fits && !windowed && dtype == DType::BF16 && gpu.runs(&kernels::ATTENTION_SM90A)).then(|| Self {
             gpu: gpu.clone(),
             shape,
             scale,
@@ -79,7 +80,7 @@ impl Hopper {
 
     /// The sizes that every kernel takes: `rows` are owned, `other` rows of every head read again and again.
     fn sizes(&self, tile: &Tile, rows: usize, other: usize) -> [KernelArg; 6] {
-        let Shape { batch, steps, keys, heads, dim, values } = self.shape;
+        let Shape { batch, steps, keys, heads, dim, values, .. } = self.shape;
         // Long heads need others beside them, so that the last tiles of all are short ones. Short ones do not,
         // and are best read once and left.
         let most = TOGETHER / (2 * other * (dim + values));
