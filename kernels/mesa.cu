@@ -26,9 +26,8 @@ __device__ __forceinline__ void prepare(const T* __restrict__ k, const float* __
 // One head of one sequence, token by token. rhs, x [B, T, H, K]; start, end [B, H, K, K], start may be null. In
 // the backward pass also minus = −x, and with `other` the sums Σ_t x ⊙ other to shares [B, H, K].
 //
-// Shared memory, f32: K rows of K + 3, A(i, j) with j <= i at row i, column j; the column c_j of the factor, i
-// >= j, at row j, column i + 1: c_j[i] lies at [j][i + 1]. The right side is a row K below: c_j[K] at [j][K +
-// 1]. Then k, λ, x, each K.
+// Shared memory, f32: K rows of K + 3. A(i, j) with j <= i lies at [i][j]; of the column c_j of the factor, c_j[i]
+// with i >= j at [j][i + 1]. The right side is a row K below: c_j[K] lies at [j][K + 1]. Then k, λ, x, each K.
 template <class T>
 __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __restrict__ beta,
                                       const float* __restrict__ g, const float* __restrict__ lambda,

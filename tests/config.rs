@@ -187,7 +187,8 @@ fn refuses_texts() {
         (
             "model: mamba2",
             "c.yaml: model is `mamba2`; it must be a mapping with the keys name, layers, width, state, heads, dropout, \
-             conv, householders, rope_base, decay, output_gate, short_conv, negative_eigenvalues, as in `model: {name: …}`",
+             conv, householders, rope_base, window, decay, output_gate, short_conv, negative_eigenvalues, as in \
+             `model: {name: …}`",
         ),
         (
             "task:\n  gap: 0.1",
