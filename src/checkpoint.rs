@@ -205,8 +205,8 @@ impl Snapshot {
         metadata: Vec<(&'static str, String)>,
     ) -> anyhow::Result<Self> {
         let copy = |(name, tensor): (&str, &Tensor)| {
-            // A copy of its own first: to bring a view to the host Candle brings all of the buffer behind it.
-            let values = tensor.flatten_all()?.copy()?.to_vec1::<f32>()?;
+            // A buffer of its own first: to bring a view to the host Candle brings all of the buffer behind it.
+            let values = tensor.force_contiguous()?.flatten_all()?.to_vec1::<f32>()?;
             Ok((name.to_string(), tensor.dims().to_vec(), values))
         };
         let tensors = tensors.into_iter().map(copy).collect::<candle_core::Result<_>>()?;

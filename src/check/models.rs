@@ -46,15 +46,18 @@ const BF16_EXCEPTIONS: &[(&str, f64)] = &[
 ];
 
 /// How far the gradient of a parameter of a whole model may be off.
-fn gradient_tolerance(param: &str, route: Route) -> f64 {
+fn gradient_tolerance(model: &str, param: &str, route: Route) -> f64 {
+    // What is rounded before it, the systems of a mesa layer multiply by their condition numbers.
+    let more = if model == "mesa_net" && route != Route::F32 { 3.0 } else { 1.0 };
     let wide = BF16_EXCEPTIONS.iter().find(|(part, _)| param.contains(part));
-    match (route, wide) {
+    let tolerance = match (route, wide) {
         (Route::F32, _) => 2e-5,
         (Route::Tf32, Some((_, tolerance))) => tolerance / 4.0,
         (Route::Tf32, None) => 1e-2,
         (Route::Bf16, Some((_, tolerance))) => *tolerance,
         (Route::Bf16, None) => 4e-2,
-    }
+    };
+    more * tolerance
 }
 
 const FEATURES: usize = 11;
@@ -156,7 +159,7 @@ pub fn check_model(name: &str, device: &Device, route: Route) -> Checked {
                 tensors.push(compare(got.name.clone(), &got.value, &want.value, allowed)?);
             }
             for (got, want) in first.grads.iter().zip(&want.grads) {
-                let allowed = gradient_tolerance(&got.name, route);
+                let allowed = gradient_tolerance(name, &got.name, route);
                 tensors.push(compare(format!("gradient of {}", got.name), &got.value, &want.value, allowed)?);
             }
             let mut unrepeatable = differing(&first.outputs, &second.outputs)?;

@@ -109,6 +109,8 @@ pub fn backward(
         gla::cuda::backward(plan.attention(key), &attended, 1.0, &minus, d_keys)?.into_iter().skip(1);
     let mut next = || inner.next().expect("five gradients");
     let [second, values, decay2, d_start_keys] = [next(), next(), next(), next()];
+    // Half of either order: A is symmetric.
+    let d_start_keys = ((&d_start_keys + d_start_keys.transpose(2, 3)?)? * 0.5)?;
 
     let dk = plan.like_keys(dtype)?;
     let per_head = || -> Result<Value> { gpu.empty((batch, steps, heads), DType::F32) };
