@@ -790,7 +790,7 @@ prop_compose! {
             clip,
             eval_every: every[0],
             eval_batch: every[1],
-            eval_chunk: every[2],
+            eval_chunk: Auto::Value(every[2]),
             save_every: every[3],
             log_every: every[4],
             precision,

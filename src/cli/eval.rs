@@ -15,7 +15,7 @@ use crate::config::Split;
 use crate::device::parse_device;
 use crate::task::{Part, Task};
 use crate::train::breakdown::{AtDistance, AtGap, Breakdown, Tally};
-use crate::train::evaluate::{EvalPlan, Evaluation, evaluate};
+use crate::train::evaluate::{self, EvalPlan, Evaluation, evaluate};
 use crate::train::{count, device_name, split_name};
 use crate::{bail_input, files};
 
@@ -120,7 +120,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
                     samples: args.samples.unwrap_or(config.task.samples.test),
                     gap: Some(gap),
                     batch: args.batch.unwrap_or(config.train.eval_batch),
-                    chunk: args.chunk.unwrap_or(config.train.eval_chunk),
+                    chunk: args.chunk.unwrap_or(evaluate::chunk(&config, &device)),
                 })
             })
             .collect::<anyhow::Result<_>>()?;

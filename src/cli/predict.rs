@@ -9,6 +9,7 @@ use crate::checkpoint::{Checkpoint, Snapshot, read_tensors};
 use crate::device::parse_device;
 use crate::model::{Context, Input};
 use crate::ops::no_grad;
+use crate::train::evaluate;
 use crate::{bad_input, bail_input, files};
 
 /// Compute the logits of a checkpoint for inputs from a file.
@@ -49,14 +50,15 @@ pub fn run(args: PredictArgs) -> anyhow::Result<()> {
     files::check_writable(&args.output)?;
     let net = checkpoint.model(&device)?;
     let train = &checkpoint.config.train;
+    let chunk = evaluate::chunk(&checkpoint.config, &device);
     let mut rows = Vec::new();
     for first in (0..batch).step_by(train.eval_batch) {
         let x = x.narrow(0, first, train.eval_batch.min(batch - first))?;
         let mut context = Context::streaming();
         let pieces = (0..steps)
-            .step_by(train.eval_chunk)
+            .step_by(chunk)
             .map(|t| {
-                let piece = x.narrow(1, t, train.eval_chunk.min(steps - t))?.contiguous()?;
+                let piece = x.narrow(1, t, chunk.min(steps - t))?.contiguous()?;
                 let piece = piece.to_device(&device)?.to_dtype(net.dtype())?;
                 no_grad(|| net.logits(Input::Dense(&piece), &mut context))?.to_dtype(DType::F32)
             })

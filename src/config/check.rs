@@ -223,11 +223,13 @@ impl TrainConfig {
         for (field, value) in [
             ("train.eval_every", self.eval_every),
             ("train.eval_batch", self.eval_batch),
-            ("train.eval_chunk", self.eval_chunk),
             ("train.save_every", self.save_every),
             ("train.log_every", self.log_every),
         ] {
             count(field, value, 1..=1_000_000_000_000)?;
+        }
+        if let Auto::Value(chunk) = self.eval_chunk {
+            count("train.eval_chunk", chunk, 1..=1_000_000_000_000)?;
         }
         Ok(())
     }

@@ -108,7 +108,7 @@ impl TrainConfig {
             clip: 1.0,
             eval_every: 5000,
             eval_batch: 50,
-            eval_chunk: 512,
+            eval_chunk: Auto::AUTO,
             save_every: 250,
             log_every: 10,
             precision: Precision::Auto,

@@ -309,8 +309,8 @@ pub struct TrainConfig {
     pub eval_every: usize,
     /// Samples per forward pass of an evaluation.
     pub eval_batch: usize,
-    /// Timesteps per piece when a sequence is evaluated in pieces.
-    pub eval_chunk: usize,
+    /// Timesteps per piece when a sequence is evaluated in pieces; see [`crate::train::evaluate::chunk`].
+    pub eval_chunk: Auto,
     /// Updates between two exact resume points.
     pub save_every: usize,
     /// Updates between two lines of training metrics.

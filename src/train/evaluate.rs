@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::breakdown::{Breakdown, Counter};
+use crate::config::Config;
 use crate::model::{Context, Input, RecNet};
 use crate::ops::head::{self, Vote};
 use crate::ops::no_grad;
@@ -23,6 +24,15 @@ pub struct EvalPlan {
     pub batch: usize,
     /// Timesteps per forward pass; the state is carried from one to the next.
     pub chunk: usize,
+}
+
+/// Timesteps per forward pass, as configured.
+pub fn chunk(config: &Config, device: &candle_core::Device) -> usize {
+    /// What keeps to the caches of a CPU.
+    const ON_CPU: usize = 512;
+    /// What keeps a large GPU busy, so that the beginning and the end of a kernel are a small part of it.
+    const ON_GPU: usize = 2048;
+    config.train.eval_chunk.or(if device.is_cpu() { ON_CPU } else { ON_GPU })
 }
 
 /// What came out.

@@ -439,7 +439,8 @@ impl Run<'_> {
             Part::Test => (samples.test, "test"),
             _ => (samples.validation, "validation"),
         };
-        let mut plan = EvalPlan { part, samples, gap, batch: train.eval_batch, chunk: train.eval_chunk };
+        let chunk = evaluate::chunk(self.config, &self.options.device);
+        let mut plan = EvalPlan { part, samples, gap, batch: train.eval_batch, chunk };
         let begin = Instant::now();
         let result = loop {
             let result = evaluate(self.trainer.net(), &self.task, &plan, |done| {
