@@ -465,9 +465,8 @@ struct Job {
 // LANES lanes share a channel and step TILES times over its states. A warp takes its channels one after the other (PAIR
 // x WARP / LANES at a time), so that the sums over channels, dB or dC, stay in its registers: SUB x OWN numbers a lane.
 // Only then they are added over the warps, through shared memory. Gradients of states and rates live in shared memory
-// meanwhile. Eight warps run on a multiprocessor, as one block or two. Blocks take several
-// (channels, batch entry, segment)s one after the other: `scratch` is as large as the blocks that run, 7 x GROUP x
-// PADDED floats each.
+// meanwhile. Eight warps run on a multiprocessor, as one block or two. Blocks take several (channels, batch entry,
+// segment)s one after the other: `scratch` is as large as the blocks that run, 7 x GROUP x PADDED floats each.
 template <class T, int LANES, int TILES, int WARPS, int GROUP>
 __device__ void backward(const Backward<T>& w) {
     DYNAMIC_SHARED(shared);
@@ -494,7 +493,7 @@ __device__ void backward(const Backward<T>& w) {
     T* raw = reinterpret_cast<T*>(buffers + 2 * BUFFER_SIZE);
     constexpr int B_AT = GROUP * ROW, OUT_AT = B_AT + 2 * MAP_SIZE;
 
-    // A piece is SUB-periodic in the step, so that the lanes of a warp meet in few banks.
+    // SUB neighbouring threads have a piece of SUB steps each, so that the lanes of a warp meet in few banks.
     constexpr int PIECES = SUB * GROUP / PIECE, MAPS = SUB * PADDED / PIECE;
     const long long slab = (long long)w.width * (w.states + 2);
     float* scratch = w.scratch + (long long)blockIdx.x * (CHUNK / SUB - 1) * SIZE;

@@ -50,8 +50,9 @@ impl Walk {
         walk
     }
 
-    /// Few states a thread fill the GPU where there are few states, many need fewer loads and sums. Segments of time
-    /// cost the states twice: they are for sequences so long and few that most of the GPU would have nothing to do.
+    /// Few states a thread fill the GPU where there are few states, many need fewer loads and sums. Segments
+    /// of time cost the states twice: they are for sequences so long and few that most of the GPU would have
+    /// nothing to do.
     fn forward(dims: &Dims, dtype: DType) -> (Self, Segments) {
         let all = dims.batch * dims.channels * dims.states;
         let (own, side) = match dims.states {
@@ -182,8 +183,8 @@ impl Plan {
     }
 }
 
-/// The states between segments, [B, segments - 1, D, N]; or, with `back`, their gradients. `x`: u or the gradient of y;
-/// `map`: B or C; `edge`: the state that there is at the beginning, or its gradient at the end.
+/// The states between segments, [B, segments - 1, D, N]; or, with `back`, their gradients. `x`: u or the
+/// gradient of y; `map`: B or C; `edge`: the state that there is at the beginning, or its gradient at the end.
 struct Carry {
     name: &'static str,
     x: KernelArg,
