@@ -221,12 +221,12 @@ impl<F: Real> S4d<'_, F> {
                 let mut y = none;
                 for ((h, kept), read) in states.iter_mut().zip(&group.kept).zip(&group.read) {
                     h.step(kept, &u, &none);
-                    for l in 0..LANES {
-                        y[l] = read.re[l].fma(h.re[l], (-read.im[l]).fma(h.im[l], y[l]));
+                    for (l, y) in y.iter_mut().enumerate() {
+                        *y = read.re[l].fma(h.re[l], (-read.im[l]).fma(h.im[l], *y));
                     }
                 }
-                for l in 0..LANES {
-                    y[l] = group.skip[l].fma(u[l], y[l]);
+                for ((y, skip), &u) in y.iter_mut().zip(&group.skip).zip(&u) {
+                    *y = skip.fma(u, *y);
                 }
                 out.extend_from_slice(&y[..group.count]);
             }
@@ -325,21 +325,21 @@ impl<F: Real> S4d<'_, F> {
                 s.step(kept, &h.re, &h.im);
                 h.step(kept, &u, &none);
                 let (read_sum, slope_sum) = (&mut read_sums[n], &mut slope_sums[n]);
-                for l in 0..LANES {
-                    read_sum.re[l] = h.re[l].fma(dy[l], read_sum.re[l]);
-                    read_sum.im[l] = h.im[l].fma(dy[l], read_sum.im[l]);
-                    slope_sum.re[l] = s.re[l].fma(dy[l], slope_sum.re[l]);
-                    slope_sum.im[l] = s.im[l].fma(dy[l], slope_sum.im[l]);
+                for (l, &dy) in dy.iter().enumerate() {
+                    read_sum.re[l] = h.re[l].fma(dy, read_sum.re[l]);
+                    read_sum.im[l] = h.im[l].fma(dy, read_sum.im[l]);
+                    slope_sum.re[l] = s.re[l].fma(dy, slope_sum.re[l]);
+                    slope_sum.im[l] = s.im[l].fma(dy, slope_sum.im[l]);
                 }
             }
-            for l in 0..LANES {
-                d_skip[l] = u[l].fma(dy[l], d_skip[l]);
+            for ((sum, u), &dy) in d_skip.iter_mut().zip(&u).zip(&dy) {
+                *sum = u.fma(dy, *sum);
             }
         }
         let ends = self.states(Some(d_state), b, group);
         let complex = |pair: &Pair<F>, l: usize| Complex { re: pair.re[l].as_f64(), im: pair.im[l].as_f64() };
         let mut sums = Vec::with_capacity(group.count * (4 * self.pairs + 1));
-        for l in 0..group.count {
+        for (l, d_skip) in d_skip.iter().enumerate().take(group.count) {
             for n in 0..self.pairs {
                 let d_read = complex(&read_sums[n], l).conjugate();
                 // y has 2 C̄ h in it, and the final state h alone.
@@ -348,7 +348,7 @@ impl<F: Real> S4d<'_, F> {
                 let d_kept = through.plus(end);
                 sums.extend([d_read.re, d_read.im, d_kept.re, d_kept.im]);
             }
-            sums.push(d_skip[l].as_f64());
+            sums.push(d_skip.as_f64());
         }
         sums
     }
