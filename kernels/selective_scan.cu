@@ -25,32 +25,12 @@ namespace {
 
 constexpr int CHUNK = 64;  // steps between checkpoints
 
-__device__ __forceinline__ float exp2_approx(float x) {
-#ifdef SB_EMULATE
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-#ifdef SB_EMULATE
-    return 1.f / x;
-#else
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
-__device__ __forceinline__ float fast_sigmoid(float x) { return reciprocal_approx(1.f + exp2_approx(-LOG2E * x)); }
+__device__ __forceinline__ float fast_sigmoid(float x) { return rcp_fast(1.f + exp2_fast(-LOG2E * x)); }
 
 // max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm as 2 artanh(e / (2 + e)), precise for small e as well.
 __device__ __forceinline__ float fast_softplus(float x) {
-    const float e = exp2_approx(-LOG2E * fabsf(x));
-    const float s = e * reciprocal_approx(2.f + e), s2 = s * s;
+    const float e = exp2_fast(-LOG2E * fabsf(x));
+    const float s = e * rcp_fast(2.f + e), s2 = s * s;
     float p = 1.f / 15.f;
     p = fmaf(p, s2, 1.f / 13.f);
     p = fmaf(p, s2, 1.f / 11.f);
@@ -71,7 +51,7 @@ __device__ __forceinline__ float sigmoid_of_softplus(float y) {
     p = fmaf(-p, y, 1.f / 6.f);
     p = fmaf(-p, y, 0.5f);
     p = fmaf(-p, y, 1.f);
-    return y < 0.375f ? y * p : 1.f - exp2_approx(-LOG2E * y);
+    return y < 0.375f ? y * p : 1.f - exp2_fast(-LOG2E * y);
 }
 
 // ---- pieces: 4 neighbours in a row. A thread stages, converts and finishes the same pieces, so that what it staged
@@ -393,7 +373,7 @@ __device__ void walk(const Walk<T>& w) {
 #pragma unroll
                         for (int i = 0; i < W; i++) {
                             const float dt = scalar[2 * ch], x = scalar[2 * ch + 1];
-                            const float decay = exp2_approx(dt * a[ch][g][i]);
+                            const float decay = exp2_fast(dt * a[ch][g][i]);
                             float& state = h[ch][g][i];
                             state = BACK ? decay * fmaf(x, b[i], state) : fmaf(decay, state, x * b[i]);
                             if (!CARRY) y[ch * UNROLL + j] = fmaf(c[i], state, y[ch * UNROLL + j]);
@@ -680,7 +660,7 @@ __device__ void backward(const Backward<T>& w) {
                                 load_vec<4>(scalars + s * SIDE * ROW + r * 4, scalar);
 #pragma unroll
                                 for (int i = 0; i < OWN; i++) {
-                                    h[s][i] = fmaf(scalar[1], b[i], exp2_approx(scalar[0] * a[s][i]) * h[s][i]);
+                                    h[s][i] = fmaf(scalar[1], b[i], exp2_fast(scalar[0] * a[s][i]) * h[s][i]);
                                     acc[r][i] = fmaf(scalar[2], h[s][i], acc[r][i]);
                                 }
                             }
@@ -713,7 +693,7 @@ __device__ void backward(const Backward<T>& w) {
                             load_vec<2>(scalars + s * SIDE * ROW + r * 4, scalar);
 #pragma unroll
                             for (int i = 0; i < OWN; i++) {
-                                decay[s][r][i] = exp2_approx(scalar[0] * a[s][i]);
+                                decay[s][r][i] = exp2_fast(scalar[0] * a[s][i]);
                                 kept[s][r][i] = decay[s][r][i] * h[s][i];
                                 h[s][i] = fmaf(scalar[1], b[i], kept[s][r][i]);
                             }
@@ -926,7 +906,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll 8
     for (int k = 0; k < edges; k++) {
         const long long row = entry + (back ? edges - 1 - k : k);
-        state = fmaf(exp2_approx(rate * dt_sums[row * width + at / states]), state, carry[row * rates + at]);
+        state = fmaf(exp2_fast(rate * dt_sums[row * width + at / states]), state, carry[row * rates + at]);
         carry[row * rates + at] = state;
     }
 }
