@@ -347,11 +347,14 @@ impl Ledger {
     }
 
     /// Removes what processes that were killed left half-written. Others may be writing just now, so only what is
-    /// older than a lease goes.
+    /// older than a lease goes: by the clock that dates the files, since this machine's own may be wrong.
     pub fn sweep_up(&self) {
-        let Ok(entries) = std::fs::read_dir(&self.dir) else { return };
+        let file = tempfile::Builder::new().prefix(files::UNFINISHED).tempfile_in(&self.dir);
+        let now = file.and_then(|file| file.as_file().metadata()?.modified());
+        let (Ok(now), Ok(entries)) = (now, std::fs::read_dir(&self.dir)) else { return };
         for entry in entries.flatten().filter(|entry| files::is_unfinished(&entry.file_name())) {
-            let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
+            let made = entry.metadata().and_then(|meta| meta.modified()).ok();
+            let age = made.and_then(|made| now.duration_since(made).ok());
             if age.is_some_and(|age| age > self.lease) {
                 // Only litter: a file that cannot be deleted does no harm.
                 let _ = std::fs::remove_file(entry.path());
