@@ -42,30 +42,6 @@ fn targets(batch: &DeviceBatch) -> Result<DeviceTargets> {
     Ok(DeviceTargets { labels: batch.labels.contiguous()?, element: batch.element.contiguous()? })
 }
 
-/// The [`Totals`] of an evaluation, on the host.
-#[derive(Default)]
-struct Sums {
-    loss: f64,
-    steps: f64,
-    right: f64,
-    elements: f64,
-}
-
-impl Sums {
-    fn add(&mut self, totals: &Totals) -> Result<()> {
-        let report = Report::new(&Gpu::of(&totals.steps)?)?;
-        report.add(totals, None, false)?;
-        let ([loss, steps, right, elements], _) = report.read()?;
-        *self = Self {
-            loss: self.loss + loss,
-            steps: self.steps + steps,
-            right: self.right + right,
-            elements: self.elements + elements,
-        };
-        Ok(())
-    }
-}
-
 /// What the updates of a run keep on a GPU.
 ///
 /// An update is launched kernel by kernel the first time that a batch of its size comes. The second time all its
@@ -324,7 +300,7 @@ fn evaluate_batches(
     let (weight, bias) = net.decoder();
     let device = net.params().value().device();
     let gpu = Gpu::new(device)?;
-    let mut sums = Sums::default();
+    let report = Report::new(&gpu)?;
     let mut counter = Counter::new(task);
     let (next, mut kl) = (next_targets(task, plan), MeanDivergence::default());
     let (mut done, mut timesteps) = (0, 0);
@@ -354,20 +330,21 @@ fn evaluate_batches(
         }
         let totals = vote.finish()?;
         kl.add(divergence);
-        sums.add(&totals)?;
+        report.add(&totals, None, done > 0)?;
         counter.add(&known, &totals.votes.flatten_all()?.to_vec1()?);
         done += known.len();
     }
     if !progress(plan.samples) {
         return Ok(None);
     }
+    let ([loss, steps, right, elements], _) = report.read()?;
     Ok(Some(Evaluation {
-        accuracy: sums.right / sums.elements,
-        loss: sums.loss / sums.steps,
+        accuracy: right / elements,
+        loss: loss / steps,
         kl: kl.finish(),
         samples: plan.samples,
         timesteps,
-        tokens: sums.steps as usize,
+        tokens: steps as usize,
         seconds: begin.elapsed().as_secs_f64(),
         breakdown: Some(counter.finish()),
     }))
