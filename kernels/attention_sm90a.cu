@@ -30,12 +30,6 @@ struct Team {
     static constexpr int COPY_REGISTERS = GROUPS == 2 ? 24 : 32, MULTIPLY_REGISTERS = GROUPS == 2 ? 240 : 160;
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 struct Sizes {
     int steps, keys, heads, batch, together;
     float scale;
