@@ -7,7 +7,8 @@
 //   e ← Ā e₊ + R dy,  du = Re Σ e + D dy             the recurrence from the end
 //   s ← Ā s + h₋,  dR = Σ conj(h) dy,  dĀ = Σ conj(R s) dy + conj(s_T) d_state,  dD = Σ u dy
 // so no state of the past is needed: a forward pass carries h and s = ∂h/∂Ā. Ā and R, and the way from their
-// gradients to those of the parameters, are computed in f64: Ā is raised to the power of the sequence's length.
+// gradients to those of the parameters, are computed in f64. Rounded to f32 is not Ā but Ā − 1, what a state loses
+// at a step: Ā is near 1 and raised to the power of the sequence's length.
 //
 // Source: Gu et al., "On the parameterization and initialization of diagonal state space models", 2022.
 //
@@ -29,9 +30,9 @@ __device__ __forceinline__ Complex inverse(Complex a) {
     return scaled(conj(a), 1. / (a.re * a.re + a.im * a.im));
 }
 
-// A, Δ, Ā and (Ā − 1) / A of one state.
+// A, Δ, Ā, Ā − 1 and (Ā − 1) / A of one state.
 struct Discrete {
-    Complex a, kept, held;
+    Complex a, kept, less, held;
     double step;
 
     __device__ __forceinline__ Discrete(float log_dt, float log_a_real, float a_imag) {
@@ -40,13 +41,13 @@ struct Discrete {
         const Complex x = scaled(a, step);
         // e^x − 1 without cancellation.
         const double grown = exp(x.re), half = sin(0.5 * x.im);
-        const Complex less = {expm1(x.re) - 2. * grown * half * half, grown * sin(x.im)};
+        less = {expm1(x.re) - 2. * grown * half * half, grown * sin(x.im)};
         kept = {1. + less.re, less.im};
         held = times(less, inverse(a));
     }
 };
 
-// coef [D, N, 4]: Ā and R. Any one-dimensional grid.
+// coef [D, N, 4]: Ā − 1 and R. Any one-dimensional grid.
 extern "C" __global__ void __launch_bounds__(256)
 s4d_discrete(const float* __restrict__ c, const float* __restrict__ log_dt,
              const float* __restrict__ log_a_real, const float* __restrict__ a_imag, float* __restrict__ coef,
@@ -55,7 +56,7 @@ s4d_discrete(const float* __restrict__ c, const float* __restrict__ log_dt,
          i += (long long)gridDim.x * blockDim.x) {
         const Discrete at(log_dt[i / pairs], log_a_real[i], a_imag[i]);
         const Complex read = scaled(times({(double)c[2 * i], (double)c[2 * i + 1]}, at.held), 2.);
-        const float values[4] = {(float)at.kept.re, (float)at.kept.im, (float)read.re, (float)read.im};
+        const float values[4] = {(float)at.less.re, (float)at.less.im, (float)read.re, (float)read.im};
         store_vec<4>(coef + 4 * i, values);
     }
 }
@@ -86,11 +87,11 @@ struct Pairs {
             if (n < pairs) to[2 * n] = re[p], to[2 * n + 1] = sign * im[p];
         }
     }
-    // This pair becomes a · itself + (b_re, b_im).
-    __device__ __forceinline__ void step(const Pairs& a, int p, float b_re, float b_im) {
+    // This pair becomes (1 + less) · itself + (b_re, b_im).
+    __device__ __forceinline__ void step(const Pairs& less, int p, float b_re, float b_im) {
         const float x = re[p], y = im[p];
-        re[p] = fmaf(a.re[p], x, fmaf(-a.im[p], y, b_re));
-        im[p] = fmaf(a.re[p], y, fmaf(a.im[p], x, b_im));
+        re[p] = x + fmaf(less.re[p], x, fmaf(-less.im[p], y, b_re));
+        im[p] = y + fmaf(less.re[p], y, fmaf(less.im[p], x, b_im));
     }
 };
 
@@ -151,8 +152,8 @@ __device__ __forceinline__ void scan(const float* __restrict__ coef, const T* __
     const Place<LANES> at(width);
     const long long own = at.live ? at.channel : 0, state = ((long long)at.b * width + own) * 2 * pairs;
     const float sign = reverse ? -1.f : 1.f, skip = d[own];
-    Pairs<LANES, P> kept, read, h;
-    kept.load(coef + own * 4 * pairs, 4, at.lane, pairs);
+    Pairs<LANES, P> less, read, h;
+    less.load(coef + own * 4 * pairs, 4, at.lane, pairs);
     read.load(coef + own * 4 * pairs + 2, 4, at.lane, pairs);
     h.load(start ? start + state : nullptr, 2, at.lane, pairs, sign);
     const int tiles = ceil_div(steps, TILE);
@@ -169,12 +170,12 @@ __device__ __forceinline__ void scan(const float* __restrict__ coef, const T* __
                     h.re[p] = fmaf(read.re[p], u, h.re[p]);
                     h.im[p] = fmaf(read.im[p], u, h.im[p]);
                     sum += h.re[p];
-                    h.step(kept, p, 0.f, 0.f);
+                    h.step(less, p, 0.f, 0.f);
                 }
             } else {
 #pragma unroll
                 for (int p = 0; p < P; p++) {
-                    h.step(kept, p, u, 0.f);
+                    h.step(less, p, u, 0.f);
                     sum = fmaf(read.re[p], h.re[p], fmaf(-read.im[p], h.im[p], sum));
                 }
             }
@@ -197,8 +198,8 @@ __device__ __forceinline__ void sums(const float* __restrict__ coef, const T* __
     __shared__ float us[TILE][CHANNELS], ds[TILE][CHANNELS];
     const Place<LANES> at(width);
     const long long own = at.live ? at.channel : 0, row = (long long)at.b * width + own;
-    Pairs<LANES, P> kept, h, s, by_h, by_s;
-    kept.load(coef + own * 4 * pairs, 4, at.lane, pairs);
+    Pairs<LANES, P> less, h, s, by_h, by_s;
+    less.load(coef + own * 4 * pairs, 4, at.lane, pairs);
     h.load(start ? start + row * 2 * pairs : nullptr, 2, at.lane, pairs);
     s.zero(), by_h.zero(), by_s.zero();
     float skip = 0.f;
@@ -211,8 +212,8 @@ __device__ __forceinline__ void sums(const float* __restrict__ coef, const T* __
             skip = fmaf(x, d, skip);
 #pragma unroll
             for (int p = 0; p < P; p++) {
-                s.step(kept, p, h.re[p], h.im[p]);
-                h.step(kept, p, x, 0.f);
+                s.step(less, p, h.re[p], h.im[p]);
+                h.step(less, p, x, 0.f);
                 by_h.re[p] = fmaf(h.re[p], d, by_h.re[p]);
                 by_h.im[p] = fmaf(h.im[p], d, by_h.im[p]);
                 by_s.re[p] = fmaf(s.re[p], d, by_s.re[p]);

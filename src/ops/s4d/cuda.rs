@@ -17,7 +17,7 @@ struct Plan {
     /// Lanes that share a channel, and the pairs of states that each of them has.
     lanes: usize,
     each: usize,
-    /// Ā and 2 C̄, [D, N, 4].
+    /// Ā − 1 and 2 C̄, [D, N, 4].
     coef: Value,
 }
 

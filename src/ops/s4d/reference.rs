@@ -49,11 +49,12 @@ impl Complex {
     }
 }
 
-/// One state of one channel: A, Ā and (Ā − 1) / A.
+/// One state of one channel: A, Ā, Ā − 1 and (Ā − 1) / A.
 struct Discrete {
     a: Complex,
     step: f64,
     kept: Complex,
+    less: Complex,
     held: Complex,
 }
 
@@ -61,7 +62,7 @@ impl Discrete {
     fn new(log_dt: f64, log_a_real: f64, a_imag: f64) -> Self {
         let (a, step) = (Complex { re: -log_a_real.exp(), im: a_imag }, log_dt.exp());
         let less = a.scaled(step).exp_m1();
-        Self { a, step, kept: Complex { re: 1.0 + less.re, ..less }, held: less.times(a.inverse()) }
+        Self { a, step, kept: Complex { re: 1.0 + less.re, ..less }, less, held: less.times(a.inverse()) }
     }
 }
 
@@ -104,22 +105,23 @@ impl<F: Real> Pair<F> {
         Self { re: [F::zero(); LANES], im: [F::zero(); LANES] }
     }
 
-    /// self ← a · self + b.
+    /// self ← (1 + less) · self + b.
     #[inline(always)]
-    fn step(&mut self, a: &Self, b_re: &Lanes<F>, b_im: &Lanes<F>) {
+    fn step(&mut self, less: &Self, b_re: &Lanes<F>, b_im: &Lanes<F>) {
         for l in 0..LANES {
             let (re, im) = (self.re[l], self.im[l]);
-            self.re[l] = a.re[l].fma(re, (-a.im[l]).fma(im, b_re[l]));
-            self.im[l] = a.re[l].fma(im, a.im[l].fma(re, b_im[l]));
+            self.re[l] = re + less.re[l].fma(re, (-less.im[l]).fma(im, b_re[l]));
+            self.im[l] = im + less.re[l].fma(im, less.im[l].fma(re, b_im[l]));
         }
     }
 }
 
-/// A group of channels: Ā and 2 C̄ of every state; zeros beyond the last channel.
+/// A group of channels: Ā − 1 and 2 C̄ of every state; zeros beyond the last channel. Ā itself is near 1 and raised to
+/// the power of the sequence's length: rounding what a state loses at a step is more exact.
 struct Group<F> {
     first: usize,
     count: usize,
-    kept: Vec<Pair<F>>,
+    less: Vec<Pair<F>>,
     read: Vec<Pair<F>>,
     skip: Lanes<F>,
 }
@@ -140,16 +142,16 @@ impl<F: Real> S4d<'_, F> {
         let mut group = Group {
             first,
             count,
-            kept: vec![Pair::zero(); self.pairs],
+            less: vec![Pair::zero(); self.pairs],
             read: vec![Pair::zero(); self.pairs],
             skip: [F::zero(); LANES],
         };
         for l in 0..count {
             group.skip[l] = self.d[first + l];
             for n in 0..self.pairs {
-                let Discrete { kept, held, .. } = self.discrete(first + l, n);
+                let Discrete { less, held, .. } = self.discrete(first + l, n);
                 let read = self.c(first + l, n).times(held).scaled(2.0);
-                (group.kept[n].re[l], group.kept[n].im[l]) = (F::of(kept.re), F::of(kept.im));
+                (group.less[n].re[l], group.less[n].im[l]) = (F::of(less.re), F::of(less.im));
                 (group.read[n].re[l], group.read[n].im[l]) = (F::of(read.re), F::of(read.im));
             }
         }
@@ -219,8 +221,8 @@ impl<F: Real> S4d<'_, F> {
             for t in 0..self.steps {
                 let u = self.row(self.u, (b, t), &group);
                 let mut y = none;
-                for ((h, kept), read) in states.iter_mut().zip(&group.kept).zip(&group.read) {
-                    h.step(kept, &u, &none);
+                for ((h, less), read) in states.iter_mut().zip(&group.less).zip(&group.read) {
+                    h.step(less, &u, &none);
                     for (l, y) in y.iter_mut().enumerate() {
                         *y = read.re[l].fma(h.re[l], (-read.im[l]).fma(h.im[l], *y));
                     }
@@ -265,7 +267,7 @@ impl<F: Real> S4d<'_, F> {
             for (pair, sums) in sums.chunks_exact(4).enumerate() {
                 // The gradient of a complex number z is ∂/∂Re z + i ∂/∂Im z: conj(f′) carries it through f.
                 let d_read = Complex { re: sums[0], im: sums[1] }.scaled(2.0);
-                let Discrete { a, step, kept, held } = self.discrete(channel, pair);
+                let Discrete { a, step, kept, held, .. } = self.discrete(channel, pair);
                 let d_c = held.conjugate().times(d_read);
                 let d_held = self.c(channel, pair).conjugate().times(d_read);
                 let by_a = a.inverse().conjugate();
@@ -293,13 +295,13 @@ impl<F: Real> S4d<'_, F> {
         for (t, d_u) in d_u.chunks_exact_mut(group.count).enumerate().rev() {
             let dy = self.row(d_y, (b, t), group);
             let mut sum = none;
-            for ((e, kept), read) in states.iter_mut().zip(&group.kept).zip(&group.read) {
+            for ((e, less), read) in states.iter_mut().zip(&group.less).zip(&group.read) {
                 for l in 0..LANES {
                     e.re[l] = read.re[l].fma(dy[l], e.re[l]);
                     e.im[l] = read.im[l].fma(dy[l], e.im[l]);
                     sum[l] += e.re[l];
                 }
-                e.step(kept, &none, &none);
+                e.step(less, &none, &none);
             }
             for (l, d_u) in d_u.iter_mut().enumerate() {
                 *d_u = group.skip[l].fma(dy[l], sum[l]);
@@ -321,9 +323,9 @@ impl<F: Real> S4d<'_, F> {
         for t in 0..self.steps {
             let (u, dy) = (self.row(self.u, (b, t), group), self.row(d_y, (b, t), group));
             for n in 0..self.pairs {
-                let (h, s, kept) = (&mut states[n], &mut slopes[n], &group.kept[n]);
-                s.step(kept, &h.re, &h.im);
-                h.step(kept, &u, &none);
+                let (h, s, less) = (&mut states[n], &mut slopes[n], &group.less[n]);
+                s.step(less, &h.re, &h.im);
+                h.step(less, &u, &none);
                 let (read_sum, slope_sum) = (&mut read_sums[n], &mut slope_sums[n]);
                 for (l, &dy) in dy.iter().enumerate() {
                     read_sum.re[l] = h.re[l].fma(dy, read_sum.re[l]);
