@@ -254,10 +254,7 @@ impl<F: Real> Mesa<'_, F> {
                 head.solve(&factor, d_q);
                 for (i, row) in d_state.chunks_exact_mut(width).enumerate() {
                     let (keys, values) = row.split_at_mut(n);
-                    // Half of either order: A is symmetric.
-                    let half = F::of(-0.5);
-                    combine(keys, F::one(), half * d_q[i], &x);
-                    combine(keys, F::one(), half * x[i], d_q);
+                    combine(keys, F::one(), -d_q[i], &x);
                     combine(values, F::one(), x[i], d_o.at(t));
                     grads.lambda[i] -= d_q[i] * x[i];
                 }
@@ -277,7 +274,11 @@ impl<F: Real> Mesa<'_, F> {
                 grads.g[t] = decay * d_decay;
             }
         }
-        grads.states = self.split(&d_state);
+        let [keys, values] = self.split(&d_state);
+        // Half of either order: the state is symmetric, and so is its gradient.
+        let half = F::of(0.5);
+        let symmetric = (0..n * n).map(|i| half * (keys[i] + keys[i % n * n + i / n])).collect();
+        grads.states = [symmetric, values];
         grads
     }
 }
