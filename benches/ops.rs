@@ -182,7 +182,7 @@ fn cases(width: usize) -> Vec<(&'static str, Vec<Tensor>, Op)> {
         (
             "swiglu",
             vec![random(&tokens(&[8 * d]), 1.0), random(&[1], 1.0)],
-            Box::new(|x| swiglu(&x[0], &x[1])),
+            Box::new(|x| swiglu(&x[0], &x[1], None)),
         ),
         (
             "residual_norm",

@@ -650,15 +650,21 @@ mod swiglu {
         let (a, b) = (x.narrow(2, 0, 9).unwrap(), x.narrow(2, 9, 9).unwrap());
         let gate = (a.broadcast_mul(&beta).unwrap().neg().unwrap().exp().unwrap() + 1.0).unwrap();
         let want = ((a / gate).unwrap() * b).unwrap();
-        assert!(rel_rms(&swiglu(&x, &beta).unwrap(), &want) < 1e-14);
+        assert!(rel_rms(&swiglu(&x, &beta, None).unwrap(), &want) < 1e-14);
+        let bias = random(18, 3);
+        let (shifted, zero) = (x.broadcast_sub(&bias).unwrap(), bias.zeros_like().unwrap());
+        assert!(rel_rms(&swiglu(&shifted, &beta, Some(Arg::from(&bias))).unwrap(), &want) < 1e-14);
+        assert!(rel_rms(&swiglu(&x, &beta, Some(Arg::from(&zero))).unwrap(), &want) < 1e-14);
         for (t, n) in [(1, 5), (2, 9), (65, 3)] {
-            let inputs = [random((2, t, 2 * n), 1), random(1, 2)];
-            check_gradients("swiglu", &inputs, |x| Ok(vec![swiglu(&x[0], &x[1])?]));
+            let inputs = [random((2, t, 2 * n), 1), random(1, 2), random(2 * n, 3)];
+            check_gradients("swiglu", &inputs[..2], |x| Ok(vec![swiglu(&x[0], &x[1], None)?]));
+            check_gradients("swiglu", &inputs, |x| Ok(vec![swiglu(&x[0], &x[1], Some(Arg::from(&x[2])))?]));
         }
-        check_threads("swiglu", &[random((3, 300, 18), 1), random(1, 2)], |x| {
-            Ok(vec![swiglu(&x[0], &x[1])?])
+        check_threads("swiglu", &[random((3, 300, 18), 1), random(1, 2), random(18, 3)], |x| {
+            Ok(vec![swiglu(&x[0], &x[1], Some(Arg::from(&x[2])))?])
         });
-        assert!(swiglu(&random((2, 3), 1), &beta).is_err());
+        assert!(swiglu(&random((2, 3), 1), &beta, None).is_err());
+        assert!(swiglu(&x, &beta, Some(Arg::from(&beta))).is_err());
     }
 }
 

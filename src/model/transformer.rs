@@ -188,7 +188,9 @@ impl Mixer for Transformer {
         call.keep(1, v.narrow(1, keys - kept, kept)?);
         let o = self.out.forward(view(&o, (batch, steps, width)))?;
         let h = add(x, &rms_norm(&o, &self.out_norm, RMS_EPS, RmsEps::Outside)?)?;
-        let mut y = self.down.forward(&swiglu(&self.up.forward(&h)?, &self.beta)?)?;
+        // Added to what the product gave where that is read: its gradient needs no pass of its own.
+        let bias = Some(Arg::from(&self.up.bias));
+        let mut y = self.down.forward(&swiglu(&linear(&h, &self.up.weight, None)?, &self.beta, bias)?)?;
         if let Some(mask) = &call.dropout {
             y = dropout(&y, mask)?;
         }
