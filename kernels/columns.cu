@@ -63,12 +63,12 @@ __device__ __forceinline__ void columns_partial(const T* x, float* partial, long
 PARTIAL(f32, float)
 PARTIAL(bf16, bf16)
 
-// Adds the slabs of partial [slabs, columns]. Columns below `split` go to `first`, the others to `second`; the sums
-// are added to what is there if `add_first`, `add_second`. A null output is not wanted.
+// Adds the slabs of partial [slabs, columns]: columns below n go to `first`, the next n to `second`, the rest to `third`;
+// where the bit of `add` is set the sums are added to what is there. A null output is not wanted.
 // Grid: columns / 32; block: 1,024 threads, 32 columns by 32 slabs.
 extern "C" __global__ void __launch_bounds__(1024)
-    columns_final(const float* partial, int slabs, int columns, float* first, int split, float* second, int add_first,
-                  int add_second) {
+    columns_final(const float* partial, int slabs, int columns, int n, float* first, float* second, float* third,
+                  int add) {
     __shared__ float sums[WARP][WARP + 1];
     const int tx = lane_id(), ty = warp_id(), c = blockIdx.x * WARP + tx;
     float sum = 0.f;
@@ -82,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     const float total = warp_sum(sums[tx][ty]);
     const int column = blockIdx.x * WARP + ty;
     if (tx == 0 && column < columns) {
-        float* out = column < split ? first : second;
-        const int i = column < split ? column : column - split;
-        if (out) out[i] = ((column < split ? add_first : add_second) ? out[i] : 0.f) + total;
+        const int which = column / n, i = column - which * n;
+        float* out = which == 0 ? first : which == 1 ? second : third;
+        if (out) out[i] = (add >> which & 1 ? out[i] : 0.f) + total;
     }
 }

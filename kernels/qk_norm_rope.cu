@@ -13,7 +13,7 @@
 // Angles are in turns and in double until only their fraction is left: exact enough for any position.
 //
 // qk_norm_rope_forward_<f32|bf16>, qk_norm_rope_backward_<f32|bf16>: any grid, block 256, shared 0; the backward pass
-// writes partial sums of dw [grid, D], which qk_norm_rope_dw adds up: grid ceil(D/32), block 1024.
+// writes partial sums of dw [grid, D], which columns_final adds up.
 // rope_<f32|bf16>: the rotation alone, with the usual sign of the sine; any grid, block 256.
 #include "common.cuh"
 
@@ -24,7 +24,7 @@ inline void sincospif(float x, float* sin, float* cos) { sincosf((float)(x * 3.1
 constexpr int PAIRS = 4;   // of a lane
 constexpr int HALF = 64;   // most pairs of a head
 constexpr int BLOCK = 256;
-constexpr int HEADS = 4;   // loaded at a time
+constexpr int HEADS = 2, AT_ONCE = 1; // loaded at a time, forward and backward
 
 // The first and the second halves of a lane's pairs.
 struct Pairs {
@@ -63,6 +63,11 @@ __device__ __forceinline__ void fill_turns(double* turns, int half, long long lo
     for (int i = threadIdx.x; i < half; i += blockDim.x)
         turns[i] = exp2(-(double)i / half * __longlong_as_double(log2_base)) * 0.15915494309189535;
     __syncthreads();
+}
+
+// In 32 bits, where that is enough: the remainder of a long division takes as long as a load.
+__device__ __forceinline__ int step_of(long long token, int steps) {
+    return token >> 32 ? (int)(token % steps) : (int)((unsigned)token % (unsigned)steps);
 }
 
 // cos and sin of a lane's pairs at one position.
@@ -114,7 +119,7 @@ __device__ __forceinline__ void forward(const T* __restrict__ x, const float* __
         const bool past = token >= tokens;
         const long long row = past ? 0 : token * heads * dim;
         float cos[PAIRS], sin[PAIRS];
-        angles(turns, at, half, offset + (int)(past ? 0 : token % steps), cos, sin);
+        angles(turns, at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
         for (int h0 = 0; h0 < heads; h0 += HEADS) {
             Pairs in[HEADS];
 #pragma unroll
@@ -144,7 +149,6 @@ template <class T>
 __device__ __forceinline__ void backward(const T* __restrict__ x, const float* __restrict__ w, const T* __restrict__ dy,
                                          T* __restrict__ dx, float* __restrict__ partial, long long tokens, int steps,
                                          int heads, int half, int offset, long long log2_base) {
-    constexpr int AT_ONCE = HEADS / 2;
     __shared__ double turns[HALF];
     __shared__ float sums[BLOCK / WARP][2 * HALF];
     fill_turns(turns, half, log2_base);
@@ -158,7 +162,7 @@ __device__ __forceinline__ void backward(const T* __restrict__ x, const float* _
         const bool past = token >= tokens;
         const long long row = past ? 0 : token * heads * dim;
         float cos[PAIRS], sin[PAIRS];
-        angles(turns, at, half, offset + (int)(past ? 0 : token % steps), cos, sin);
+        angles(turns, at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
         for (int h0 = 0; h0 < heads; h0 += AT_ONCE) {
             Pairs in[AT_ONCE], grad[AT_ONCE];
 #pragma unroll
@@ -231,7 +235,7 @@ __device__ __forceinline__ void rope(const T* __restrict__ x, T* __restrict__ y,
     for (long long token = work.first; token < tokens; token += work.stride) {
         const long long row = token * heads * dim;
         float cos[PAIRS], sin[PAIRS];
-        angles(turns, at, half, offset + (int)(token % steps), cos, sin);
+        angles(turns, at, half, offset + step_of(token, steps), cos, sin);
         for (int h = 0; h < heads; h++) {
             const Pairs in = load_pairs(x + row + h * dim, at, half, vector);
             Pairs out;
@@ -251,31 +255,15 @@ __device__ __forceinline__ void rope(const T* __restrict__ x, T* __restrict__ y,
         float sign) {                                                                                                  \
         rope<T>(x, y, tokens, steps, heads, half, offset, log2_base, sign);                                            \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK) qk_norm_rope_forward_##NAME(                                    \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 3) qk_norm_rope_forward_##NAME(                                    \
         const T* x, const float* w, T* y, long long tokens, int steps, int heads, int half, int offset,                \
         long long log2_base) {                                                                                             \
         forward<T>(x, w, y, tokens, steps, heads, half, offset, log2_base);                                            \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK) qk_norm_rope_backward_##NAME(                                   \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 3) qk_norm_rope_backward_##NAME(                                   \
         const T* x, const float* w, const T* dy, T* dx, float* partial, long long tokens, int steps, int heads,        \
         int half, int offset, long long log2_base) {                                                                       \
         backward<T>(x, w, dy, dx, partial, tokens, steps, heads, half, offset, log2_base);                             \
     }
 ENTRIES(float, f32)
 ENTRIES(bf16, bf16)
-
-// dw [D] = the sum of partial [blocks, D] over its rows.
-extern "C" __global__ void __launch_bounds__(1024) qk_norm_rope_dw(const float* partial, float* dw, int blocks, int dim) {
-    __shared__ float sums[WARP][WARP];
-    const int d = blockIdx.x * WARP + lane_id();
-    float total = 0.f;
-    if (d < dim)
-        for (int i = warp_id(); i < blocks; i += WARP) total += partial[(long long)i * dim + d];
-    sums[warp_id()][lane_id()] = total;
-    __syncthreads();
-    if (warp_id() == 0 && d < dim) {
-        total = 0.f;
-        for (int i = 0; i < WARP; i++) total += sums[i][lane_id()];
-        dw[d] = total;
-    }
-}

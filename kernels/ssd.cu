@@ -26,7 +26,7 @@
 //   ssd_states    the state alone: in reverse the gradient of the state at every chunk's end, forward the parts of a
 //                 sequence that is cut into segments; ssd_scan joins the segments
 //   ssd_grads     all other gradients: a block has one chunk and several heads, so that those of B and C are summed
-//                 over heads in registers; ssd_sum adds what the blocks of a chunk have, ssd_params the parameters'
+//                 over heads in registers; ssd_sum adds what the blocks of a chunk have, columns_final the parameters'
 // No atomics; every sum has one order.
 #include "chunk.cuh"
 
@@ -411,7 +411,7 @@ template <class R> constexpr int GRAD_SLICE = CHUNK<R>;
 // With two STAGES the next slice of the operands is on its way while one is computed with.
 // states, d_states [B,H,chunks,P,N]: S0 and E.
 // With one block per group db and dc [B,T,G,N] are written, else partial sums [2][blocks_per_group][B,T,G,N] f32.
-// params [3][B chunks][H] f32: shares of the gradients of a_log, d, dt_bias.
+// params [B chunks][3][H] f32: shares of the gradients of a_log, d, dt_bias.
 template <class R, int NT, int STAGES>
 __device__ __forceinline__ void grads(const typename R::elem* x, const typename R::elem* dt, const float* a_log,
                                       const typename R::elem* b, const typename R::elem* c, const float* d,
@@ -793,10 +793,10 @@ __device__ __forceinline__ void grads(const typename R::elem* x, const typename 
             }
             log_sum = warp_sum(log_sum), bias_sum = warp_sum(bias_sum), skip_sum = warp_sum(skip_sum);
             if (lane == 0) {
-                const long long rows = (long long)gridDim.z * chunks, row = batch * chunks + chunk;
-                params[row * H + h] = log_sum;
-                params[(rows + row) * H + h] = skip_sum;
-                params[(2 * rows + row) * H + h] = bias_sum;
+                const long long row = batch * chunks + chunk;
+                params[3 * row * H + h] = log_sum;
+                params[(3 * row + 1) * H + h] = skip_sum;
+                params[(3 * row + 2) * H + h] = bias_sum;
             }
         }
     }
@@ -857,18 +857,6 @@ __device__ __forceinline__ void sum_parts(const float* partial, E* db, E* dc, lo
         for (int k = 0; k < parts; k++) sum += partial[k * size + i];
         out[i] = from_f<E>(sum);
     }
-}
-
-// Gradients of a_log, d and dt_bias [H] from their shares [3][rows][H]. Grid: (H, 3). Block: 256.
-extern "C" __global__ void __launch_bounds__(256)
-    ssd_params(const float* shares, float* d_a_log, float* d_d, float* d_dt_bias, int rows, int H) {
-    __shared__ float scratch[WARP];
-    shares += (long long)blockIdx.y * rows * H + blockIdx.x;
-    float sum = 0.f;
-    for (int i = threadIdx.x; i < rows; i += blockDim.x) sum += shares[(long long)i * H];
-    sum = block_sum(sum, scratch);
-    float* out = blockIdx.y == 0 ? d_a_log : blockIdx.y == 1 ? d_d : d_dt_bias;
-    if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
 // The kernels that carry states; those of blocks that share heads are ssd_forward_heads and ssd_states_heads.

@@ -6,7 +6,8 @@ use super::hopper::Hopper;
 use super::reference::Shape;
 use super::rope::Turn;
 use crate::cuda::{Gpu, KernelArg, Launch, kernels, route, suffix};
-use crate::ops::tape::{Forward, Value};
+use crate::ops::rows::cuda::parameter_sums;
+use crate::ops::tape::{Forward, Run, Value};
 
 /// The tile of a kernel: rows that a block owns, 16 or 32 to a warp, and rows that it walks over at a time.
 struct Tile {
@@ -211,22 +212,21 @@ impl Turn {
         Ok(y)
     }
 
-    /// Gradients of x and w.
-    pub fn backward(self, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    /// Gradients of x and w, the arguments.
+    pub fn backward(self, run: &Run, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
         self.check()?;
+        let (x, w) = (&run.args[0], &run.args[1]);
         let (gpu, tokens) = (Gpu::of(x)?, self.tokens(x));
         let dy = dy.contiguous()?;
         let blocks = self.blocks(tokens).min(4 * gpu.multiprocessors()).max(1);
         let dx = gpu.empty(x.shape(), x.dtype())?.into_tensor();
-        let dw = gpu.empty(w.shape(), DType::F32)?.into_tensor();
-        let partial = gpu.empty((blocks, self.dim), DType::F32)?.into_tensor();
-        let mut params = vec![gpu.ptr(x)?, gpu.ptr(w)?, gpu.ptr(&dy)?, gpu.ptr(&dx)?, gpu.ptr(&partial)?];
+        let partial = gpu.empty((blocks, self.dim), DType::F32)?;
+        let mut params =
+            vec![gpu.ptr(x)?, gpu.ptr(w)?, gpu.ptr(&dy)?, gpu.ptr(&dx)?, gpu.of_value(&partial)?];
         params.extend(self.sizes(tokens));
         let name = format!("qk_norm_rope_backward_{}", suffix(x.dtype())?);
         gpu.launch(&kernels::QK_NORM_ROPE, &name, Launch::new(blocks, Self::THREADS), &params)?;
-        let params = [gpu.ptr(&partial)?, gpu.ptr(&dw)?, blocks.into(), self.dim.into()];
-        let launch = Launch::new(self.dim.div_ceil(32), 1024);
-        gpu.launch(&kernels::QK_NORM_ROPE, "qk_norm_rope_dw", launch, &params)?;
-        Ok((dx, dw))
+        let dw = parameter_sums(&gpu, run, &partial, blocks, &[1])?;
+        Ok([Some(dx)].into_iter().chain(dw).collect())
     }
 }

@@ -195,8 +195,7 @@ impl Node for QkNormRope {
         let (args, Some(dy)) = (&run.args, &grads[0]) else { return Ok(vec![None; 2]) };
         #[cfg(feature = "cuda")]
         if dy.device().is_cuda() {
-            let (dx, dw) = self.0.backward(&args[0], &args[1], dy)?;
-            return Ok(vec![Some(dx), Some(dw)]);
+            return self.0.backward(run, dy);
         }
         dispatch!(dy.dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], dy = dy);

@@ -162,30 +162,19 @@ impl Sums {
         Ok(Self { at: gpu.of_value(&value)?, add: false, new: Some(value.into_tensor()) })
     }
 
-    /// Adds the slabs of `partial` [slabs, columns], where the first `split` columns belong to `first`.
-    fn finish(
-        gpu: &Gpu,
-        partial: &Value,
-        (slabs, columns): (usize, usize),
-        (first, split): (&Sums, usize),
-        second: &Sums,
-    ) -> Result<()> {
-        let args = [
-            gpu.of_value(partial)?,
-            slabs.into(),
-            columns.into(),
-            first.at,
-            split.into(),
-            second.at,
-            i32::from(first.add).into(),
-            i32::from(second.add).into(),
-        ];
+    /// Adds the slabs of `partial` [slabs, up to three sums, n].
+    fn finish(gpu: &Gpu, partial: &Value, (slabs, n): (usize, usize), sums: &[Sums]) -> Result<()> {
+        let columns = n * sums.len();
+        let mut args = vec![gpu.of_value(partial)?, slabs.into(), columns.into(), n.into()];
+        args.extend((0..3).map(|i| sums.get(i).map_or(NULL, |sums| sums.at)));
+        let add = sums.iter().enumerate().map(|(i, sums)| i32::from(sums.add) << i).sum::<i32>();
+        args.push(add.into());
         // Without rows there are no slabs, and the sums are zero.
         gpu.launch(&kernels::COLUMNS, "columns_final", Launch::new(columns.div_ceil(32), 1024), &args)
     }
 }
 
-/// The gradients of one or two equally long parameters, arguments `of` of a node, from the slabs of partial
+/// The gradients of up to three equally long parameters, arguments `of` of a node, from the slabs of partial
 /// sums that its backward kernel wrote, `partial` [slabs, parameters, n]: added to the parameter's own gradient
 /// where there is one (then none is returned), else as new tensors.
 pub fn parameter_sums(
@@ -204,18 +193,17 @@ pub fn parameter_sums(
             None => Sums::new(gpu, run.args[i].dims()),
         })
         .collect::<Result<Vec<_>>>()?;
-    let second = sums.get(1).unwrap_or(&Sums::UNWANTED);
-    Sums::finish(gpu, partial, (slabs, n * of.len()), (&sums[0], n), second)?;
+    Sums::finish(gpu, partial, (slabs, n), &sums)?;
     Ok(sums.iter_mut().map(|sums| sums.new.take()).collect())
 }
 
 /// The sum over the rows of `matrix` [.., D], f32 or bf16, in f32: added to `into` [D] if given, else returned.
 pub fn column_sums(gpu: &Gpu, matrix: &Tensor, into: Option<&Tensor>) -> Result<Option<Tensor>> {
     let columns = matrix.dim(candle_core::D::Minus1)?;
-    let mut sums = match into {
+    let mut sums = [match into {
         Some(into) => Sums::add_to(gpu, into, columns)?,
         None => Sums::new(gpu, &[columns])?,
-    };
+    }];
     let (dtype, x) = (matrix.dtype(), gpu.ptr(matrix)?);
     let rows = matrix.elem_count() / columns.max(1);
     let grid = Grid::new(rows, columns, dtype, &[x]);
@@ -224,6 +212,6 @@ pub fn column_sums(gpu: &Gpu, matrix: &Tensor, into: Option<&Tensor>) -> Result<
     let partial = gpu.empty((slabs, columns), DType::F32)?;
     let args = [x, gpu.of_value(&partial)?, count(rows), columns.into(), grid.log_width.into()];
     gpu.launch(&kernels::COLUMNS, &grid.name("columns_partial", dtype)?, launch, &args)?;
-    Sums::finish(gpu, &partial, (slabs, columns), (&sums, columns), &Sums::UNWANTED)?;
-    Ok(sums.new.take())
+    Sums::finish(gpu, &partial, (slabs, columns), &sums)?;
+    Ok(sums[0].new.take())
 }

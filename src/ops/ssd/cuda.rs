@@ -4,7 +4,8 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{Dims, NAME};
 use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, route, suffix};
-use crate::ops::tape::{Forward, Value};
+use crate::ops::rows::cuda::parameter_sums;
+use crate::ops::tape::{Forward, Run, Value};
 
 /// Padding of rows in shared memory, in elements.
 const PAD: usize = 8;
@@ -168,14 +169,9 @@ pub fn forward(dims: Dims, args: &[Tensor], save: bool) -> Result<Forward> {
     Ok(Forward { outputs: vec![y, state], saved: saved.into_iter().map(Value::into_tensor).collect() })
 }
 
-/// The gradients of the arguments, in their order, from those of y and of the final state.
-pub fn backward(
-    dims: Dims,
-    args: &[Tensor],
-    saved: &Tensor,
-    dy: &Tensor,
-    d_state: Option<&Tensor>,
-) -> Result<Vec<Tensor>> {
+/// The gradients of the arguments, in their order, and of the initial state, from those of y and of the final state.
+pub fn backward(dims: Dims, run: &Run, dy: &Tensor, d_state: Option<&Tensor>) -> Result<Vec<Option<Tensor>>> {
+    let (args, saved) = (&run.args, &run.saved[0]);
     let plan = Plan::new(dims, args)?;
     let (gpu, dtype) = (&plan.gpu, plan.dtype);
     let Dims { batch, steps, heads, dim, groups, states } = plan.dims;
@@ -205,7 +201,7 @@ pub fn backward(
         _ => Some(plan.empty([2, blocks, batch, steps, groups, states], DType::F32)?),
     };
     let partial_at = partial.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
-    let shares = plan.empty([3, batch * plan.chunks, heads], DType::F32)?;
+    let shares = plan.empty([batch * plan.chunks, 3, heads], DType::F32)?;
     let (chunk, slice) = (plan.chunk, plan.chunk);
     // Slices of the operands in shared memory: two, one of them on its way, where there is room.
     let shared = |slices: usize| {
@@ -232,12 +228,8 @@ pub fn backward(
         let args = [partial_at, db_at, dc_at, KernelArg::I64(size as i64), blocks.into()];
         gpu.launch(&kernels::SSD, &format!("ssd_sum_{}", suffix(dtype)?), launch, &args)?;
     }
-    let params = || plan.empty([heads], DType::F32);
-    let (d_a_log, d_d, d_dt_bias) = (params()?, params()?, params()?);
-    let outputs = [gpu.of_value(&d_a_log)?, gpu.of_value(&d_d)?, gpu.of_value(&d_dt_bias)?];
-    let sizes = [batch * plan.chunks, heads].map(KernelArg::from);
-    let args = [&[gpu.of_value(&shares)?], &outputs[..], &sizes].concat();
-    gpu.launch(&kernels::SSD, "ssd_params", Launch::grid(heads, 3, 1, 256), &args)?;
-    let grads = [dx, d_dt, d_a_log, db, dc, d_d, d_dt_bias, d_initial];
-    Ok(grads.into_iter().map(Value::into_tensor).collect())
+    let params = parameter_sums(gpu, run, &shares, batch * plan.chunks, &[2, 5, 6])?;
+    let [d_a_log, d_d, d_dt_bias] = <[_; 3]>::try_from(params).expect("three parameters");
+    let [dx, d_dt, db, dc, d_initial] = [dx, d_dt, db, dc, d_initial].map(|value| Some(value.into_tensor()));
+    Ok(vec![dx, d_dt, d_a_log, db, dc, d_d, d_dt_bias, d_initial])
 }

@@ -140,8 +140,9 @@ impl Node for SsdNode {
         let d_y = grad_or_zeros(&grads[0], &[batch, steps, heads, dim], &args[0])?;
         #[cfg(feature = "cuda")]
         if args[0].device().is_cuda() {
-            let grads = cuda::backward(dims, args, &run.saved[0], &d_y, grads[1].as_ref())?;
-            return Ok(grads.into_iter().take(args.len()).map(Some).collect());
+            let mut grads = cuda::backward(dims, run, &d_y, grads[1].as_ref())?;
+            grads.truncate(args.len());
+            return Ok(grads);
         }
         let d_state = grad_or_zeros(&grads[1], &[batch, heads, dim, states], &args[0])?;
         dispatch!(args[0].dtype(), F => {
