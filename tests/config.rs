@@ -773,11 +773,13 @@ prop_compose! {
             Precision::Auto, Precision::F32, Precision::Tf32, Precision::Bf16,
         ]),
         emulate in proptest::sample::select(vec![Emulate::None, Emulate::Authors]),
+        recompute in proptest::sample::select(vec![Recompute::None, Recompute::Layers]),
     ) -> TrainConfig {
         TrainConfig {
             preset: TrainPreset::Paper,
             batch,
             micro_batch: if micro == 0 { Auto::AUTO } else { Auto::Value(batch.div_ceil(micro)) },
+            recompute,
             optimizer,
             lr,
             beta1,

@@ -550,6 +550,24 @@ fn every_parameter_gets_a_gradient() -> Result<()> {
 }
 
 #[test]
+fn a_layer_computed_again_gives_the_same_gradients() -> Result<()> {
+    let (batch, steps) = (2, 19);
+    for config in MODELS.iter().flat_map(settings) {
+        let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+        let gradients = |recompute: bool| -> Result<Vec<f32>> {
+            net.params().zero_grad()?;
+            let dropout = Some(DropoutKey { p: 0.2, key: [1, 2], first: 0 });
+            let mut context = Context { dropout, recompute, ..Context::default() };
+            let logits = net.logits(Input::Ids(&symbols(batch, steps, 7)?), &mut context)?;
+            logits.sqr()?.sum_all()?.backward()?;
+            net.params().gradient().to_vec1()
+        };
+        assert!(gradients(false)? == gradients(true)?, "{}", shown(&config));
+    }
+    Ok(())
+}
+
+#[test]
 fn pieces_give_what_the_whole_gives() -> Result<()> {
     let (batch, steps) = (2, 61);
     // A window of the current step alone asks nothing of queries and keys.

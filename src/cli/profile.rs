@@ -42,9 +42,9 @@ pub struct ProfileArgs {
     /// Number format: f32, tf32 or bf16 [default: bf16 on a GPU, f32 on the CPU]
     #[arg(long, value_name = "FORMAT")]
     dtype: Option<String>,
-    /// State size of mamba and mamba2 in training steps [default: that of configurations]
-    #[arg(long, value_name = "N")]
-    state: Option<usize>,
+    /// Any field of a configuration for training steps, such as model.state=64 or train.recompute=layers
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Do not measure the CPU beside a GPU
     #[arg(long)]
     no_cpu: bool,
@@ -66,9 +66,7 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     for path in args.json.iter().chain(&args.picture) {
         files::check_writable(path)?;
     }
-    if let Some(state) = args.state {
-        config::count("--state", state, 1..=config::MOST_SIZE)?;
-    }
+    let config = config::load::parse("", "the configuration", &args.set)?;
     let device = parse_device(&args.device)?;
     let route = match args.dtype.as_deref() {
         None if device.is_cuda() => Route::Bf16,
@@ -100,17 +98,17 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     let mut failures: Vec<String> = measured.iter().flat_map(|op| op.failure.clone()).collect();
     for &model in &models {
         for &scale in scales.iter().filter(|scale| matches!(scale, Scale::Width256 | Scale::Width1024)) {
-            match step(model, scale, route, args.state, &device) {
-                Ok(step) => steps.push(step),
+            match step(model, scale, route, &config, &device) {
+                Ok(step) => {
+                    print(parts_table(&step))?;
+                    steps.push(step);
+                }
                 Err(error) => failures.push(format!("{model} {}: {error:#}", scale.name())),
             }
         }
     }
     if !steps.is_empty() {
         print(step_table(&steps))?;
-        for step in &steps {
-            print(parts_table(step))?;
-        }
     }
 
     if let Some(path) = &args.json {

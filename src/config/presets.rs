@@ -96,6 +96,7 @@ impl TrainConfig {
             preset: TrainPreset::Paper,
             batch: 64,
             micro_batch: Auto::AUTO,
+            recompute: Recompute::None,
             optimizer: OptimizerKind::Adam,
             lr: 1e-3,
             beta1: 0.9,

@@ -284,6 +284,15 @@ pub enum Emulate {
     Authors,
 }
 
+/// What the backward pass computes again instead of keeping it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    None,
+    /// Each layer, from its input: the same gradients, less memory, more time.
+    Layers,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
@@ -292,6 +301,7 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Samples per forward pass; gradients are those of the whole batch. `auto`: as memory allows.
     pub micro_batch: Auto,
+    pub recompute: Recompute,
     pub optimizer: OptimizerKind,
     pub lr: f64,
     pub beta1: f64,

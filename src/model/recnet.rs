@@ -3,12 +3,14 @@
 //! x = encoder(u); for each layer x = LayerNorm(x + dropout(mixer(x))); logits = decoder(x).
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{Builder, Call, Dims, Init, LayerState, Mixer, Model, Notes, Param, ParamStore, find};
 use crate::config::ModelConfig;
 use crate::ops::dropout::Dropout;
+use crate::ops::tape::recompute;
 use crate::ops::{Arg, embedding, linear, residual_norm};
 
 const NORM_EPS: f64 = 1e-5;
@@ -38,12 +40,14 @@ pub struct Context {
     pub dropout: Option<DropoutKey>,
     /// Set to evaluate a sequence in pieces; start with `Some(State::default())`.
     pub state: Option<State>,
+    /// Keep the input of each layer alone for the backward pass, which computes the layer again; not with a state.
+    pub recompute: bool,
 }
 
 impl Context {
     /// For sequences that come in pieces: each forward pass goes on where the last one ended.
     pub fn streaming() -> Self {
-        Self { dropout: None, state: Some(State::default()) }
+        Self { state: Some(State::default()), ..Self::default() }
     }
 }
 
@@ -55,13 +59,36 @@ pub struct State {
     steps: usize,
 }
 
+/// A mixer, and what stands around it.
+#[derive(Clone)]
+struct Layer {
+    mixer: Arc<dyn Mixer>,
+    weight: Param,
+    bias: Param,
+}
+
+impl Layer {
+    /// LayerNorm(x + dropout(mixer(x))).
+    fn forward(
+        &self,
+        x: &Tensor,
+        call: &mut Call,
+        branch: Option<Dropout>,
+        see: impl FnOnce(&Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        let y = self.mixer.forward(x, call)?;
+        see(&y)?;
+        residual_norm::residual_dropout_layer_norm(&y, x, &self.weight, &self.bias, NORM_EPS, branch)
+    }
+}
+
 /// A stack of mixers with its parameters.
 pub struct RecNet {
     config: ModelConfig,
     features: usize,
     classes: usize,
     encoder: (Param, Param),
-    layers: Vec<(Box<dyn Mixer>, Param, Param)>,
+    layers: Vec<Layer>,
     decoder: (Param, Param),
     params: ParamStore,
 }
@@ -69,7 +96,7 @@ pub struct RecNet {
 /// The parts of a stack, declared but without values.
 pub(super) struct Declared {
     encoder: (Param, Param),
-    layers: Vec<(Box<dyn Mixer>, Param, Param)>,
+    layers: Vec<Layer>,
     decoder: (Param, Param),
 }
 
@@ -90,10 +117,10 @@ pub(super) fn declare(
     let encoder = affine("encoder", width, features);
     let mut layers = Vec::with_capacity(config.layers);
     for l in 0..config.layers {
-        let mixer = (model.build)(&dims, &builder.push("layers").push(l))?;
+        let mixer = (model.build)(&dims, &builder.push("layers").push(l))?.into();
         let norm = builder.push("norms").push(l);
         let weight = norm.param("weight", &[width], Init::Const(1.0));
-        layers.push((mixer, weight, norm.param("bias", &[width], Init::Const(0.0))));
+        layers.push(Layer { mixer, weight, bias: norm.param("bias", &[width], Init::Const(0.0)) });
     }
     let decoder = affine("decoder", classes, width);
     Ok(Declared { encoder, layers, decoder })
@@ -158,7 +185,7 @@ impl RecNet {
     /// Takes weights by name; every name and shape must match.
     pub fn load(&self, tensors: &HashMap<String, Tensor>) -> anyhow::Result<()> {
         self.params.load(tensors)?;
-        self.layers.iter().try_for_each(|(mixer, _, _)| mixer.check_weights())
+        self.layers.iter().try_for_each(|layer| layer.mixer.check_weights())
     }
 
     /// The last layer's output, [B, T, width].
@@ -166,7 +193,7 @@ impl RecNet {
         self.watch(input, context, |_, _| Ok(()))
     }
 
-    /// [`RecNet::hidden`], with a look at the output of every part: `see(name, tensor)`.
+    /// [`RecNet::hidden`], with a look at the output of every part that is kept: `see(name, tensor)`.
     pub fn watch(
         &self,
         input: Input,
@@ -195,21 +222,24 @@ impl RecNet {
             position = state.steps;
             state.steps += x.dim(1)?;
         }
-        for (l, (mixer, weight, bias)) in self.layers.iter().enumerate() {
+        for (l, layer) in self.layers.iter().enumerate() {
             // Two sites a layer: what the mixer drops inside, and what the residual branch drops.
             let dropout = |site: usize| {
                 let DropoutKey { p, key, first } = context.dropout?;
                 (p > 0.0).then_some(Dropout { p, key, site: site as u32, first, tied: false })
             };
             let (inside, branch) = (dropout(2 * l), dropout(2 * l + 1));
-            let slots = context.state.as_mut().map(|state| &mut state.layers[l]);
-            if let Some(notes) = &mut notes {
-                notes.layer = l;
-            }
-            let mut call = Call::new(inside, slots).at(position).with_notes(notes.as_deref_mut());
-            let y = mixer.forward(&x, &mut call)?;
-            see(&format!("layers.{l}"), &y)?;
-            x = residual_norm::residual_dropout_layer_norm(&y, &x, weight, bias, NORM_EPS, branch)?;
+            x = if context.recompute {
+                let layer = layer.clone();
+                recompute(&x, move |x| layer.forward(x, &mut Call::new(inside, None), branch, |_| Ok(())))?
+            } else {
+                let slots = context.state.as_mut().map(|state| &mut state.layers[l]);
+                if let Some(notes) = &mut notes {
+                    notes.layer = l;
+                }
+                let mut call = Call::new(inside, slots).at(position).with_notes(notes.as_deref_mut());
+                layer.forward(&x, &mut call, branch, |y| see(&format!("layers.{l}"), y))?
+            };
             see(&format!("norms.{l}"), &x)?;
         }
         if let Some(notes) = notes {

@@ -249,9 +249,18 @@ thread_local! {
     static PENDING: RefCell<BTreeMap<u64, Arc<Shared>>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-/// Runs the waiting nodes, the youngest first, until none is left.
-fn run_pending() -> Result<()> {
-    let next = || PENDING.with(|pending| pending.borrow_mut().pop_last());
+/// Runs the waiting nodes that are no older than `age`, the youngest first, until none is left.
+fn run_pending(age: u64) -> Result<()> {
+    let next = || {
+        PENDING.with(|pending| {
+            let mut pending = pending.borrow_mut();
+            if pending.last_key_value().is_some_and(|(last, _)| *last >= age) {
+                pending.pop_last()
+            } else {
+                None
+            }
+        })
+    };
     while let Some((_, shared)) = next() {
         if let Err(error) = shared.backward() {
             PENDING.with(|pending| pending.borrow_mut().clear());
@@ -289,7 +298,7 @@ impl CustomOp1 for Anchor {
         cuda_token_storage(storage)
     }
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        run_pending()?;
+        run_pending(0)?;
         Ok(None)
     }
 }
@@ -314,6 +323,7 @@ pub fn no_grad<T>(f: impl FnOnce() -> T) -> T {
 /// they compute arrives without a sum or a copy. For checks and measurements.
 pub struct Leaf {
     id: TensorId,
+    age: u64,
     grad: Arc<Mutex<Option<Tensor>>>,
 }
 
@@ -323,9 +333,10 @@ impl Leaf {
         let grad = Arc::new(Mutex::new(None));
         let run =
             Run { args: vec![], saved: vec![], outputs: vec![], needs: vec![], params: vec![], sums: vec![] };
+        let age = AGE.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared {
             node: Box::new(LeafNode(grad.clone())),
-            age: AGE.fetch_add(1, Ordering::Relaxed),
+            age,
             run: Mutex::new(Some(run)),
             output_grads: Mutex::new(vec![None]),
             input_grads: Mutex::new(vec![]),
@@ -333,7 +344,7 @@ impl Leaf {
         });
         let id = var.as_tensor().id();
         OUTPUTS.lock().unwrap().insert(id, Output { shared, index: 0, token: None });
-        Self { id, grad }
+        Self { id, age, grad }
     }
 
     /// The gradient, if one came.
@@ -365,6 +376,11 @@ impl Node for LeafNode {
 
 /// Runs the backward passes behind `outputs` of pure nodes, given their gradients, without a loss.
 pub fn pull_back(outputs: &[(&Tensor, Tensor)]) -> Result<()> {
+    pull_back_to(0, outputs)
+}
+
+/// [`pull_back`] that leaves what is older than `age` alone.
+fn pull_back_to(age: u64, outputs: &[(&Tensor, Tensor)]) -> Result<()> {
     for (output, grad) in outputs {
         let entry = OUTPUTS.lock().unwrap().get(&output.id()).cloned();
         match entry {
@@ -372,7 +388,46 @@ pub fn pull_back(outputs: &[(&Tensor, Tensor)]) -> Result<()> {
             _ => candle_core::bail!("a gradient for a tensor that is not the output of a pure node"),
         }
     }
-    run_pending()
+    run_pending(age)
+}
+
+/// `f(x)`, of which only `x` is kept: the backward pass computes it once more (gradient checkpointing). The same
+/// gradients, bit for bit, for less memory and more time.
+///
+/// `f` must compute the same each time, and be made of [`Node`]s alone.
+pub fn recompute(
+    x: &Tensor,
+    f: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    Ok(apply(Recompute(f), &[Arg::from(x)])?.remove(0))
+}
+
+struct Recompute<F>(F);
+
+impl<F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static> Node for Recompute<F> {
+    fn name(&self) -> &'static str {
+        "recompute"
+    }
+
+    fn fresh(&self) -> bool {
+        true
+    }
+
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        let y = no_grad(|| (self.0)(&args[0]))?;
+        let (storage, layout) = y.storage_and_layout();
+        let value = Value { storage: storage.try_clone(layout)?, shape: y.shape().clone() };
+        Ok(Forward { outputs: vec![value], saved: vec![] })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let Some(grad) = &grads[0] else { return Ok(vec![None]) };
+        let x = Var::from_tensor(&run.args[0])?;
+        let leaf = Leaf::of(&x);
+        let y = (self.0)(&x)?;
+        pull_back_to(leaf.age, &[(&y, grad.clone())])?;
+        Ok(vec![leaf.grad()])
+    }
 }
 
 /// Applies `node` to `args` and puts the result on the tape.

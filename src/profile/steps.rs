@@ -11,7 +11,6 @@ use serde::Serialize;
 
 use super::timing::Timing;
 use crate::check::{Route, Scale};
-use crate::config::load::defaults;
 use crate::config::{Auto, Config};
 use crate::device::{peak_memory, reset_peak_memory};
 use crate::task::{Part, Task};
@@ -49,22 +48,21 @@ pub struct Step {
     pub parts: Vec<StepPart>,
 }
 
-/// Measures updates of a model of eight layers: 64 samples of 400 steps on a GPU, fewer on the CPU. `state` is the
-/// state size of mamba and mamba2, if not the one of configurations.
+/// Measures updates of a model: 64 samples of 400 steps on a GPU, fewer on the CPU. What model, size and format do not
+/// say is as in `config`.
 pub fn step(
     model: &'static str,
     scale: Scale,
     route: Route,
-    state: Option<usize>,
+    config: &Config,
     device: &Device,
 ) -> Result<Step> {
     let (rounds, batch) = if device.is_cpu() { (3, 4) } else { (12, 64) };
     let width = if scale == Scale::Width1024 { 1024 } else { 256 };
-    let mut config: Config = defaults();
+    let mut config = config.clone();
     config.model.name = model.into();
     config.model.width = width;
     config.model.heads = Auto::AUTO;
-    config.model.state = state.unwrap_or(config.model.state);
     config.train.batch = batch;
     config.train.precision = route.precision();
     // 400 steps: 200 elements, each with a gap of one step.

@@ -12,7 +12,7 @@ use cudarc::driver::CudaGraph;
 use super::breakdown::Counter;
 use super::evaluate::{EvalPlan, Evaluation, MeanDivergence, next_targets};
 use super::trainer::{StepStats, Trainer};
-use crate::config::Emulate;
+use crate::config::{Emulate, Recompute};
 use crate::cuda::Gpu;
 use crate::cuda::about::trim;
 use crate::cuda::graph::{capture, rehearse};
@@ -232,7 +232,8 @@ impl Trainer {
             let targets = Arc::new(targets(&part)?);
             let factor = if authors { valid_scale(&targets)? } else { whole.clone() };
             let dropout = self.dropout().map(|key| DropoutKey { first: first as u32, ..key });
-            let mut context = Context { dropout, state: None };
+            let recompute = self.config.train.recompute == Recompute::Layers;
+            let mut context = Context { dropout, recompute, ..Context::default() };
             let (loss, totals) = trace::part("forward", || {
                 let hidden = self.net.hidden(input(&part), &mut context)?;
                 head_cross_entropy(&hidden, weight, bias, &targets, part.elements, &factor)

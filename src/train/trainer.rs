@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor};
 
 use super::evaluate::{ElementLabels, targets, with_input};
 use super::schedule;
-use crate::config::{Auto, Config, Emulate, OptimizerKind};
+use crate::config::{Auto, Config, Emulate, OptimizerKind, Recompute};
 use crate::device::number_format;
 use crate::model::param::Group;
 use crate::model::{Context, DropoutKey, Input, RecNet};
@@ -206,7 +206,8 @@ impl Trainer {
             }
             let denominator = if authors { part.valid_steps() } else { batch.valid_steps() };
             let dropout = self.dropout().map(|key| DropoutKey { first: first as u32, ..key });
-            let mut context = Context { dropout, state: None };
+            let recompute = self.config.train.recompute == Recompute::Layers;
+            let mut context = Context { dropout, recompute, ..Context::default() };
             let out = trace::part("forward", || {
                 let hidden = with_input(&part, device, |input| self.net.hidden(input, &mut context))?;
                 head_cross_entropy(&hidden, weight, bias, &targets(&part), denominator as f64)
@@ -302,7 +303,7 @@ impl Trainer {
         }
         let mut found = None;
         crate::ops::no_grad(|| {
-            let mut context = Context { dropout: self.dropout(), state: None };
+            let mut context = Context { dropout: self.dropout(), ..Context::default() };
             self.net.watch(input, &mut context, |name, x| {
                 if found.is_none() && !finite(x)? {
                     found = Some(format!("the output of {name} is not finite"));
