@@ -381,7 +381,7 @@ pub const OPS: &[Op] = &[
         matrices: true,
         activations: true,
         quick: || both(rows(&[(2, 70, 64), (1, 3, 81), (9, 1, 120), (1, 40, 256)])),
-        thorough: || both(rows(&[(1, 1, 1), (3, 130, 72), (17, 66, 96), (2, 400, 128), (1, 2_200, 16)])),
+        thorough: || both(rows(&[(3, 2, 5), (3, 130, 72), (17, 66, 96), (2, 400, 128), (1, 2_200, 16)])),
         measured: |scale| if scale.long() { vec![] } else { vec![scale.size()] },
         build: gru_case,
     },
@@ -606,7 +606,10 @@ pub const OPS: &[Op] = &[
         room: "swiglu",
         matrices: false,
         activations: true,
-        quick: || rows(&[(2, 70, 256), (1, 3, 81), (1, 1, 1)]),
+        quick: || {
+            let plain = with_outputs(rows(&[(2, 70, 256), (1, 3, 81)]), 0);
+            [rows(&[(2, 70, 256), (1, 3, 81), (1, 1, 1)]), plain].concat()
+        },
         thorough: || rows(&[(2, 400, 120), (1, 2_200, 64), (3, 130, 1024)]),
         measured: |scale| vec![Size { width: 4 * scale.size().width, ..scale.size() }],
         build: swiglu_case,
@@ -1346,15 +1349,21 @@ fn residual_norm_case(size: &Size) -> Case {
 }
 
 fn swiglu_case(size: &Size) -> Case {
-    let &Size { batch, steps, width, .. } = size;
+    let &Size { batch, steps, width, outputs, .. } = size;
     let mut draw = Draw::of(size);
+    let mut inputs = vec![
+        activation("x", draw.normal(&[batch, steps, 2 * width], 1.0)),
+        param("beta", draw.uniform(&[1], 0.5, 1.5)),
+    ];
+    // The transformer has a bias, other models none.
+    let bias = outputs > 0;
+    if bias {
+        inputs.push(param("bias", draw.normal(&[2 * width], 1.0)));
+    }
     Case {
-        inputs: vec![
-            activation("x", draw.normal(&[batch, steps, 2 * width], 1.0)),
-            param("beta", draw.uniform(&[1], 0.5, 1.5)),
-        ],
+        inputs,
         operations: 7.0 * (batch * steps * width) as f64,
-        run: Box::new(|x| Ok(vec![swiglu(x[0].clone(), x[1].clone())?])),
-        ..base("swiglu", size, label(size, format_args!("D{width}")))
+        run: Box::new(move |x| Ok(vec![swiglu(x[0].clone(), x[1].clone(), bias.then(|| x[2].clone()))?])),
+        ..base("swiglu", size, label(size, format_args!("D{width}{}", if bias { " bias" } else { "" })))
     }
 }
