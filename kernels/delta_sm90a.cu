@@ -1,0 +1,380 @@
+// The walks of delta.cu along the sequence for Hopper: the same results from tensor cores that read shared memory.
+//
+//   bf16; keys up to 64 or up to 128, padded to that in shared memory only. Tensors as in delta.cu, given as tensor maps
+//   whose boxes have the rows of a chunk; P [B·H, chunks, 16 or 64, 64] and the rows b … from delta_prepare.
+//
+// Everything is transposed: a warpgroup has 64 value columns as the rows of its products. What one product leaves in
+// registers is then the left operand of the next, and the state never leaves registers at all; keys, queries, M and P
+// lie in shared memory as copied. A block has two warpgroups that multiply, each on its own, and one that copies the
+// next chunks, also of the next sequence: a block takes one after the other.
+//
+//   delta_forward  Rᵀ = Vᵀ diag(β) − S0ᵀ Kᵀ diag(β e^b)          Vhᵀ = Rᵀ Mᵀ
+//                  Oᵀ = S0ᵀ Qᵀ diag(s e^b) + Vhᵀ (s P)ᵀ          S1ᵀ = e^(b_C) S0ᵀ + Vhᵀ diag(e^(b_C − b)) K
+//   delta_reverse  dVhᵀ = dS1ᵀ Kᵀ diag(e^(b_C − b)) + dOᵀ (s P)  Zᵀ = dVhᵀ M
+//                  dS0ᵀ = e^(b_C) dS1ᵀ + dOᵀ diag(s e^b) Q − Zᵀ diag(β e^b) K
+//
+// Entry points: delta_<forward|reverse>_<keys: 64|128>_<tokens: 16|64>_sm90a, for chunks of up to so many tokens; at
+// most one block a multiprocessor.
+#include "mma.cuh"
+#include "wgmma.cuh"
+
+namespace {
+
+constexpr int C = 64;       // sub-steps of a chunk, padded
+constexpr int VS = 64;      // value columns of a warpgroup
+constexpr int GROUPS = 2;   // warpgroups that multiply
+constexpr int STAGES = 2;   // chunks under way
+constexpr int THREADS = (1 + GROUPS) * WARPGROUP;
+// The rows of a chunk, each of C floats: b, β, β e^b, e^(b_C − b), and by tokens s e^b.
+enum { B, BETA, BETA_DECAY, TAIL, READ, ROWS };
+
+struct Sizes {
+    int batch, steps, heads, keys, values, sub;
+
+    __device__ __forceinline__ int tokens() const { return C / sub; }
+    __device__ __forceinline__ int chunks() const { return ceil_div(steps, tokens()); }
+    __device__ __forceinline__ int slices() const { return ceil_div(values, GROUPS * VS); }
+    __device__ __forceinline__ int items() const { return batch * heads * slices(); }
+};
+
+// Two neighbouring columns of accumulators: those of the `pair`-th element pair of 16 columns, `k` sixteens further on.
+__device__ __forceinline__ int column(int k, int pair) { return 16 * k + pair / 2 * 8 + 2 * (lane_id() % 4); }
+
+// Where a lane's row of the four 8 x 8 matrices begins that are 16 columns of a warpgroup's accumulators, transposed, in
+// a panel: rows are the columns from 16 k on.
+__device__ __forceinline__ int transposed(int k) {
+    const int lane = lane_id(), warp = threadIdx.x % WARPGROUP / WARP;
+    return (16 * k + lane / 16 * 8 + lane % 8) * PANEL + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 8;
+}
+// A tile [16·K rows][64] as a left operand, its columns being the rows of the product, and the way back.
+template <int K>
+__device__ __forceinline__ void fetch_operand(uint32_t (&a)[K][4], const bf16* tile) {
+#pragma unroll
+    for (int k = 0; k < K; k++) ldmatrix_x4_trans(a[k], tile + transposed(k));
+}
+template <int K>
+__device__ __forceinline__ void stage_operand(bf16* tile, const uint32_t (&a)[K][4]) {
+#pragma unroll
+    for (int k = 0; k < K; k++) stmatrix_x4_trans(tile + transposed(k), a[k]);
+}
+
+__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// What of accumulators is an operand, its columns times `row`.
+template <int N>
+__device__ __forceinline__ void pack_scaled(uint32_t (&a)[N / 8][4], const float (&d)[N], const float* row,
+                                            float sign = 1.f) {
+#pragma unroll
+    for (int k = 0; k < N / 8; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float w[2];
+            load_vec<2>(row + column(k, i), w);
+            a[k][i] = pack_bf16(d[8 * k + 2 * i] * (sign * w[0]), d[8 * k + 2 * i + 1] * (sign * w[1]));
+        }
+}
+
+template <int N>
+__device__ __forceinline__ void scale_columns(float (&d)[N], const float* row) {
+#pragma unroll
+    for (int k = 0; k < N / 8; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float w[2];
+            load_vec<2>(row + column(k, i), w);
+            d[8 * k + 2 * i] *= w[0];
+            d[8 * k + 2 * i + 1] *= w[1];
+        }
+}
+
+// A state [keys, values] in f32 from or to a warpgroup's accumulators, whose rows are the value columns from v0 on.
+template <int N, class F>
+__device__ __forceinline__ void each_element(float (&s)[N], int v0, const Sizes& n, F f) {
+    const int v = v0 + threadIdx.x % WARPGROUP / WARP * 16 + lane_id() / 4;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int k = 8 * (i / 4) + 2 * (lane_id() % 4) + i % 2, at = v + i / 2 % 2 * 8;
+        if (k < n.keys && at < n.values) f(s[i], (long long)k * n.values + at);
+    }
+}
+template <int N>
+__device__ __forceinline__ void load_state(float (&s)[N], const float* from, long long group, int v0, const Sizes& n) {
+#pragma unroll
+    for (int i = 0; i < N; i++) s[i] = 0.f;
+    if (!from) return;
+    from += group * n.keys * n.values;
+    each_element(s, v0, n, [&](float& x, long long at) { x = from[at]; });
+}
+template <int N>
+__device__ __forceinline__ void store_state(float* to, float (&s)[N], long long group, int v0, const Sizes& n) {
+    to += group * n.keys * n.values;
+    each_element(s, v0, n, [&](float x, long long at) { to[at] = x; });
+}
+
+// All threads of one warpgroup.
+__device__ __forceinline__ void group_barrier(int group) { named_barrier(1 + group, WARPGROUP); }
+
+// ---- the chunks of a block
+
+// Tiles of a chunk; of a sequence's values (or their gradients), each warpgroup has its own panel.
+template <int KP, int NQ, int VALUES>
+struct Stage {
+    alignas(1024) bf16 k[C * KP];
+    bf16 q[NQ * KP], v[GROUPS][VALUES * VS], m[C * C], p[NQ * C];
+    float rows[ROWS * C];
+    Slot slot;
+
+    __device__ __forceinline__ void init(const Sizes& n) {
+        if (threadIdx.x == 0) slot.init(GROUPS);
+        // Zeros where copies write nothing: chunks of fewer than C sub-steps, or than NQ tokens.
+        if (n.tokens() * n.sub == C && n.tokens() == NQ) return;
+        constexpr int WORDS = (C * KP + NQ * KP + GROUPS * VALUES * VS) / 2;
+        for (int i = threadIdx.x; i < WORDS; i += THREADS) reinterpret_cast<uint32_t*>(k)[i] = 0;
+        fence_copies();
+    }
+    // Starts the copies of a chunk; `values` are those of its sub-steps or those of its tokens.
+    __device__ void load(const TensorMap& k_map, const TensorMap& q_map, const TensorMap& v_map,
+                         const TensorMap& m_map, const TensorMap& p_map, const float* all_rows, int use, int group,
+                         int c, int v0, const Sizes& n) {
+        const int batch = group / n.heads, head = group % n.heads, tokens = n.tokens(), steps = tokens * n.sub;
+        const int values = VALUES == C ? steps : tokens;
+        const int index = group * n.chunks() + c;
+        slot.take(use, 2 * (steps * KP + tokens * KP + GROUPS * values * VS + C * C + NQ * C) + 4 * ROWS * C);
+        for (int panel = 0; panel < KP / PANEL; panel++) {
+            load_box(k + panel * C * PANEL, k_map, batch, c * steps, head, panel * PANEL, slot.full);
+            load_box(q + panel * NQ * PANEL, q_map, batch, c * tokens, head, panel * PANEL, slot.full);
+        }
+        for (int w = 0; w < GROUPS; w++) load_box(v[w], v_map, batch, c * values, head, v0 + w * VS, slot.full);
+        load_box(m, m_map, index, 0, 0, 0, slot.full);
+        load_box(p, p_map, index, 0, 0, 0, slot.full);
+        load_floats<ROWS * C>(rows, all_rows + (long long)index * ROWS * C, slot.full);
+    }
+};
+
+// The walk of a block: `copy` starts the copies of chunk c of a sequence from value column v0 on, use by use, and
+// `multiply` walks over all chunks of a sequence.
+template <bool BACKWARDS, class Stages, class Copy, class Multiply>
+__device__ __forceinline__ void walk(Stages& stages, const Sizes& n, Copy copy, Multiply multiply) {
+    for (auto& stage : stages) stage.init(n);
+    if (threadIdx.x == 0) fence_barrier_init();
+    __syncthreads();
+    const int chunks = n.chunks(), slices = n.slices(), wg = warpgroup() - 1;
+    if (wg < 0) {
+        fewer_registers<24>();
+        if (threadIdx.x == 0)
+            for (int item = blockIdx.x, use = 0; item < n.items(); item += gridDim.x)
+                for (int c = 0; c < chunks; c++, use++)
+                    copy(item / slices, BACKWARDS ? chunks - 1 - c : c, item % slices * (GROUPS * VS), use);
+    } else {
+        more_registers<240>();
+        for (int item = blockIdx.x, use = 0; item < n.items(); item += gridDim.x, use += chunks)
+            multiply(wg, item / slices, (item % slices * GROUPS + wg) * VS, use);
+        if (threadIdx.x % WARPGROUP == 0) wait_stores();
+    }
+}
+
+// Starts writing a state [keys, 64 columns] that is staged as [KP][VS].
+template <int KP>
+__device__ __forceinline__ void store_staged(const TensorMap& map, int index, int v0, const bf16* staged) {
+#pragma unroll
+    for (int r = 0; r < KP; r += BOX) store_box(map, index, r, 0, v0, staged + r * PANEL);
+}
+
+// ---- forward
+
+template <int KP, int NQ>
+struct ForwardShared {
+    Stage<KP, NQ, C> stages[STAGES];
+    bf16 s[GROUPS][KP * VS], vh[GROUPS][C * VS], o[GROUPS][NQ * VS];
+};
+
+template <int KP, int NQ>
+__device__ __forceinline__ void forward(const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& m,
+                                        const TensorMap& p, const float* rows, const float* state, const TensorMap& o,
+                                        float* last, bool keeps, const TensorMap& s_kept, const TensorMap& vh_kept,
+                                        const Sizes& n) {
+    DYNAMIC_SHARED(shared);
+    auto& sh = *reinterpret_cast<ForwardShared<KP, NQ>*>(shared);
+    const auto copy = [&](int group, int c, int v0, int use) {
+        sh.stages[use % STAGES].load(k, q, v, m, p, rows, use / STAGES, group, c, v0, n);
+    };
+    walk<false>(sh.stages, n, copy, [&](int wg, int group, int v0, int use) {
+        const int chunks = n.chunks(), first = group * chunks, thread = threadIdx.x % WARPGROUP;
+        float s[KP / 2];
+        load_state(s, state, group, v0, n);
+        uint32_t a[KP / 16][4];
+        pack(a, s);
+        if (keeps) {
+            if (thread == 0) wait_stores();
+            group_barrier(wg);
+            stage_operand(sh.s[wg], a);
+            fence_copies();
+            group_barrier(wg);
+            if (thread == 0) store_staged<KP>(s_kept, first, v0, sh.s[wg]), commit_stores();
+        }
+        for (int c = 0; c < chunks; c++, use++) {
+            auto& stage = sh.stages[use % STAGES];
+            stage.slot.full.wait(use / STAGES);
+            float r[C / 2], out[NQ / 2];
+            start_product<C, KP, C>(r, a, operand(stage.k), false);
+            start_product<NQ, KP, NQ>(out, a, operand(stage.q), false);
+            uint32_t x[C / 16][4];
+            fetch_operand(x, stage.v[wg]);
+            wait_product<1>(r);
+#pragma unroll
+            for (int j = 0; j < C / 16; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float beta[2], w[2];
+                    load_vec<2>(stage.rows + BETA * C + column(j, i), beta);
+                    load_vec<2>(stage.rows + BETA_DECAY * C + column(j, i), w);
+                    const float *d = r + 8 * j + 2 * i;
+                    x[j][i] = pack_bf16(beta[0] * low(x[j][i]) - w[0] * d[0], beta[1] * high(x[j][i]) - w[1] * d[1]);
+                }
+            start_product<C, C, C>(r, x, operand(stage.m), false);
+            wait_product<1>(out);
+            scale_columns(out, stage.rows + READ * C);
+            compute_now(out);
+            const float all = __expf(fminf(stage.rows[B * C + C - 1], 0.f));
+#pragma unroll
+            for (int i = 0; i < KP / 2; i++) s[i] *= all;
+            compute_now(s);
+            wait_product<0>(r);
+            uint32_t written[C / 16][4], tail[C / 16][4];
+            pack(written, r);
+            pack_scaled(tail, r, stage.rows + TAIL * C);
+            start_product<NQ, C, NQ>(out, written, operand(stage.p), true);
+            start_product<KP, C>(s, tail, operand(stage.k, C));
+            if (thread == 0) wait_stores();
+            group_barrier(wg);
+            if (keeps) stage_operand(sh.vh[wg], written);
+            wait_product<1>(out);
+            uint32_t packed[NQ / 16][4];
+            pack(packed, out);
+            stage_operand(sh.o[wg], packed);
+            wait_product<0>(s);
+            stage.slot.release();
+            pack(a, s);
+            if (keeps && c + 1 < chunks) stage_operand(sh.s[wg], a);
+            fence_copies();
+            group_barrier(wg);
+            if (thread == 0) {
+                store_box(o, group / n.heads, c * n.tokens(), group % n.heads, v0, sh.o[wg]);
+                if (keeps) store_box(vh_kept, first + c, 0, 0, v0, sh.vh[wg]);
+                if (keeps && c + 1 < chunks) store_staged<KP>(s_kept, first + c + 1, v0, sh.s[wg]);
+                commit_stores();
+            }
+        }
+        store_state(last, s, group, v0, n);
+    });
+}
+
+// ---- backward, along the sequence
+
+template <int KP, int NQ>
+struct ReverseShared {
+    Stage<KP, NQ, NQ> stages[STAGES];
+    bf16 s[GROUPS][KP * VS], z[GROUPS][C * VS];
+};
+
+// `ds` gets dS1 of every chunk, `dv` Z, `d_state` (may be null) the initial state's gradient.
+template <int KP, int NQ>
+__device__ __forceinline__ void reverse(const TensorMap& q, const TensorMap& k, const TensorMap& m, const TensorMap& p,
+                                        const float* rows, const TensorMap& d_o, const float* d_last,
+                                        const TensorMap& dv, const TensorMap& ds, float* d_state, const Sizes& n) {
+    DYNAMIC_SHARED(shared);
+    auto& sh = *reinterpret_cast<ReverseShared<KP, NQ>*>(shared);
+    const auto copy = [&](int group, int c, int v0, int use) {
+        sh.stages[use % STAGES].load(k, q, d_o, m, p, rows, use / STAGES, group, c, v0, n);
+    };
+    walk<true>(sh.stages, n, copy, [&](int wg, int group, int v0, int use) {
+        const int chunks = n.chunks(), first = group * chunks, thread = threadIdx.x % WARPGROUP;
+        float s[KP / 2];
+        load_state(s, d_last, group, v0, n);
+        uint32_t a[KP / 16][4];
+        pack(a, s);
+        if (thread == 0) wait_stores();
+        group_barrier(wg);
+        stage_operand(sh.s[wg], a);
+        fence_copies();
+        group_barrier(wg);
+        if (thread == 0) store_staged<KP>(ds, first + chunks - 1, v0, sh.s[wg]), commit_stores();
+        for (int c = chunks - 1; c >= 0; c--, use++) {
+            auto& stage = sh.stages[use % STAGES];
+            stage.slot.full.wait(use / STAGES);
+            float x[C / 2], y[C / 2];
+            start_product<C, KP, C>(x, a, operand(stage.k), false);
+            uint32_t out[NQ / 16][4];
+            fetch_operand(out, stage.v[wg]);
+            start_product<C, NQ>(y, out, operand(stage.p, NQ), false);
+            const float all = __expf(fminf(stage.rows[B * C + C - 1], 0.f));
+#pragma unroll
+            for (int i = 0; i < KP / 2; i++) s[i] *= all;
+            compute_now(s);
+            wait_product<1>(x);
+            scale_columns(x, stage.rows + TAIL * C);
+            compute_now(x);
+            wait_product<0>(y);
+            uint32_t of_vh[C / 16][4];
+#pragma unroll
+            for (int i = 0; i < C / 2; i++) x[i] += y[i];
+            pack(of_vh, x);
+            start_product<C, C>(x, of_vh, operand(stage.m, C), false);
+#pragma unroll
+            for (int j = 0; j < NQ / 16; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float w[2];
+                    load_vec<2>(stage.rows + READ * C + column(j, i), w);
+                    out[j][i] = pack_bf16(low(out[j][i]) * w[0], high(out[j][i]) * w[1]);
+                }
+            start_product<KP, NQ>(s, out, operand(stage.q, NQ));
+            wait_product<1>(x);
+            uint32_t z[C / 16][4], scaled[C / 16][4];
+            pack(z, x);
+            pack_scaled(scaled, x, stage.rows + BETA_DECAY * C, -1.f);
+            start_product<KP, C>(s, scaled, operand(stage.k, C));
+            if (thread == 0) wait_stores();
+            group_barrier(wg);
+            stage_operand(sh.z[wg], z);
+            wait_product<0>(s);
+            stage.slot.release();
+            pack(a, s);
+            if (c > 0) stage_operand(sh.s[wg], a);
+            fence_copies();
+            group_barrier(wg);
+            if (thread == 0) {
+                store_box(dv, group / n.heads, c * n.tokens() * n.sub, group % n.heads, v0, sh.z[wg]);
+                if (c > 0) store_staged<KP>(ds, first + c - 1, v0, sh.s[wg]);
+                commit_stores();
+            }
+        }
+        if (d_state) store_state(d_state, s, group, v0, n);
+    });
+}
+
+}  // namespace
+
+#define WALK(KP, NQ)                                                                                                   \
+    static_assert(sizeof(ForwardShared<KP, NQ>) <= 227 * 1024);                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_forward_##KP##_##NQ##_sm90a(                        \
+        const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, \
+        const __grid_constant__ TensorMap m, const __grid_constant__ TensorMap p, const float* rows,                   \
+        const float* state, const __grid_constant__ TensorMap o, float* last, int keeps,                               \
+        const __grid_constant__ TensorMap s_kept, const __grid_constant__ TensorMap vh_kept, int batch, int steps,     \
+        int heads, int keys, int values, int sub) {                                                                    \
+        forward<KP, NQ>(q, k, v, m, p, rows, state, o, last, keeps, s_kept, vh_kept,                                   \
+                        {batch, steps, heads, keys, values, sub});                                                     \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse_##KP##_##NQ##_sm90a(                        \
+        const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap m, \
+        const __grid_constant__ TensorMap p, const float* rows, const __grid_constant__ TensorMap d_o,                 \
+        const float* d_last, const __grid_constant__ TensorMap dv, const __grid_constant__ TensorMap ds,               \
+        float* d_state, int batch, int steps, int heads, int keys, int values, int sub) {                              \
+        reverse<KP, NQ>(q, k, m, p, rows, d_o, d_last, dv, ds, d_state, {batch, steps, heads, keys, values, sub});     \
+    }
+WALK(64, 16)
+WALK(64, 64)
+WALK(128, 16)
+WALK(128, 64)
