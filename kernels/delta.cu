@@ -30,12 +30,12 @@
 // dM never appears: Mᵀ (dVh Rᵀ) Mᵀ = Z Vhᵀ with R = β (V − e^b K S0).
 //
 // Kernels, with the blocks of each:
-//   delta_prepare    B·H · chunks         M and the per-chunk rows b, β
+//   delta_prepare    B·H · chunks         M and the per-chunk rows; for delta_sm90a.cu, P too
 //   delta_forward    B·H · slices of V    walks over the chunks with S in registers
 //   delta_reverse    B·H · slices of V    walks back with dS in registers; leaves Z in dv and dS1 in a workspace
 //   delta_gradients  B·H · chunks         everything else
 // Between them: m [B·H, chunks, 64, 64], vh [B·H, chunks, 64, V], s and ds [B·H, chunks, K, V] in the operands'
-// type, rows [B·H, chunks, 2, 64] f32 (b, β).
+// type, rows [B·H, chunks, 5, 64] f32 (b, β, β e^b, e^(b_C − b), and by tokens s e^b). delta_sm90a.cu has other walks.
 //
 // Keys of a chunk can be nearly the same (gaps in the input), which makes I + L badly conditioned: the inverse
 // is by forward substitution in f32, block by block, and is rounded once.
@@ -43,6 +43,7 @@
 
 constexpr int C = 64;  // sub-steps of a chunk, padded
 constexpr int VS = 64; // value columns of a group of four warps
+constexpr int ROWS = 5; // numbers of a sub-step
 
 // Row strides of tiles in shared memory.
 template <class R> constexpr int PAD = __is_same(R, Bf16) ? 8 : 4;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void fetch(T* s, int lds, const T* g, long long ldg, 
 // The same for b and β of a chunk.
 __device__ __forceinline__ void fetch_rows(float* s, const float* rows, long long chunk) {
     const int i = 4 * threadIdx.x;
-    if (i < 2 * C) cp_async16(s + i, rows + chunk * 2 * C + i);
+    if (i < 2 * C) cp_async16(s + i, rows + chunk * ROWS * C + i);
 }
 
 // Writes `rows` x `cols` elements of a tile to global memory.
@@ -280,11 +281,13 @@ __device__ __forceinline__ void scale_rows(float (&acc)[1][NT][4], float low, fl
     }
 }
 
-// ---- M and the rows b, β
+// ---- M, s P and the rows
 
+// `p` may be null: [B·H, chunks, tokens, 64], with 16 tokens where a chunk has no more, else 64.
 template <class R>
-__device__ void prepare(const typename R::elem* k, const float* beta, const float* g, typename R::elem* m, float* rows,
-                        int steps, int heads, int keys, int n) {
+__device__ void prepare(const typename R::elem* q, const typename R::elem* k, const float* beta, const float* g,
+                        typename R::elem* m, typename R::elem* p, float* rows, float scale, int steps, int heads,
+                        int keys, int n) {
     using T = typename R::elem;
     constexpr int LF = C + 4;
     DYNAMIC_SHARED(raw);
@@ -299,6 +302,11 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
     const int warp = warp_id(), lane = lane_id();
 
     fetch(sk, lk, k + (at.row * heads + head) * keys, (long long)heads * keys, at.rows, keys, C, kp);
+    // Queries lie where M will; those of bf16 fit.
+    T* sq = reinterpret_cast<T*>(sm);
+    const int token_pad = C / n <= 16 ? 16 : C;
+    if (__is_same(R, Bf16) && p)
+        fetch(sq, lk, q + (at.token * heads + head) * keys, (long long)heads * keys, at.tokens, keys, token_pad, kp);
     cp_async_commit();
     if (warp == 0) {
         // Each lane sums two sub-steps, then the lanes before it.
@@ -320,11 +328,40 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
         const int j = threadIdx.x - WARP;
         sb[C + j] = j < at.rows ? beta[(at.row + j) * heads + head] : 0.f;
     }
-    for (int i = threadIdx.x; i < C * LF; i += blockDim.x) sm[i] = 0.f;
     cp_async_wait<0>();
     __syncthreads();
     const long long index = blockIdx.x;
-    if (threadIdx.x < 2 * C) rows[index * 2 * C + threadIdx.x] = sb[threadIdx.x];
+    if (threadIdx.x < C) {
+        const int j = threadIdx.x;
+        const float b = sb[j], y = sb[C + j];
+        const float of[ROWS] = {b, y, y * decay(b), decay(sb[C - 1] - b), scale * decay(sb[min((j + 1) * n, C) - 1])};
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) rows[(index * ROWS + r) * C + j] = of[r];
+    }
+    if (__is_same(R, Bf16) && p) {
+        if (16 * warp < token_pad) {
+            float acc[1][8][4];
+            zero(acc);
+            warp_gemm<R, AlongK, AlongK, 1, 8>(acc, sq + 16 * warp * lk, lk, sk, lk, kp);
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const int t = 16 * warp + acc_row(0, e), end = (t + 1) * n;
+                const float bt = sb[min(end, C) - 1];
+#pragma unroll
+                for (int nt = 0; nt < 8; nt++)
+#pragma unroll
+                    for (int d = e; d < e + 2; d++) {
+                        const int col = acc_col(nt, d);
+                        acc[0][nt][d] *= col < end ? scale * decay(bt - sb[col]) : 0.f;
+                    }
+#pragma unroll
+                for (int nt = 0; nt < 8; nt += 2)
+                    put_tiles(p + (index * token_pad + t) * C, true, 8 * nt, C, C, acc[0][nt], acc[0][nt + 1], e, 1.f);
+            }
+        }
+        __syncthreads();
+    }
+    for (int i = threadIdx.x; i < C * LF; i += blockDim.x) sm[i] = 0.f;
 
     {
         float acc[1][8][4];
@@ -338,7 +375,7 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
                 sl[i * LF + j] = j < i ? sb[C + i] * acc[0][nt][e] * decay(sb[i] - sb[j]) : 0.f;
             }
     }
-    __syncwarp();
+    __syncthreads();
     // Diagonal blocks of 16: lane j solves for column j.
     if (lane < 16) {
         const float* l = sl + 16 * warp * LF + 16 * warp;
@@ -1001,9 +1038,9 @@ __device__ void gradients(const typename R::elem* q, const typename R::elem* k, 
 
 #define PREPARE(R, route)                                                                                               \
     extern "C" __global__ void __launch_bounds__(128)                                                                   \
-        delta_prepare_##route(const R::elem* k, const float* beta, const float* g, R::elem* m, float* rows, int steps,  \
-                              int heads, int keys, int n) {                                                             \
-        prepare<R>(k, beta, g, m, rows, steps, heads, keys, n);                                                         \
+        delta_prepare_##route(const R::elem* q, const R::elem* k, const float* beta, const float* g, R::elem* m,        \
+                              R::elem* p, float* rows, float scale, int steps, int heads, int keys, int n) {            \
+        prepare<R>(q, k, beta, g, m, p, rows, scale, steps, heads, keys, n);                                            \
     }
 PREPARE(Bf16, bf16)
 PREPARE(Tf32, tf32)
