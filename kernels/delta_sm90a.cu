@@ -117,9 +117,10 @@ __device__ __forceinline__ void group_barrier(int group) { named_barrier(1 + gro
 
 // ---- the chunks of a block
 
-// Tiles of a chunk; of a sequence's values (or their gradients), each warpgroup has its own panel.
-template <int KP, int NQ, int VALUES>
+// Tiles of a chunk: keys, queries, M, P, and for each warpgroup its panel of the values or, by tokens, of dO.
+template <int KP, int NQ, bool BY_TOKENS>
 struct Stage {
+    static constexpr int VALUES = BY_TOKENS ? NQ : C;
     alignas(1024) bf16 k[C * KP];
     bf16 q[NQ * KP], v[GROUPS][VALUES * VS], m[C * C], p[NQ * C];
     float rows[ROWS * C];
@@ -133,12 +134,12 @@ struct Stage {
         for (int i = threadIdx.x; i < WORDS; i += THREADS) reinterpret_cast<uint32_t*>(k)[i] = 0;
         fence_copies();
     }
-    // Starts the copies of a chunk; `values` are those of its sub-steps or those of its tokens.
+    // Starts the copies of a chunk.
     __device__ void load(const TensorMap& k_map, const TensorMap& q_map, const TensorMap& v_map,
                          const TensorMap& m_map, const TensorMap& p_map, const float* all_rows, int use, int group,
                          int c, int v0, const Sizes& n) {
         const int batch = group / n.heads, head = group % n.heads, tokens = n.tokens(), steps = tokens * n.sub;
-        const int values = VALUES == C ? steps : tokens;
+        const int values = BY_TOKENS ? tokens : steps;
         const int index = group * n.chunks() + c;
         slot.take(use, 2 * (steps * KP + tokens * KP + GROUPS * values * VS + C * C + NQ * C) + 4 * ROWS * C);
         for (int panel = 0; panel < KP / PANEL; panel++) {
@@ -185,7 +186,7 @@ __device__ __forceinline__ void store_staged(const TensorMap& map, int index, in
 
 template <int KP, int NQ>
 struct ForwardShared {
-    Stage<KP, NQ, C> stages[STAGES];
+    Stage<KP, NQ, false> stages[STAGES];
     bf16 s[GROUPS][KP * VS], vh[GROUPS][C * VS], o[GROUPS][NQ * VS];
 };
 
@@ -274,7 +275,7 @@ __device__ __forceinline__ void forward(const TensorMap& q, const TensorMap& k, 
 
 template <int KP, int NQ>
 struct ReverseShared {
-    Stage<KP, NQ, NQ> stages[STAGES];
+    Stage<KP, NQ, true> stages[STAGES];
     bf16 s[GROUPS][KP * VS], z[GROUPS][C * VS];
 };
 
