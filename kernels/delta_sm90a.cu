@@ -355,7 +355,343 @@ __device__ __forceinline__ void reverse(const TensorMap& q, const TensorMap& k, 
     });
 }
 
+// ---- backward, chunk by chunk
+
+// A slice of 64 value columns of a chunk.
+template <int KP>
+struct Slice {
+    alignas(1024) bf16 vh[C * VS];
+    bf16 z[C * VS], d_o[C * VS], v[C * VS], s[KP * VS], ds[KP * VS];
+};
+// Sums over rows (one of every sub-step or token) and over columns, by the warp that has their rows.
+struct Sums {
+    float row_q[C], column_p[4][C], row_l[C], column_l[4][C], row_t[C], row_u[C];
+};
+template <int KP>
+struct GradientShared {
+    Slice<KP> slices[STAGES];
+    bf16 k[C * KP], q[C * KP], dq[C * KP], dk[C * KP], dv[C * VS];
+    bf16 of_p[C * C], of_l[C * C];  // dP ∘ G and β dL ∘ G
+    float rows[ROWS * C];
+    Sums sums[2];
+    float of_beta[C], of_b[C], overlap[4];
+    Slot slots[STAGES], of_keys;
+};
+
+// Where the accumulators' pair at columns 8·j + 2·(lane % 4) of row lane / 4 (+ 8) of a warp's tile lies in panels.
+__device__ __forceinline__ int pair_at(int j, int half) {
+    const int g = lane_id() / 4, row = threadIdx.x % WARPGROUP / WARP * 16 + g + 8 * half;
+    return j / 8 * (C * PANEL) + row * PANEL + (j % 8 ^ g) * 8 + lane_id() % 4 * 2;
+}
+
+// Over the four lanes that share a row of accumulators, and the eight that share a column.
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(FULL, x, 1);
+    return x + __shfl_xor_sync(FULL, x, 2);
+}
+__device__ __forceinline__ float column_sum(float x) {
+    x += __shfl_xor_sync(FULL, x, 4);
+    x += __shfl_xor_sync(FULL, x, 8);
+    return x + __shfl_xor_sync(FULL, x, 16);
+}
+
+// Multiplies the two rows of accumulators that a thread has by `scale`, and gives their products with a tile's rows.
+template <int N>
+__device__ __forceinline__ void scale_and_dot(float (&d)[N], const float (&scale)[2], const bf16* tile,
+                                              float (&dot)[2]) {
+    dot[0] = dot[1] = 0.f;
+#pragma unroll
+    for (int j = 0; j < N / 4; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float x[2];
+            load_vec<2>(tile + pair_at(j, half), x);
+            float* const y = d + 4 * j + 2 * half;
+            y[0] *= scale[half], y[1] *= scale[half];
+            dot[half] += x[0] * y[0] + x[1] * y[1];
+        }
+    dot[0] = row_sum(dot[0]), dot[1] = row_sum(dot[1]);
+}
+
+// The gradient of a weighted product: d ← weight(row, column) d, for P or L, with the sums of d ∘ `product` over every
+// row, and of these times `of_row` over every column.
+template <class F>
+__device__ __forceinline__ void weigh(float (&d)[C / 2], const float (&product)[C / 2], const float (&of_row)[2],
+                                      float (&sum)[2], float* columns, F weight) {
+    const int row = threadIdx.x % WARPGROUP / WARP * 16 + lane_id() / 4;
+    sum[0] = sum[1] = 0.f;
+#pragma unroll
+    for (int j = 0; j < C / 8; j++) {
+        float column[2] = {0.f, 0.f};
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            d[4 * j + e] *= weight(row + e / 2 * 8, 8 * j + lane_id() % 4 * 2 + e % 2);
+            const float x = d[4 * j + e] * product[4 * j + e];
+            sum[e / 2] += x;
+            column[e % 2] += of_row[e / 2] * x;
+            d[4 * j + e] *= of_row[e / 2];
+        }
+        column[0] = column_sum(column[0]), column[1] = column_sum(column[1]);
+        if (lane_id() < 4) store_vec<2>(columns + 8 * j + 2 * lane_id(), column);
+    }
+    sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
+}
+
+__device__ __forceinline__ float decay(float x) { return __expf(fminf(x, 0.f)); }
+
+// The first warpgroup that multiplies has dP and dQ, and all that is no product; the second dL and dK.
+template <int KP>
+__device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k, const TensorMap& v, const float* rows,
+                                          const TensorMap& s_kept, const TensorMap& vh_kept, const TensorMap& ds_kept,
+                                          const TensorMap& d_o, const TensorMap& dq, const TensorMap& dk,
+                                          const TensorMap& dv, float* d_beta, float* dg, float scale, const Sizes& n) {
+    DYNAMIC_SHARED(shared);
+    auto& sh = *reinterpret_cast<GradientShared<KP>*>(shared);
+    const int tokens = n.tokens(), steps = tokens * n.sub, chunks = n.chunks();
+    const int items = n.batch * n.heads * chunks, slices = ceil_div(n.values, VS);
+    if (threadIdx.x == 0) {
+        for (auto& slot : sh.slots) slot.init(GROUPS);
+        sh.of_keys.init(GROUPS);
+        fence_barrier_init();
+    }
+    // Zeros where copies write nothing.
+    if (tokens < C) {
+        for (int i = threadIdx.x; i < (int)sizeof(sh.slices) / 4; i += THREADS)
+            reinterpret_cast<uint32_t*>(sh.slices)[i] = 0;
+        for (int i = threadIdx.x; i < C * KP; i += THREADS) reinterpret_cast<uint32_t*>(sh.k)[i] = 0;
+        fence_copies();
+    }
+    __syncthreads();
+    const int wg = warpgroup() - 1;
+    if (wg < 0) {
+        fewer_registers<24>();
+        if (threadIdx.x == 0)
+            for (int item = blockIdx.x, use = 0, turn = 0; item < items; item += gridDim.x, turn++) {
+                const int group = item / chunks, c = item % chunks, batch = group / n.heads, head = group % n.heads;
+                for (int i = 0; i < slices; i++, use++) {
+                    auto& slice = sh.slices[use % STAGES];
+                    Slot& slot = sh.slots[use % STAGES];
+                    slot.take(use / STAGES, 2 * VS * (C + 2 * steps + tokens + 2 * KP));
+                    load_box(slice.d_o, d_o, batch, c * tokens, head, i * VS, slot.full);
+                    load_box(slice.z, dv, batch, c * steps, head, i * VS, slot.full);
+                    load_box(slice.vh, vh_kept, item, 0, 0, i * VS, slot.full);
+                    for (int r = 0; r < KP; r += BOX) {
+                        load_box(slice.s + r * PANEL, s_kept, item, r, 0, i * VS, slot.full);
+                        load_box(slice.ds + r * PANEL, ds_kept, item, r, 0, i * VS, slot.full);
+                    }
+                    load_box(slice.v, v, batch, c * steps, head, i * VS, slot.full);
+                    if (i > 0) continue;
+                    sh.of_keys.take(turn, 2 * KP * (steps + tokens) + 4 * ROWS * C);
+                    for (int panel = 0; panel < KP / PANEL; panel++) {
+                        load_box(sh.k + panel * C * PANEL, k, batch, c * steps, head, panel * PANEL, sh.of_keys.full);
+                        load_box(sh.q + panel * C * PANEL, q, batch, c * tokens, head, panel * PANEL, sh.of_keys.full);
+                    }
+                    load_floats<ROWS * C>(sh.rows, rows + (long long)item * ROWS * C, sh.of_keys.full);
+                }
+            }
+        return;
+    }
+    const int thread = threadIdx.x % WARPGROUP, warp = thread / WARP, row = warp * 16 + lane_id() / 4;
+    const float *const b = sh.rows + B * C, *const beta = sh.rows + BETA * C;
+    const uint32_t k_rows = operand(sh.k), k_columns = operand(sh.k, C);
+    constexpr int BOTH = 2 * WARPGROUP, P_READY = 3, SUMS_READY = 4;
+    if (wg == 0) {
+        more_registers<240>();
+        for (int item = blockIdx.x, use = 0, turn = 0; item < items; item += gridDim.x, turn++) {
+            const int group = item / chunks, c = item % chunks, batch = group / n.heads, head = group % n.heads;
+            Sums& sums = sh.sums[turn % 2];
+            float dp[C / 2], gq[KP / 2], zv = 0.f, overlap = 0.f;
+            for (int i = 0; i < slices; i++, use++) {
+                auto& slice = sh.slices[use % STAGES];
+                Slot& slot = sh.slots[use % STAGES];
+                slot.full.wait(use / STAGES);
+                start_product<C, VS, C, C>(dp, operand(slice.d_o), operand(slice.vh), i > 0);
+                start_product<KP, VS, C, KP>(gq, operand(slice.d_o), operand(slice.s), i > 0);
+                if (i == 0) sh.of_keys.full.wait(turn);
+                // Z lies in dv and becomes dV there.
+                if (thread == 0) wait_stores();
+                group_barrier(wg);
+                const int r = thread / 2;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int at = r * PANEL + ((thread % 2 * 4 + j) ^ r % 8) * 8;
+                    float x[8], z[8];
+                    load_vec<8>(slice.v + at, x);
+                    load_vec<8>(slice.z + at, z);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) zv += x[e] * z[e], z[e] *= beta[r];
+                    store_vec<8>(sh.dv + at, z);
+                }
+                if (dg) {
+#pragma unroll
+                    for (int j = 0; j < KP * VS / 8 / WARPGROUP; j++) {
+                        const int at = (j * WARPGROUP + thread) * 8;
+                        float x[8], y[8];
+                        load_vec<8>(slice.s + at, x);
+                        load_vec<8>(slice.ds + at, y);
+#pragma unroll
+                        for (int e = 0; e < 8; e++) overlap += x[e] * y[e];
+                    }
+                }
+                fence_copies();
+                group_barrier(wg);
+                if (thread == 0) store_box(dv, batch, c * steps, head, i * VS, sh.dv), commit_stores();
+                wait_product<0>(dp);
+                compute_now(gq);
+                slot.release();
+            }
+            zv += __shfl_xor_sync(FULL, zv, 1);
+            if (thread % 2 == 0) sh.of_beta[thread / 2] = zv;
+            overlap = warp_sum(overlap);
+            if (lane_id() == 0) sh.overlap[warp] = overlap;
+
+            float qk[C / 2];
+            start_product<C, KP, C, C>(qk, operand(sh.q), k_rows);
+            const float reads[2] = {sh.rows[READ * C + row], sh.rows[READ * C + row + 8]}, one[2] = {1.f, 1.f};
+            float at_q[2], sum[2];
+            scale_and_dot(gq, reads, sh.q, at_q);
+            wait_product<0>(qk);
+            weigh(dp, qk, one, sum, sums.column_p[warp], [&](int t, int j) {
+                const int end = (t + 1) * n.sub;
+                return j < end ? scale * decay(b[min(end, C) - 1] - b[j]) : 0.f;
+            });
+            if (lane_id() % 4 == 0) {
+                sums.row_q[row] = sum[0] + at_q[0];
+                sums.row_q[row + 8] = sum[1] + at_q[1];
+            }
+            uint32_t of_p[C / 16][4];
+            pack(of_p, dp);
+            start_product<KP, C>(gq, of_p, k_columns);
+            stage_tile(sh.of_p, dp, 1.f, 1.f);
+            named_barrier_arrive(P_READY, BOTH);
+            wait_product<0>(gq);
+            if (thread == 0) wait_stores();
+            group_barrier(wg);
+            stage_tile(sh.dq, gq, 1.f, 1.f);
+            fence_copies();
+            named_barrier(SUMS_READY, BOTH);
+            if (thread == 0) {
+                for (int panel = 0; panel < KP / PANEL; panel++)
+                    store_box(dq, batch, c * tokens, head, panel * PANEL, sh.dq + panel * C * PANEL);
+                commit_stores();
+            }
+            if (thread < C) {
+                const int j = thread;
+                const bool ends = (j + 1) % n.sub == 0 && j / n.sub < tokens;
+                const float l = sums.row_l[j], u = sums.row_u[j], t = sums.row_t[j];
+                if (j < steps && c * steps + j < n.steps * n.sub)
+                    d_beta[((long long)batch * n.steps * n.sub + c * steps + j) * n.heads + head] = sh.of_beta[j] - u + l;
+                float x = beta[j] * (l - u) - t + (ends ? sums.row_q[j / n.sub] : 0.f);
+#pragma unroll
+                for (int w = 0; w < 4; w++) x -= sums.column_p[w][j] + sums.column_l[w][j];
+                sh.of_b[j] = x;
+            }
+            group_barrier(wg);
+            if (dg && warp == 0) {
+                // From the end: every lane sums two sub-steps, then the lanes after it.
+                const int lane = lane_id();
+                const float x = sh.of_b[2 * lane], y = sh.of_b[2 * lane + 1];
+                const float all = sh.overlap[0] + sh.overlap[1] + sh.overlap[2] + sh.overlap[3];
+                const float end = warp_sum(sums.row_t[2 * lane] + sums.row_t[2 * lane + 1]) + decay(b[C - 1]) * all;
+                float after = x + y;
+#pragma unroll
+                for (int d = 1; d < WARP; d *= 2) {
+                    const float more = __shfl_down_sync(FULL, after, d);
+                    if (lane + d < WARP) after += more;
+                }
+                __syncwarp();
+                sh.of_b[2 * lane] = end + after;
+                sh.of_b[2 * lane + 1] = end + after - x;
+                __syncwarp();
+                for (int t = lane; t < tokens && c * tokens + t < n.steps; t += WARP)
+                    dg[((long long)batch * n.steps + c * tokens + t) * n.heads + head] = sh.of_b[t * n.sub];
+            }
+            sh.of_keys.release();
+        }
+    } else {
+        more_registers<240>();
+        for (int item = blockIdx.x, use = 0, turn = 0; item < items; item += gridDim.x, turn++) {
+            const int group = item / chunks, c = item % chunks, batch = group / n.heads, head = group % n.heads;
+            Sums& sums = sh.sums[turn % 2];
+            float dl[C / 2], gz[KP / 2], gk[KP / 2];
+            for (int i = 0; i < slices; i++, use++) {
+                auto& slice = sh.slices[use % STAGES];
+                Slot& slot = sh.slots[use % STAGES];
+                slot.full.wait(use / STAGES);
+                start_product<C, VS, C, C>(dl, operand(slice.z), operand(slice.vh), i > 0);
+                start_product<KP, VS, C, KP>(gz, operand(slice.z), operand(slice.s), i > 0);
+                start_product<KP, VS, C, KP>(gk, operand(slice.vh), operand(slice.ds), i > 0);
+                wait_product<0>(dl);
+                compute_now(gz);
+                compute_now(gk);
+                slot.release();
+            }
+            sh.of_keys.full.wait(turn);
+            const float tail[2] = {sh.rows[TAIL * C + row], sh.rows[TAIL * C + row + 8]};
+            const float before[2] = {decay(b[row]), decay(b[row + 8])}, by_beta[2] = {beta[row], beta[row + 8]};
+            float t[2], u[2], l[2];
+            scale_and_dot(gk, tail, sh.k, t);
+            scale_and_dot(gz, before, sh.k, u);
+#pragma unroll
+            for (int i = 0; i < KP / 2; i++) gk[i] -= by_beta[i / 2 % 2] * gz[i];
+            compute_now(gk);
+            float kk[C / 2];
+            start_product<C, KP, C, C>(kk, k_rows, k_rows);
+            wait_product<0>(kk);
+            weigh(dl, kk, by_beta, l, sums.column_l[warp],
+                  [&](int i, int j) { return j < i ? -decay(b[i] - b[j]) : 0.f; });
+            if (lane_id() % 4 == 0)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    sums.row_t[row + 8 * half] = t[half];
+                    sums.row_u[row + 8 * half] = u[half];
+                    sums.row_l[row + 8 * half] = l[half];
+                }
+            uint32_t of_l[C / 16][4], across[C / 16][4], of_p[C / 16][4];
+            pack(of_l, dl);
+            start_product<KP, C>(gk, of_l, k_columns);
+            group_barrier(wg);
+            stage_tile(sh.of_l, dl, 1.f, 1.f);
+            group_barrier(wg);
+            fetch_operand(across, sh.of_l);
+            start_product<KP, C>(gk, across, k_columns);
+            named_barrier(P_READY, BOTH);
+            fetch_operand(of_p, sh.of_p);
+            start_product<KP, C>(gk, of_p, operand(sh.q, C));
+            named_barrier_arrive(SUMS_READY, BOTH);
+            wait_product<0>(gk);
+            sh.of_keys.release();
+            if (thread == 0) wait_stores();
+            group_barrier(wg);
+            stage_tile(sh.dk, gk, 1.f, 1.f);
+            fence_copies();
+            group_barrier(wg);
+            if (thread == 0) {
+                for (int panel = 0; panel < KP / PANEL; panel++)
+                    store_box(dk, batch, c * steps, head, panel * PANEL, sh.dk + panel * C * PANEL);
+                commit_stores();
+            }
+        }
+    }
+    if (thread == 0) wait_stores();
+}
+
 }  // namespace
+
+#define GRADIENTS(KP)                                                                                                  \
+    static_assert(sizeof(GradientShared<KP>) <= 227 * 1024);                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients_##KP##_sm90a(                             \
+        const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, \
+        const float* rows, const __grid_constant__ TensorMap s_kept, const __grid_constant__ TensorMap vh_kept,        \
+        const __grid_constant__ TensorMap ds_kept, const __grid_constant__ TensorMap d_o,                              \
+        const __grid_constant__ TensorMap dq, const __grid_constant__ TensorMap dk,                                    \
+        const __grid_constant__ TensorMap dv, float* d_beta, float* dg, float scale, int batch, int steps, int heads,  \
+        int keys, int values, int sub) {                                                                               \
+        gradients<KP>(q, k, v, rows, s_kept, vh_kept, ds_kept, d_o, dq, dk, dv, d_beta, dg, scale,                     \
+                      {batch, steps, heads, keys, values, sub});                                                       \
+    }
+GRADIENTS(64)
+GRADIENTS(128)
 
 #define WALK(KP, NQ)                                                                                                   \
     static_assert(sizeof(ForwardShared<KP, NQ>) <= 227 * 1024);                                                        \

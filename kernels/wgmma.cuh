@@ -2,8 +2,8 @@
 // memory accelerator (TMA), and barriers in shared memory that wait for such copies.
 //
 // A tile of `rows` rows lies in shared memory as panels of 64 columns, [columns / 64][rows][64] bf16: rows of 128
-// bytes, whose chunks of 16 bytes are swapped by the swizzle that TMA writes and wgmma reads (chunk ^ row % 8). Every
-// copy moves 64 rows of one panel; elements outside of the tensor are read as zero and not written.
+// bytes, whose chunks of 16 bytes are swapped by the swizzle that TMA writes and wgmma reads (chunk ^ row % 8). A copy
+// moves rows of one panel; elements outside of the tensor are read as zero and not written.
 #pragma once
 #include "common.cuh"
 
@@ -226,15 +226,15 @@ __device__ __forceinline__ uint32_t operand(const bf16* tile, int rows = 0) {
     return (uint32_t)(rows * PANEL * 2 / 16) << 16 | (shared_address(tile) & 0x3ffff) / 16;
 }
 
-// d = A Bᵀ, with A [64 x K] in panels of ROWS_A rows and B [N x K] in panels of ROWS_B rows.
+// d (+)= A Bᵀ, with A [64 x K] in panels of ROWS_A rows and B [N x K] in panels of ROWS_B rows.
 template <int N, int K, int ROWS_A, int ROWS_B>
-__device__ __forceinline__ void start_product(float (&d)[N / 2], uint32_t a, uint32_t b) {
+__device__ __forceinline__ void start_product(float (&d)[N / 2], uint32_t a, uint32_t b, bool add = false) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         const int panel = k / PANEL, within = k % PANEL * 2 / 16;
         const int at_a = panel * (ROWS_A * PANEL * 2 / 16) + within, at_b = panel * (ROWS_B * PANEL * 2 / 16) + within;
-        wgmma<N>(d, a + at_a, b + at_b, k > 0);
+        wgmma<N>(d, a + at_a, b + at_b, add || k > 0);
     }
     wgmma_commit();
 }

@@ -77,7 +77,12 @@ impl Hopper {
     /// The map of a workspace with `rows` rows of every chunk.
     fn by_chunks(&self, at: KernelArg, rows: usize, columns: usize) -> Result<KernelArg> {
         let all = self.batch * self.heads * self.chunks;
-        self.gpu.tensor_map(at, [all, rows, 1, columns], rows.min(CHUNK))
+        self.gpu.tensor_map(at, [all, rows, 1, columns], CHUNK)
+    }
+
+    fn p_map(&self, at: KernelArg) -> Result<KernelArg> {
+        let (groups, chunks, tokens, columns) = self.p_shape();
+        self.gpu.tensor_map(at, [groups * chunks, tokens, 1, columns], tokens)
     }
 
     /// Launches a walk. `values` is how many rows of values a stage has, `staged` how many rows a warpgroup writes.
@@ -115,7 +120,7 @@ impl Hopper {
             self.by_steps(self.gpu.ptr(&k)?, self.key)?,
             self.by_steps(self.gpu.ptr(&v)?, self.value)?,
             self.by_chunks(m, CHUNK, CHUNK)?,
-            self.by_chunks(p, self.padded(), CHUNK)?,
+            self.p_map(p)?,
             rows,
             state,
             o,
@@ -140,7 +145,7 @@ impl Hopper {
             self.by_tokens(self.gpu.ptr(&q)?, self.key)?,
             self.by_steps(self.gpu.ptr(&k)?, self.key)?,
             self.by_chunks(m, CHUNK, CHUNK)?,
-            self.by_chunks(p, self.padded(), CHUNK)?,
+            self.p_map(p)?,
             rows,
             self.by_tokens(self.gpu.ptr(&d_o)?, self.value)?,
             d_last,
