@@ -1,4 +1,4 @@
-//! Launching `kernels/delta.cu`, with the walks of `hopper.rs` where there are any.
+//! Launching `kernels/delta.cu`, all but `delta_prepare` only where `hopper.rs` has nothing better.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -27,7 +27,7 @@ struct Plan {
     /// Groups of four warps in a block of the walks.
     groups: usize,
     chunks: usize,
-    /// Better walks.
+    /// Better kernels.
     hopper: Option<Hopper>,
 }
 
@@ -165,12 +165,11 @@ pub fn backward(node: &GatedDeltaRule, run: &Run, grads: &[Option<Tensor>]) -> R
         candle_core::bail!("{NAME}: the forward pass kept nothing")
     };
     let (m, rows, s, vh) = (gpu.ptr(m)?, gpu.ptr(rows)?, gpu.ptr(s)?, gpu.ptr(vh)?);
-    let (q, k, v) = (gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?);
     let d_o = match &grads[0] {
         Some(grad) => grad.clone(),
         None => gpu.zeros((batch, steps, heads, value), dtype)?.into_tensor(),
     };
-    let (d_o_at, d_last) = (gpu.ptr(&d_o)?, gpu.ptr_or_null(grads[1].as_ref())?);
+    let d_last = gpu.ptr_or_null(grads[1].as_ref())?;
     let like = |i: usize| gpu.empty(args[i].shape(), args[i].dtype());
     let (dq, dk, dv, d_beta) = (like(0)?, like(1)?, like(2)?, like(3)?);
     let dg = if node.gated { Some(like(4)?) } else { None };
@@ -178,28 +177,27 @@ pub fn backward(node: &GatedDeltaRule, run: &Run, grads: &[Option<Tensor>]) -> R
     let or_null = |value: &Option<_>| value.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value));
     let ds = gpu.empty((plan.heads(), plan.chunks, key, value), dtype)?;
     let (dv_at, ds_at) = (gpu.of_value(&dv)?, gpu.of_value(&ds)?);
-    let sizes = plan.sizes(node.scale);
-
     let walked = [dv_at, ds_at, or_null(&d_state)?];
-    match &plan.hopper {
-        Some(hopper) => {
-            let inputs = [&args[0], &args[1], &d_o];
-            hopper.reverse(inputs, [m, gpu.ptr_or_null(p.first())?, rows, d_last], walked)?;
-        }
-        None => {
-            let inputs = [q, k, m, rows, d_o_at, d_last];
-            let shared = plan.shared(6, [3, 1, 3, 1], plan.groups);
-            plan.walk("reverse", shared, &[&inputs[..], &walked, &sizes].concat())?;
-        }
-    }
-
     let outputs = [gpu.of_value(&dq)?, gpu.of_value(&dk)?, dv_at, gpu.of_value(&d_beta)?, or_null(&dg)?];
-    let name = format!("delta_gradients_{}_{}", route(dtype)?, plan.key);
-    // Two stages of a slice of values where one block has a multiprocessor for itself.
-    let stages = if plan.key == 128 && dtype == DType::BF16 { 2 } else { 1 };
-    let shared = plan.shared(12 + plan.key / 8, [2, 0, 4 * stages, 2 * stages], 1);
-    let inputs = [q, k, v, rows, s, vh, ds_at, d_o_at];
-    plan.chunk(&name, 4 * plan.key as u32, shared, &[&inputs[..], &outputs, &sizes].concat())?;
+    if let Some(hopper) = &plan.hopper {
+        let p = gpu.ptr_or_null(p.first())?;
+        hopper.reverse([&args[0], &args[1], &d_o], [m, p, rows, d_last], walked)?;
+        let inputs = [&args[0], &args[1], &args[2], &d_o];
+        hopper.gradients(inputs, [rows, s, vh, ds_at], outputs, node.scale)?;
+    } else {
+        let (q, k, v) = (gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?);
+        let (d_o, sizes) = (gpu.ptr(&d_o)?, plan.sizes(node.scale));
+        let inputs = [q, k, m, rows, d_o, d_last];
+        let shared = plan.shared(6, [3, 1, 3, 1], plan.groups);
+        plan.walk("reverse", shared, &[&inputs[..], &walked, &sizes].concat())?;
+
+        let name = format!("delta_gradients_{}_{}", route(dtype)?, plan.key);
+        // Two stages of a slice of values where one block has a multiprocessor for itself.
+        let stages = if plan.key == 128 && dtype == DType::BF16 { 2 } else { 1 };
+        let shared = plan.shared(12 + plan.key / 8, [2, 0, 4 * stages, 2 * stages], 1);
+        let inputs = [q, k, v, rows, s, vh, ds_at, d_o];
+        plan.chunk(&name, 4 * plan.key as u32, shared, &[&inputs[..], &outputs, &sizes].concat())?;
+    }
 
     let all = [dq, dk, dv, d_beta].into_iter().chain(dg).chain(d_state);
     Ok(all.map(|value| Some(value.into_tensor())).collect())

@@ -1,4 +1,4 @@
-//! Launching `kernels/delta_sm90a.cu`: the walks along the sequence in bf16 on GPUs of compute capability 9.0.
+//! Launching `kernels/delta_sm90a.cu`: all but `delta_prepare`, in bf16 on GPUs of compute capability 9.0.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -15,8 +15,10 @@ const STAGES: usize = 2;
 
 /// What a stage has besides tiles: the rows of a chunk and barriers, in whole kilobytes.
 const REST: usize = 2 << 10;
+/// What `gradients` has besides tiles, in whole kilobytes.
+const GRADIENT_REST: usize = 8 << 10;
 
-/// The walks of one call.
+/// The kernels of one call.
 pub struct Hopper {
     gpu: Gpu,
     batch: usize,
@@ -29,7 +31,7 @@ pub struct Hopper {
 }
 
 impl Hopper {
-    /// None where the walks of `delta.cu` are to be used.
+    /// None where the kernels of `delta.cu` are to be used.
     pub fn new(gpu: &Gpu, dims: &Dims, dtype: DType) -> Option<Self> {
         let &Dims { batch, steps, sub, heads, key, value } = dims;
         // Rows of 16 bytes are what TMA copies.
@@ -91,11 +93,15 @@ impl Hopper {
         let stage = 2 * ((CHUNK + tokens) * keys + GROUPS * values * SLICE + (CHUNK + tokens) * CHUNK) + REST;
         let shared = STAGES * stage + 2 * GROUPS * staged * SLICE;
         let blocks = self.batch * self.heads * self.value.div_ceil(GROUPS * SLICE);
+        self.launch(&format!("delta_{pass}_{keys}_{tokens}_sm90a"), blocks, shared, args)
+    }
+
+    /// Launches a kernel, whose arguments end with the sizes, for as many blocks of work.
+    fn launch(&self, name: &str, blocks: usize, shared: usize, args: &[KernelArg]) -> Result<()> {
         let threads = u32::try_from(128 * (1 + GROUPS)).expect("a few warpgroups");
         let launch = Launch::new(blocks.min(self.gpu.multiprocessors()), threads).shared(shared);
         let sizes = [self.batch, self.steps, self.heads, self.key, self.value, self.sub].map(KernelArg::from);
-        let name = format!("delta_{pass}_{keys}_{tokens}_sm90a");
-        self.gpu.launch(&kernels::DELTA_SM90A, &name, launch, &[args, &sizes].concat())
+        self.gpu.launch(&kernels::DELTA_SM90A, name, launch, &[args, &sizes].concat())
     }
 
     /// Writes o, the last state and, for the backward pass, the states and Vh of all chunks.
@@ -154,5 +160,39 @@ impl Hopper {
             d_state,
         ];
         self.walk("reverse", self.padded(), self.keys() + CHUNK, &args)
+    }
+
+    /// Everything that `reverse` leaves. Makes dV of the Z in `dv`.
+    pub fn gradients(
+        &self,
+        [q, k, v, d_o]: [&Tensor; 4],
+        [rows, s, vh, ds]: [KernelArg; 4],
+        [dq, dk, dv, d_beta, dg]: [KernelArg; 5],
+        scale: f64,
+    ) -> Result<()> {
+        let [q, k, v, d_o] = [q, k, v, d_o].map(|tensor| self.gpu.aligned(tensor));
+        let (q, k, v, d_o) = (q?, k?, v?, d_o?);
+        let args = [
+            self.by_tokens(self.gpu.ptr(&q)?, self.key)?,
+            self.by_steps(self.gpu.ptr(&k)?, self.key)?,
+            self.by_steps(self.gpu.ptr(&v)?, self.value)?,
+            rows,
+            self.by_chunks(s, self.key, self.value)?,
+            self.by_chunks(vh, CHUNK, self.value)?,
+            self.by_chunks(ds, self.key, self.value)?,
+            self.by_tokens(self.gpu.ptr(&d_o)?, self.value)?,
+            self.by_tokens(dq, self.key)?,
+            self.by_steps(dk, self.key)?,
+            self.by_steps(dv, self.value)?,
+            d_beta,
+            dg,
+            (scale as f32).into(),
+        ];
+        let keys = self.keys();
+        // Slices of values with states, then keys, queries and their gradients, one of values, and P and L.
+        let tiles = STAGES * (4 * CHUNK + 2 * keys) * SLICE + 4 * CHUNK * keys + 3 * CHUNK * CHUNK;
+        let shared = 2 * tiles + GRADIENT_REST;
+        let blocks = self.batch * self.heads * self.chunks;
+        self.launch(&format!("delta_gradients_{keys}_sm90a"), blocks, shared, &args)
     }
 }
