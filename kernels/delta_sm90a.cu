@@ -1,20 +1,21 @@
-// The walks of delta.cu along the sequence for Hopper: the same results from tensor cores that read shared memory.
+// The delta rule of delta.cu for Hopper, all but delta_prepare: the same results from tensor cores that read shared memory.
 //
 //   bf16; keys up to 64 or up to 128, padded to that in shared memory only. Tensors as in delta.cu, given as tensor maps
 //   whose boxes have the rows of a chunk; P [B·H, chunks, 16 or 64, 64] and the rows b … from delta_prepare.
 //
-// Everything is transposed: a warpgroup has 64 value columns as the rows of its products. What one product leaves in
-// registers is then the left operand of the next, and the state never leaves registers at all; keys, queries, M and P
-// lie in shared memory as copied. A block has two warpgroups that multiply, each on its own, and one that copies the
-// next chunks, also of the next sequence: a block takes one after the other.
+// The walks along the sequence are transposed: a warpgroup has 64 value columns as the rows of its products. What one
+// product leaves in registers is then the left operand of the next, and the state never leaves registers at all; keys,
+// queries, M and P lie in shared memory as copied. A block has two warpgroups that multiply, each on its own, and one
+// that copies the next chunks, also of the next sequence: a block takes one after the other.
 //
-//   delta_forward  Rᵀ = Vᵀ diag(β) − S0ᵀ Kᵀ diag(β e^b)          Vhᵀ = Rᵀ Mᵀ
-//                  Oᵀ = S0ᵀ Qᵀ diag(s e^b) + Vhᵀ (s P)ᵀ          S1ᵀ = e^(b_C) S0ᵀ + Vhᵀ diag(e^(b_C − b)) K
-//   delta_reverse  dVhᵀ = dS1ᵀ Kᵀ diag(e^(b_C − b)) + dOᵀ (s P)  Zᵀ = dVhᵀ M
-//                  dS0ᵀ = e^(b_C) dS1ᵀ + dOᵀ diag(s e^b) Q − Zᵀ diag(β e^b) K
+//   delta_forward    Rᵀ = Vᵀ diag(β) − S0ᵀ Kᵀ diag(β e^b)          Vhᵀ = Rᵀ Mᵀ
+//                    Oᵀ = S0ᵀ Qᵀ diag(s e^b) + Vhᵀ (s P)ᵀ          S1ᵀ = e^(b_C) S0ᵀ + Vhᵀ diag(e^(b_C − b)) K
+//   delta_reverse    dVhᵀ = dS1ᵀ Kᵀ diag(e^(b_C − b)) + dOᵀ (s P)  Zᵀ = dVhᵀ M
+//                    dS0ᵀ = e^(b_C) dS1ᵀ + dOᵀ diag(s e^b) Q − Zᵀ diag(β e^b) K
+//   delta_gradients  as in delta.cu, nothing transposed; a block takes one chunk after the other
 //
-// Entry points: delta_<forward|reverse>_<keys: 64|128>_<tokens: 16|64>_sm90a, for chunks of up to so many tokens; at
-// most one block a multiprocessor.
+// Entry points: delta_<forward|reverse>_<keys: 64|128>_<tokens: 16|64>_sm90a, for chunks of up to so many tokens, and
+// delta_gradients_<keys>_sm90a; at most one block a multiprocessor.
 #include "mma.cuh"
 #include "wgmma.cuh"
 
