@@ -35,7 +35,6 @@ struct Sizes {
     __device__ __forceinline__ int tokens() const { return C / sub; }
     __device__ __forceinline__ int chunks() const { return ceil_div(steps, tokens()); }
     __device__ __forceinline__ int slices() const { return ceil_div(values, GROUPS * VS); }
-    __device__ __forceinline__ int items() const { return batch * heads * slices(); }
 };
 
 // Two neighbouring columns of accumulators: those of the `pair`-th element pair of 16 columns, `k` sixteens further on.
@@ -155,23 +154,25 @@ struct Stage {
 };
 
 // The walk of a block: `copy` starts the copies of chunk c of a sequence from value column v0 on, use by use, and
-// `multiply` walks over all chunks of a sequence.
+// `multiply` walks over all chunks of a sequence. Every kernel goes over the sequences in the order opposite to the one
+// before: it begins with those that the L2 cache may still have.
 template <bool BACKWARDS, class Stages, class Copy, class Multiply>
 __device__ __forceinline__ void walk(Stages& stages, const Sizes& n, Copy copy, Multiply multiply) {
     for (auto& stage : stages) stage.init(n);
     if (threadIdx.x == 0) fence_barrier_init();
     __syncthreads();
-    const int chunks = n.chunks(), slices = n.slices(), wg = warpgroup() - 1;
+    const int chunks = n.chunks(), slices = n.slices(), items = n.batch * n.heads * slices, wg = warpgroup() - 1;
+    const auto item = [&](int i) { return BACKWARDS ? i : items - 1 - i; };
     if (wg < 0) {
         fewer_registers<24>();
         if (threadIdx.x == 0)
-            for (int item = blockIdx.x, use = 0; item < n.items(); item += gridDim.x)
+            for (int i = blockIdx.x, use = 0; i < items; i += gridDim.x)
                 for (int c = 0; c < chunks; c++, use++)
-                    copy(item / slices, BACKWARDS ? chunks - 1 - c : c, item % slices * (GROUPS * VS), use);
+                    copy(item(i) / slices, BACKWARDS ? chunks - 1 - c : c, item(i) % slices * (GROUPS * VS), use);
     } else {
         more_registers<240>();
-        for (int item = blockIdx.x, use = 0; item < n.items(); item += gridDim.x, use += chunks)
-            multiply(wg, item / slices, (item % slices * GROUPS + wg) * VS, use);
+        for (int i = blockIdx.x, use = 0; i < items; i += gridDim.x, use += chunks)
+            multiply(wg, item(i) / slices, (item(i) % slices * GROUPS + wg) * VS, use);
         if (threadIdx.x % WARPGROUP == 0) wait_stores();
     }
 }
@@ -467,7 +468,7 @@ __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k
     if (wg < 0) {
         fewer_registers<24>();
         if (threadIdx.x == 0)
-            for (int item = blockIdx.x, use = 0, turn = 0; item < items; item += gridDim.x, turn++) {
+            for (int item = items - 1 - blockIdx.x, use = 0, turn = 0; item >= 0; item -= gridDim.x, turn++) {
                 const int group = item / chunks, c = item % chunks, batch = group / n.heads, head = group % n.heads;
                 for (int i = 0; i < slices; i++, use++) {
                     auto& slice = sh.slices[use % STAGES];
@@ -498,7 +499,7 @@ __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k
     constexpr int BOTH = 2 * WARPGROUP, P_READY = 3, SUMS_READY = 4;
     if (wg == 0) {
         more_registers<240>();
-        for (int item = blockIdx.x, use = 0, turn = 0; item < items; item += gridDim.x, turn++) {
+        for (int item = items - 1 - blockIdx.x, use = 0, turn = 0; item >= 0; item -= gridDim.x, turn++) {
             const int group = item / chunks, c = item % chunks, batch = group / n.heads, head = group % n.heads;
             Sums& sums = sh.sums[turn % 2];
             float dp[C / 2], gq[KP / 2], zv = 0.f, overlap = 0.f;
@@ -611,7 +612,7 @@ __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k
         }
     } else {
         more_registers<240>();
-        for (int item = blockIdx.x, use = 0, turn = 0; item < items; item += gridDim.x, turn++) {
+        for (int item = items - 1 - blockIdx.x, use = 0, turn = 0; item >= 0; item -= gridDim.x, turn++) {
             const int group = item / chunks, c = item % chunks, batch = group / n.heads, head = group % n.heads;
             Sums& sums = sh.sums[turn % 2];
             float dl[C / 2], gz[KP / 2], gk[KP / 2];
