@@ -1,27 +1,28 @@
-// The delta rule of delta.cu for Hopper, all but delta_prepare: the same results from tensor cores that read shared memory.
+// The delta rule of delta.cu for Hopper: the same results from tensor cores that read shared memory.
 //
 //   bf16; keys up to 64 or up to 128, padded to that in shared memory only. Tensors as in delta.cu, given as tensor maps
-//   whose boxes have the rows of a chunk; P [B·H, chunks, 16 or 64, 64] and the rows b … from delta_prepare.
+//   whose boxes have the rows of a chunk; also P [B·H, chunks, 16 or 64, 64] and rows [B·H, chunks, 5, 64] f32, see
+//   below.
 //
 // The walks along the sequence are transposed: a warpgroup has 64 value columns as the rows of its products. What one
 // product leaves in registers is then the left operand of the next, and the state never leaves registers at all; keys,
 // queries, M and P lie in shared memory as copied. A block has two warpgroups that multiply, each on its own, and one
 // that copies the next chunks, also of the next sequence: a block takes one after the other.
 //
+//   delta_prepare    M, s P and the rows; a block has one chunk
 //   delta_forward    Rᵀ = Vᵀ diag(β) − S0ᵀ Kᵀ diag(β e^b)          Vhᵀ = Rᵀ Mᵀ
 //                    Oᵀ = S0ᵀ Qᵀ diag(s e^b) + Vhᵀ (s P)ᵀ          S1ᵀ = e^(b_C) S0ᵀ + Vhᵀ diag(e^(b_C − b)) K
 //   delta_reverse    dVhᵀ = dS1ᵀ Kᵀ diag(e^(b_C − b)) + dOᵀ (s P)  Zᵀ = dVhᵀ M
 //                    dS0ᵀ = e^(b_C) dS1ᵀ + dOᵀ diag(s e^b) Q − Zᵀ diag(β e^b) K
 //   delta_gradients  as in delta.cu, nothing transposed; a block takes one chunk after the other
 //
-// Entry points: delta_<forward|reverse>_<keys: 64|128>_<tokens: 16|64>_sm90a, for chunks of up to so many tokens, and
-// delta_gradients_<keys>_sm90a; at most one block a multiprocessor.
-#include "mma.cuh"
+// Entry points: delta_<prepare|forward|reverse>_<keys: 64|128>_<tokens: 16|64>_sm90a, for chunks of up to so many tokens,
+// and delta_gradients_<keys>_sm90a; but for the first, at most one block a multiprocessor.
+#include "delta.cuh"
 #include "wgmma.cuh"
 
 namespace {
 
-constexpr int C = 64;       // sub-steps of a chunk, padded
 constexpr int VS = 64;      // value columns of a warpgroup
 constexpr int GROUPS = 2;   // warpgroups that multiply
 constexpr int STAGES = 2;   // chunks under way
@@ -114,6 +115,98 @@ __device__ __forceinline__ void store_state(float* to, float (&s)[N], long long 
 
 // All threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { named_barrier(1 + group, WARPGROUP); }
+
+// ---- M, P and the rows
+
+template <int KP, int NQ>
+struct PrepareShared {
+    alignas(1024) bf16 p[NQ * C];
+    union {
+        struct {
+            bf16 k[C * KP], q[NQ * KP];
+        };
+        struct {
+            float l[C * LF], m[C * LF];
+        };
+    };
+    float b[C], beta[C];
+    Barrier full;
+};
+
+template <int KP, int NQ>
+__device__ __forceinline__ void prepare(const TensorMap& q, const TensorMap& k, const float* beta, const float* g,
+                                        bf16* m, const TensorMap& p, float* rows, float scale, const Sizes& n) {
+    DYNAMIC_SHARED(shared);
+    auto& sh = *reinterpret_cast<PrepareShared<KP, NQ>*>(shared);
+    const int chunks = n.chunks(), c = blockIdx.x % chunks, group = blockIdx.x / chunks;
+    const int batch = group / n.heads, head = group % n.heads, tokens = n.tokens(), steps = tokens * n.sub;
+    if (threadIdx.x == 0) {
+        sh.full.init(1);
+        fence_barrier_init();
+        sh.full.expect(2 * KP * (steps + tokens));
+        for (int panel = 0; panel < KP / PANEL; panel++) {
+            load_box(sh.k + panel * C * PANEL, k, batch, c * steps, head, panel * PANEL, sh.full);
+            load_box(sh.q + panel * NQ * PANEL, q, batch, c * tokens, head, panel * PANEL, sh.full);
+        }
+    }
+    sum_decays(sh.b, beta, g, chunk_at(c, batch, n.steps, n.sub), n.heads, head, n.sub);
+    __syncthreads();
+    if (threadIdx.x < C) {
+        const int j = threadIdx.x;
+        const float b = sh.b[j], y = sh.beta[j], last = sh.b[min((j + 1) * n.sub, C) - 1];
+        float* const to = rows + (long long)blockIdx.x * ROWS * C + j;
+        to[B * C] = b;
+        to[BETA * C] = y;
+        to[BETA_DECAY * C] = y * decay(b);
+        to[TAIL * C] = decay(sh.b[C - 1] - b);
+        to[READ * C] = scale * decay(last);
+    }
+    sh.full.wait(0);
+    // Rows that copies wrote nothing to have arbitrary numbers here.
+    float kk[C / 2], qk[C / 2];
+    start_product<C, KP, C, C>(kk, operand(sh.k), operand(sh.k));
+    start_product<C, KP, NQ, C>(qk, operand(sh.q), operand(sh.k));
+    const int warp = warp_id(), low = 16 * warp + lane_id() / 4;
+    wait_product<0>(kk);
+    compute_now(qk);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < C / 8; j++)
+        if (j / 2 <= warp)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = low + 8 * half, col = 8 * j + lane_id() % 4 * 2;
+                const bool in = i < steps;
+                float b[2], x[2];
+                load_vec<2>(sh.b + col, b);
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    x[e] = in && col + e < i ? sh.beta[i] * kk[4 * j + 2 * half + e] * decay(sh.b[i] - b[e]) : 0.f;
+                store_vec<2>(sh.l + i * LF + col, x);
+            }
+    if (16 * warp < NQ) {
+#pragma unroll
+        for (int j = 0; j < C / 8; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int t = low + 8 * half, end = t < tokens ? (t + 1) * n.sub : 0, col = 8 * j + lane_id() % 4 * 2;
+                const float bt = sh.b[max(end, 1) - 1];
+                float b[2];
+                load_vec<2>(sh.b + col, b);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float& x = qk[4 * j + 2 * half + e];
+                    x = col + e < end ? x * (scale * decay(bt - b[e])) : 0.f;
+                }
+            }
+        stage_tile(sh.p, qk, 1.f, 1.f);
+        fence_copies();
+    }
+    invert(sh.l, sh.m);
+    if (threadIdx.x == 0) store_box(p, blockIdx.x, 0, 0, 0, sh.p), commit_stores();
+    put_m(m + (long long)blockIdx.x * C * C, sh.m);
+    if (threadIdx.x == 0) wait_stores();
+}
 
 // ---- the chunks of a block
 
@@ -439,8 +532,6 @@ __device__ __forceinline__ void weigh(float (&d)[C / 2], const float (&product)[
     sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
 }
 
-__device__ __forceinline__ float decay(float x) { return __expf(fminf(x, 0.f)); }
-
 // The first warpgroup that multiplies has dP and dQ, and all that is no product; the second dL and dK.
 template <int KP>
 __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k, const TensorMap& v, const float* rows,
@@ -697,6 +788,12 @@ GRADIENTS(128)
 
 #define WALK(KP, NQ)                                                                                                   \
     static_assert(sizeof(ForwardShared<KP, NQ>) <= 227 * 1024);                                                        \
+    extern "C" __global__ void __launch_bounds__(WARPGROUP, 5) delta_prepare_##KP##_##NQ##_sm90a(                      \
+        const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const float* beta, const float* g,   \
+        bf16* m, const __grid_constant__ TensorMap p, float* rows, float scale, int batch, int steps, int heads,       \
+        int keys, int values, int sub) {                                                                               \
+        prepare<KP, NQ>(q, k, beta, g, m, p, rows, scale, {batch, steps, heads, keys, values, sub});                   \
+    }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_forward_##KP##_##NQ##_sm90a(                        \
         const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, \
         const __grid_constant__ TensorMap m, const __grid_constant__ TensorMap p, const float* rows,                   \
