@@ -1,16 +1,14 @@
-//! Launching `kernels/delta.cu`, all but `delta_prepare` only where `hopper.rs` has nothing better.
+//! Launching `kernels/delta.cu`, where `hopper.rs` has nothing better.
 
 use candle_core::{DType, Result, Tensor};
 
-use super::hopper::Hopper;
+use super::hopper::{self, Hopper};
 use super::{Dims, GatedDeltaRule, NAME};
 use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, route};
 use crate::ops::tape::{Forward, Run};
 
 /// Sub-steps of a chunk.
 pub const CHUNK: usize = 64;
-/// Numbers of a sub-step that `delta_prepare` leaves.
-const ROWS: usize = 5;
 /// Value columns of four warps.
 const SLICE: usize = 64;
 
@@ -105,25 +103,16 @@ pub fn forward(node: &GatedDeltaRule, args: &[Tensor], save: bool) -> Result<For
     let (gpu, dtype, heads, chunks) = (&plan.gpu, plan.dtype, plan.heads(), plan.chunks);
     let Dims { batch, steps, sub, key, value, .. } = plan.dims;
     let m = gpu.empty((heads, chunks, CHUNK, CHUNK), dtype)?;
-    let rows = gpu.empty((heads, chunks, ROWS, CHUNK), DType::F32)?;
+    // Numbers of a sub-step.
+    let numbers = if plan.hopper.is_some() { hopper::ROWS } else { 2 };
+    let rows = gpu.empty((heads, chunks, numbers, CHUNK), DType::F32)?;
     let p = plan.hopper.as_ref().map(|hopper| gpu.empty(hopper.p_shape(), dtype)).transpose()?;
     let (m_at, rows_at) = (gpu.of_value(&m)?, gpu.of_value(&rows)?);
-    let p_at = p.as_ref().map_or(Ok(NULL), |p| gpu.of_value(p))?;
-    let (q, k, v) = (gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?);
     let beta = gpu.ptr(&args[3])?;
-    let g = gpu.ptr_or_null(node.g(args))?;
-
-    let element = dtype.size_in_bytes();
-    let padded = key.next_multiple_of(16) + 16 / element;
-    let shared = 4 * CHUNK * (2 + 2 * (CHUNK + 4)) + element * CHUNK * padded;
-    let sizes = [steps, plan.dims.heads, key, sub].map(KernelArg::from);
-    let name = format!("delta_prepare_{}", route(dtype)?);
-    let parts = [q, k, beta, g, m_at, p_at, rows_at, (node.scale as f32).into()];
-    plan.chunk(&name, 128, shared, &[&parts[..], &sizes].concat())?;
-
+    let (g, state) = (gpu.ptr_or_null(node.g(args))?, gpu.ptr_or_null(node.state(args))?);
     let o = gpu.empty((batch, steps, plan.dims.heads, value), dtype)?;
     let last = gpu.empty((batch, plan.dims.heads, key, value), DType::F32)?;
-    let state = gpu.ptr_or_null(node.state(args))?;
+    let outputs = [gpu.of_value(&o)?, gpu.of_value(&last)?];
     let kept = match save {
         true => vec![
             gpu.empty((heads, chunks, key, value), dtype)?,
@@ -135,18 +124,24 @@ pub fn forward(node: &GatedDeltaRule, args: &[Tensor], save: bool) -> Result<For
         [s, vh] => Some([gpu.of_value(s)?, gpu.of_value(vh)?]),
         _ => None,
     };
-    let outputs = [gpu.of_value(&o)?, gpu.of_value(&last)?];
-    match &plan.hopper {
-        Some(hopper) => {
-            let inputs = [&args[0], &args[1], &args[2]];
-            hopper.forward(inputs, [m_at, p_at, rows_at, state], outputs, kept_at)?;
-        }
-        None => {
-            let inputs = [q, k, v, m_at, rows_at, state];
-            let shared = plan.shared(5, [3, 1, 2, 1], plan.groups);
-            let kept = kept_at.unwrap_or([NULL; 2]);
-            plan.walk("forward", shared, &[&inputs[..], &outputs, &kept, &plan.sizes(node.scale)].concat())?;
-        }
+
+    if let (Some(hopper), Some(p)) = (&plan.hopper, &p) {
+        let inputs = [&args[0], &args[1], &args[2]];
+        let parts = [m_at, gpu.of_value(p)?, rows_at];
+        hopper.forward(inputs, [beta, g, state], parts, outputs, kept_at, node.scale)?;
+    } else {
+        let (q, k, v) = (gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?);
+        let element = dtype.size_in_bytes();
+        let padded = key.next_multiple_of(16) + 16 / element;
+        let shared = 4 * CHUNK * (2 + 2 * (CHUNK + 4)) + element * CHUNK * padded;
+        let sizes = [steps, plan.dims.heads, key, sub].map(KernelArg::from);
+        let name = format!("delta_prepare_{}", route(dtype)?);
+        plan.chunk(&name, 128, shared, &[&[k, beta, g, m_at, rows_at], &sizes[..]].concat())?;
+
+        let inputs = [q, k, v, m_at, rows_at, state];
+        let shared = plan.shared(5, [3, 1, 2, 1], plan.groups);
+        let kept = kept_at.unwrap_or([NULL; 2]);
+        plan.walk("forward", shared, &[&inputs[..], &outputs, &kept, &plan.sizes(node.scale)].concat())?;
     }
 
     let saved = match save {
@@ -179,11 +174,10 @@ pub fn backward(node: &GatedDeltaRule, run: &Run, grads: &[Option<Tensor>]) -> R
     let (dv_at, ds_at) = (gpu.of_value(&dv)?, gpu.of_value(&ds)?);
     let walked = [dv_at, ds_at, or_null(&d_state)?];
     let outputs = [gpu.of_value(&dq)?, gpu.of_value(&dk)?, dv_at, gpu.of_value(&d_beta)?, or_null(&dg)?];
-    if let Some(hopper) = &plan.hopper {
-        let p = gpu.ptr_or_null(p.first())?;
-        hopper.reverse([&args[0], &args[1], &d_o], [m, p, rows, d_last], walked)?;
+    if let (Some(hopper), [p]) = (&plan.hopper, p) {
         let inputs = [&args[0], &args[1], &args[2], &d_o];
-        hopper.gradients(inputs, [rows, s, vh, ds_at], outputs, node.scale)?;
+        let parts = [m, gpu.ptr(p)?, rows, s, vh, ds_at];
+        hopper.backward(inputs, parts, [d_last, walked[2]], outputs, node.scale)?;
     } else {
         let (q, k, v) = (gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?);
         let (d_o, sizes) = (gpu.ptr(&d_o)?, plan.sizes(node.scale));

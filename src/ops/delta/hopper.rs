@@ -1,4 +1,4 @@
-//! Launching `kernels/delta_sm90a.cu`: all but `delta_prepare`, in bf16 on GPUs of compute capability 9.0.
+//! Launching `kernels/delta_sm90a.cu`: the delta rule in bf16 on GPUs of compute capability 9.0.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -10,12 +10,16 @@ use crate::cuda::{Gpu, KernelArg, Launch, kernels};
 const SLICE: usize = 64;
 const GROUPS: usize = 2;
 
+/// Numbers of a sub-step that `delta_prepare` leaves.
+pub const ROWS: usize = 5;
+
 /// Chunks that a block has under way.
 const STAGES: usize = 2;
 
 /// What a stage has besides tiles: the rows of a chunk and barriers, in whole kilobytes.
 const REST: usize = 2 << 10;
-/// What `gradients` has besides tiles, in whole kilobytes.
+/// What `delta_prepare` and `delta_gradients` have besides tiles, in whole kilobytes.
+const PREPARE_REST: usize = 1 << 10;
 const GRADIENT_REST: usize = 8 << 10;
 
 /// The kernels of one call.
@@ -63,7 +67,7 @@ impl Hopper {
         if self.key <= 64 { 64 } else { 128 }
     }
 
-    /// The shape of P, which `delta_prepare_bf16` writes.
+    /// The shape of P.
     pub fn p_shape(&self) -> (usize, usize, usize, usize) {
         (self.batch * self.heads, self.chunks, self.padded(), CHUNK)
     }
@@ -87,112 +91,95 @@ impl Hopper {
         self.gpu.tensor_map(at, [groups * chunks, tokens, 1, columns], tokens)
     }
 
+    /// Launches a kernel, whose arguments end with the sizes.
+    fn launch(&self, name: &str, launch: Launch, args: &[KernelArg]) -> Result<()> {
+        let sizes = [self.batch, self.steps, self.heads, self.key, self.value, self.sub].map(KernelArg::from);
+        self.gpu.launch(&kernels::DELTA_SM90A, name, launch, &[args, &sizes].concat())
+    }
+
+    /// As many blocks as there is work for, one a multiprocessor.
+    fn persistent(&self, work: usize, shared: usize) -> Launch {
+        let threads = u32::try_from(128 * (1 + GROUPS)).expect("a few warpgroups");
+        Launch::new(work.min(self.gpu.multiprocessors()), threads).shared(shared)
+    }
+
     /// Launches a walk. `values` is how many rows of values a stage has, `staged` how many rows a warpgroup writes.
     fn walk(&self, pass: &str, values: usize, staged: usize, args: &[KernelArg]) -> Result<()> {
         let (keys, tokens) = (self.keys(), self.padded());
         let stage = 2 * ((CHUNK + tokens) * keys + GROUPS * values * SLICE + (CHUNK + tokens) * CHUNK) + REST;
         let shared = STAGES * stage + 2 * GROUPS * staged * SLICE;
-        let blocks = self.batch * self.heads * self.value.div_ceil(GROUPS * SLICE);
-        self.launch(&format!("delta_{pass}_{keys}_{tokens}_sm90a"), blocks, shared, args)
+        let work = self.batch * self.heads * self.value.div_ceil(GROUPS * SLICE);
+        let launch = self.persistent(work, shared);
+        self.launch(&format!("delta_{pass}_{keys}_{tokens}_sm90a"), launch, args)
     }
 
-    /// Launches a kernel, whose arguments end with the sizes, for as many blocks of work.
-    fn launch(&self, name: &str, blocks: usize, shared: usize, args: &[KernelArg]) -> Result<()> {
-        let threads = u32::try_from(128 * (1 + GROUPS)).expect("a few warpgroups");
-        let launch = Launch::new(blocks.min(self.gpu.multiprocessors()), threads).shared(shared);
-        let sizes = [self.batch, self.steps, self.heads, self.key, self.value, self.sub].map(KernelArg::from);
-        self.gpu.launch(&kernels::DELTA_SM90A, name, launch, &[args, &sizes].concat())
-    }
-
-    /// Writes o, the last state and, for the backward pass, the states and Vh of all chunks.
+    /// Writes M, P and the rows, o, the last state and, for the backward pass, the states and Vh of all chunks.
     pub fn forward(
         &self,
         [q, k, v]: [&Tensor; 3],
-        [m, p, rows, state]: [KernelArg; 4],
+        [beta, g, state]: [KernelArg; 3],
+        [m, p, rows]: [KernelArg; 3],
         [o, last]: [KernelArg; 2],
         kept: Option<[KernelArg; 2]>,
+        scale: f64,
     ) -> Result<()> {
         let [q, k, v] = [q, k, v].map(|tensor| self.gpu.aligned(tensor));
         let (q, k, v) = (q?, k?, v?);
+        let q = self.by_tokens(self.gpu.ptr(&q)?, self.key)?;
+        let k = self.by_steps(self.gpu.ptr(&k)?, self.key)?;
+        let v = self.by_steps(self.gpu.ptr(&v)?, self.value)?;
+        let p = self.p_map(p)?;
+
+        let (keys, tokens) = (self.keys(), self.padded());
+        // P, then keys and queries; L and M in f32 take their place.
+        let tiles = (2 * (CHUNK + tokens) * keys).max(4 * 2 * CHUNK * (CHUNK + 4));
+        let shared = (2 * tokens * CHUNK + tiles + PREPARE_REST).next_multiple_of(1 << 10);
+        let launch = Launch::new(self.batch * self.heads * self.chunks, 128).shared(shared);
+        let args = [q, k, beta, g, m, p, rows, (scale as f32).into()];
+        self.launch(&format!("delta_prepare_{keys}_{tokens}_sm90a"), launch, &args)?;
+
         let o = self.by_tokens(o, self.value)?;
-        let maps = match kept {
+        let [s_map, vh_map] = match kept {
             Some([s, vh]) => {
                 [self.by_chunks(s, self.key, self.value)?, self.by_chunks(vh, CHUNK, self.value)?]
             }
             None => [o, o],
         };
-        let args = [
-            self.by_tokens(self.gpu.ptr(&q)?, self.key)?,
-            self.by_steps(self.gpu.ptr(&k)?, self.key)?,
-            self.by_steps(self.gpu.ptr(&v)?, self.value)?,
-            self.by_chunks(m, CHUNK, CHUNK)?,
-            self.p_map(p)?,
-            rows,
-            state,
-            o,
-            last,
-            i32::from(kept.is_some()).into(),
-            maps[0],
-            maps[1],
-        ];
-        self.walk("forward", CHUNK, self.keys() + CHUNK + self.padded(), &args)
+        let keeps = i32::from(kept.is_some()).into();
+        let m = self.by_chunks(m, CHUNK, CHUNK)?;
+        let args = [q, k, v, m, p, rows, state, o, last, keeps, s_map, vh_map];
+        self.walk("forward", CHUNK, keys + CHUNK + tokens, &args)
     }
 
-    /// Writes Z to `dv`, the gradients of all chunks' last states to `ds`, and that of the initial state.
-    pub fn reverse(
-        &self,
-        [q, k, d_o]: [&Tensor; 3],
-        [m, p, rows, d_last]: [KernelArg; 4],
-        [dv, ds, d_state]: [KernelArg; 3],
-    ) -> Result<()> {
-        let [q, k, d_o] = [q, k, d_o].map(|tensor| self.gpu.aligned(tensor));
-        let (q, k, d_o) = (q?, k?, d_o?);
-        let args = [
-            self.by_tokens(self.gpu.ptr(&q)?, self.key)?,
-            self.by_steps(self.gpu.ptr(&k)?, self.key)?,
-            self.by_chunks(m, CHUNK, CHUNK)?,
-            self.p_map(p)?,
-            rows,
-            self.by_tokens(self.gpu.ptr(&d_o)?, self.value)?,
-            d_last,
-            self.by_steps(dv, self.value)?,
-            self.by_chunks(ds, self.key, self.value)?,
-            d_state,
-        ];
-        self.walk("reverse", self.padded(), self.keys() + CHUNK, &args)
-    }
-
-    /// Everything that `reverse` leaves. Makes dV of the Z in `dv`.
-    pub fn gradients(
+    /// Writes the gradients of all that is differentiable; `ds` is for those of the chunks' last states.
+    pub fn backward(
         &self,
         [q, k, v, d_o]: [&Tensor; 4],
-        [rows, s, vh, ds]: [KernelArg; 4],
+        [m, p, rows, s, vh, ds]: [KernelArg; 6],
+        [d_last, d_state]: [KernelArg; 2],
         [dq, dk, dv, d_beta, dg]: [KernelArg; 5],
         scale: f64,
     ) -> Result<()> {
         let [q, k, v, d_o] = [q, k, v, d_o].map(|tensor| self.gpu.aligned(tensor));
         let (q, k, v, d_o) = (q?, k?, v?, d_o?);
-        let args = [
-            self.by_tokens(self.gpu.ptr(&q)?, self.key)?,
-            self.by_steps(self.gpu.ptr(&k)?, self.key)?,
-            self.by_steps(self.gpu.ptr(&v)?, self.value)?,
-            rows,
-            self.by_chunks(s, self.key, self.value)?,
-            self.by_chunks(vh, CHUNK, self.value)?,
-            self.by_chunks(ds, self.key, self.value)?,
-            self.by_tokens(self.gpu.ptr(&d_o)?, self.value)?,
-            self.by_tokens(dq, self.key)?,
-            self.by_steps(dk, self.key)?,
-            self.by_steps(dv, self.value)?,
-            d_beta,
-            dg,
-            (scale as f32).into(),
-        ];
+        let q = self.by_tokens(self.gpu.ptr(&q)?, self.key)?;
+        let k = self.by_steps(self.gpu.ptr(&k)?, self.key)?;
+        let v = self.by_steps(self.gpu.ptr(&v)?, self.value)?;
+        let d_o = self.by_tokens(self.gpu.ptr(&d_o)?, self.value)?;
+        let (m, p) = (self.by_chunks(m, CHUNK, CHUNK)?, self.p_map(p)?);
+        let (s, ds) = (self.by_chunks(s, self.key, self.value)?, self.by_chunks(ds, self.key, self.value)?);
+        let (vh, dv) = (self.by_chunks(vh, CHUNK, self.value)?, self.by_steps(dv, self.value)?);
+
         let keys = self.keys();
-        // Slices of values with states, then keys, queries and their gradients, one of values, and P and L.
+        // Leaves Z in dv, which the other kernel makes dV of.
+        let args = [q, k, m, p, rows, d_o, d_last, dv, ds, d_state];
+        self.walk("reverse", self.padded(), keys + CHUNK, &args)?;
+
+        // Slices of values with states, then keys, queries and their gradients, one slice of dV, and dP and dL.
         let tiles = STAGES * (4 * CHUNK + 2 * keys) * SLICE + 4 * CHUNK * keys + 3 * CHUNK * CHUNK;
-        let shared = 2 * tiles + GRADIENT_REST;
-        let blocks = self.batch * self.heads * self.chunks;
-        self.launch(&format!("delta_gradients_{keys}_sm90a"), blocks, shared, &args)
+        let launch = self.persistent(self.batch * self.heads * self.chunks, 2 * tiles + GRADIENT_REST);
+        let (dq, dk) = (self.by_tokens(dq, self.key)?, self.by_steps(dk, self.key)?);
+        let args = [q, k, v, rows, s, vh, ds, d_o, dq, dk, dv, d_beta, dg, (scale as f32).into()];
+        self.launch(&format!("delta_gradients_{keys}_sm90a"), launch, &args)
     }
 }
