@@ -2,7 +2,8 @@
 //
 //   bf16; keys up to 64 or up to 128, padded to that in shared memory only. Tensors as in delta.cu, given as tensor maps
 //   whose boxes have the rows of a chunk; also P [B·H, chunks, 16 or 64, 64] and rows [B·H, chunks, 5, 64] f32, see
-//   below.
+//   below. What one kernel keeps for another lies as it is copied, vh [B·H, chunks, slices, 64, 64], s and ds
+//   [B·H, chunks, slices, K, 64], each with slices of 64 value columns.
 //
 // The walks along the sequence are transposed: a warpgroup has 64 value columns as the rows of its products. What one
 // product leaves in registers is then the left operand of the next, and the state never leaves registers at all; keys,
@@ -36,6 +37,7 @@ struct Sizes {
     __device__ __forceinline__ int tokens() const { return C / sub; }
     __device__ __forceinline__ int chunks() const { return ceil_div(steps, tokens()); }
     __device__ __forceinline__ int slices() const { return ceil_div(values, GROUPS * VS); }
+    __device__ __forceinline__ int panels() const { return ceil_div(values, VS); }
 };
 
 // Two neighbouring columns of accumulators: those of the `pair`-th element pair of 16 columns, `k` sixteens further on.
@@ -270,11 +272,13 @@ __device__ __forceinline__ void walk(Stages& stages, const Sizes& n, Copy copy, 
     }
 }
 
-// Starts writing a state [keys, 64 columns] that is staged as [KP][VS].
-template <int KP>
-__device__ __forceinline__ void store_staged(const TensorMap& map, int index, int v0, const bf16* staged) {
+// Starts writing 64 value columns of what is kept of a chunk, ROWS rows.
+template <int ROWS>
+__device__ __forceinline__ void store_panel(const TensorMap& map, int index, int v0, const bf16* staged,
+                                            const Sizes& n) {
+    if (v0 >= n.values) return;
 #pragma unroll
-    for (int r = 0; r < KP; r += BOX) store_box(map, index, r, 0, v0, staged + r * PANEL);
+    for (int r = 0; r < ROWS; r += BOX) store_box(map, index * n.panels() + v0 / VS, r, 0, 0, staged + r * PANEL);
 }
 
 // ---- forward
@@ -307,7 +311,7 @@ __device__ __forceinline__ void forward(const TensorMap& q, const TensorMap& k, 
             stage_operand(sh.s[wg], a);
             fence_copies();
             group_barrier(wg);
-            if (thread == 0) store_staged<KP>(s_kept, first, v0, sh.s[wg]), commit_stores();
+            if (thread == 0) store_panel<KP>(s_kept, first, v0, sh.s[wg], n), commit_stores();
         }
         for (int c = 0; c < chunks; c++, use++) {
             auto& stage = sh.stages[use % STAGES];
@@ -357,8 +361,8 @@ __device__ __forceinline__ void forward(const TensorMap& q, const TensorMap& k, 
             group_barrier(wg);
             if (thread == 0) {
                 store_box(o, group / n.heads, c * n.tokens(), group % n.heads, v0, sh.o[wg]);
-                if (keeps) store_box(vh_kept, first + c, 0, 0, v0, sh.vh[wg]);
-                if (keeps && c + 1 < chunks) store_staged<KP>(s_kept, first + c + 1, v0, sh.s[wg]);
+                if (keeps) store_panel<C>(vh_kept, first + c, v0, sh.vh[wg], n);
+                if (keeps && c + 1 < chunks) store_panel<KP>(s_kept, first + c + 1, v0, sh.s[wg], n);
                 commit_stores();
             }
         }
@@ -395,7 +399,7 @@ __device__ __forceinline__ void reverse(const TensorMap& q, const TensorMap& k, 
         stage_operand(sh.s[wg], a);
         fence_copies();
         group_barrier(wg);
-        if (thread == 0) store_staged<KP>(ds, first + chunks - 1, v0, sh.s[wg]), commit_stores();
+        if (thread == 0) store_panel<KP>(ds, first + chunks - 1, v0, sh.s[wg], n), commit_stores();
         for (int c = chunks - 1; c >= 0; c--, use++) {
             auto& stage = sh.stages[use % STAGES];
             stage.slot.full.wait(use / STAGES);
@@ -442,7 +446,7 @@ __device__ __forceinline__ void reverse(const TensorMap& q, const TensorMap& k, 
             group_barrier(wg);
             if (thread == 0) {
                 store_box(dv, group / n.heads, c * n.tokens() * n.sub, group % n.heads, v0, sh.z[wg]);
-                if (c > 0) store_staged<KP>(ds, first + c - 1, v0, sh.s[wg]);
+                if (c > 0) store_panel<KP>(ds, first + c - 1, v0, sh.s[wg], n);
                 commit_stores();
             }
         }
@@ -541,7 +545,7 @@ __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k
     DYNAMIC_SHARED(shared);
     auto& sh = *reinterpret_cast<GradientShared<KP>*>(shared);
     const int tokens = n.tokens(), steps = tokens * n.sub, chunks = n.chunks();
-    const int items = n.batch * n.heads * chunks, slices = ceil_div(n.values, VS);
+    const int items = n.batch * n.heads * chunks, slices = n.panels();
     if (threadIdx.x == 0) {
         for (auto& slot : sh.slots) slot.init(GROUPS);
         sh.of_keys.init(GROUPS);
@@ -567,10 +571,10 @@ __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k
                     slot.take(use / STAGES, 2 * VS * (C + 2 * steps + tokens + 2 * KP));
                     load_box(slice.d_o, d_o, batch, c * tokens, head, i * VS, slot.full);
                     load_box(slice.z, dv, batch, c * steps, head, i * VS, slot.full);
-                    load_box(slice.vh, vh_kept, item, 0, 0, i * VS, slot.full);
+                    load_box(slice.vh, vh_kept, item * slices + i, 0, 0, 0, slot.full);
                     for (int r = 0; r < KP; r += BOX) {
-                        load_box(slice.s + r * PANEL, s_kept, item, r, 0, i * VS, slot.full);
-                        load_box(slice.ds + r * PANEL, ds_kept, item, r, 0, i * VS, slot.full);
+                        load_box(slice.s + r * PANEL, s_kept, item * slices + i, r, 0, 0, slot.full);
+                        load_box(slice.ds + r * PANEL, ds_kept, item * slices + i, r, 0, 0, slot.full);
                     }
                     load_box(slice.v, v, batch, c * steps, head, i * VS, slot.full);
                     if (i > 0) continue;
