@@ -64,6 +64,14 @@ impl Plan {
         self.dims.batch * self.dims.heads
     }
 
+    /// Value columns of what is kept of a chunk.
+    fn columns(&self) -> usize {
+        match self.hopper {
+            Some(_) => self.dims.value.next_multiple_of(SLICE),
+            None => self.dims.value,
+        }
+    }
+
     /// Bytes of shared memory: `floats` rows of a chunk, and tiles of `keys` rows of keys, `squares` of
     /// sub-steps against sub-steps, `values` of values and `states` states, values and states of `groups`.
     fn shared(&self, floats: usize, [keys, squares, values, states]: [usize; 4], groups: usize) -> usize {
@@ -115,8 +123,8 @@ pub fn forward(node: &GatedDeltaRule, args: &[Tensor], save: bool) -> Result<For
     let outputs = [gpu.of_value(&o)?, gpu.of_value(&last)?];
     let kept = match save {
         true => vec![
-            gpu.empty((heads, chunks, key, value), dtype)?,
-            gpu.empty((heads, chunks, CHUNK, value), dtype)?,
+            gpu.empty((heads, chunks, key, plan.columns()), dtype)?,
+            gpu.empty((heads, chunks, CHUNK, plan.columns()), dtype)?,
         ],
         false => vec![],
     };
@@ -170,7 +178,7 @@ pub fn backward(node: &GatedDeltaRule, run: &Run, grads: &[Option<Tensor>]) -> R
     let dg = if node.gated { Some(like(4)?) } else { None };
     let d_state = if node.stateful { Some(like(args.len() - 1)?) } else { None };
     let or_null = |value: &Option<_>| value.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value));
-    let ds = gpu.empty((plan.heads(), plan.chunks, key, value), dtype)?;
+    let ds = gpu.empty((plan.heads(), plan.chunks, key, plan.columns()), dtype)?;
     let (dv_at, ds_at) = (gpu.of_value(&dv)?, gpu.of_value(&ds)?);
     let walked = [dv_at, ds_at, or_null(&d_state)?];
     let outputs = [gpu.of_value(&dq)?, gpu.of_value(&dk)?, dv_at, gpu.of_value(&d_beta)?, or_null(&dg)?];

@@ -80,12 +80,14 @@ impl Hopper {
         let rows = self.steps * self.sub;
         self.gpu.tensor_map(at, [self.batch, rows, self.heads, columns], self.tokens() * self.sub)
     }
-    /// The map of a workspace with `rows` rows of every chunk.
-    fn by_chunks(&self, at: KernelArg, rows: usize, columns: usize) -> Result<KernelArg> {
-        let all = self.batch * self.heads * self.chunks;
-        self.gpu.tensor_map(at, [all, rows, 1, columns], CHUNK)
+    /// The map of what is kept of every chunk, `rows` rows by slices of values.
+    fn by_slices(&self, at: KernelArg, rows: usize) -> Result<KernelArg> {
+        let all = self.batch * self.heads * self.chunks * self.value.div_ceil(SLICE);
+        self.gpu.tensor_map(at, [all, rows, 1, SLICE], CHUNK)
     }
-
+    fn m_map(&self, at: KernelArg) -> Result<KernelArg> {
+        self.gpu.tensor_map(at, [self.batch * self.heads * self.chunks, CHUNK, 1, CHUNK], CHUNK)
+    }
     fn p_map(&self, at: KernelArg) -> Result<KernelArg> {
         let (groups, chunks, tokens, columns) = self.p_shape();
         self.gpu.tensor_map(at, [groups * chunks, tokens, 1, columns], tokens)
@@ -140,13 +142,11 @@ impl Hopper {
 
         let o = self.by_tokens(o, self.value)?;
         let [s_map, vh_map] = match kept {
-            Some([s, vh]) => {
-                [self.by_chunks(s, self.key, self.value)?, self.by_chunks(vh, CHUNK, self.value)?]
-            }
+            Some([s, vh]) => [self.by_slices(s, self.key)?, self.by_slices(vh, CHUNK)?],
             None => [o, o],
         };
         let keeps = i32::from(kept.is_some()).into();
-        let m = self.by_chunks(m, CHUNK, CHUNK)?;
+        let m = self.m_map(m)?;
         let args = [q, k, v, m, p, rows, state, o, last, keeps, s_map, vh_map];
         self.walk("forward", CHUNK, keys + CHUNK + tokens, &args)
     }
@@ -166,9 +166,9 @@ impl Hopper {
         let k = self.by_steps(self.gpu.ptr(&k)?, self.key)?;
         let v = self.by_steps(self.gpu.ptr(&v)?, self.value)?;
         let d_o = self.by_tokens(self.gpu.ptr(&d_o)?, self.value)?;
-        let (m, p) = (self.by_chunks(m, CHUNK, CHUNK)?, self.p_map(p)?);
-        let (s, ds) = (self.by_chunks(s, self.key, self.value)?, self.by_chunks(ds, self.key, self.value)?);
-        let (vh, dv) = (self.by_chunks(vh, CHUNK, self.value)?, self.by_steps(dv, self.value)?);
+        let (m, p) = (self.m_map(m)?, self.p_map(p)?);
+        let (s, ds) = (self.by_slices(s, self.key)?, self.by_slices(ds, self.key)?);
+        let (vh, dv) = (self.by_slices(vh, CHUNK)?, self.by_steps(dv, self.value)?);
 
         let keys = self.keys();
         // Leaves Z in dv, which the other kernel makes dV of.
