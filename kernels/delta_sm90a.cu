@@ -2,8 +2,8 @@
 //
 //   bf16; keys up to 64 or up to 128, padded to that in shared memory only. Tensors as in delta.cu, given as tensor maps
 //   whose boxes have the rows of a chunk; also P [B·H, chunks, 16 or 64, 64] and rows [B·H, chunks, 5, 64] f32, see
-//   below. What one kernel keeps for another lies as it is copied, vh [B·H, chunks, slices, 64, 64], s and ds
-//   [B·H, chunks, slices, K, 64], each with slices of 64 value columns.
+//   below. What one kernel keeps for another lies as it is copied, vh [B·H, chunks, panels, 64, 64], s and ds
+//   [B·H, chunks, panels, K, 64], each in panels of 64 value columns.
 //
 // The walks along the sequence are transposed: a warpgroup has 64 value columns as the rows of its products. What one
 // product leaves in registers is then the left operand of the next, and the state never leaves registers at all; keys,
@@ -197,14 +197,18 @@ __device__ __forceinline__ void prepare(const TensorMap& q, const TensorMap& k, 
         load_vec<2>(sh.b + col, b);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float x[2];
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int at = 4 * j + 2 * half + e;
-                x[e] = by_beta[half] * kk[at] * decay_where(col + e < low + 8 * half, of_row[half] - b[e]);
-                qk[at] *= scale * decay_where(col + e < end[half], of_token[half] - b[e]);
+            for (int e = 0; e < 2; e++)
+                qk[4 * j + 2 * half + e] *= scale * decay_where(col + e < end[half], of_token[half] - b[e]);
+            // Blocks above the diagonal are not read.
+            if (j / 2 <= warp) {
+                const int i = low + 8 * half;
+                float x[2];
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    x[e] = by_beta[half] * kk[4 * j + 2 * half + e] * decay_where(col + e < i, of_row[half] - b[e]);
+                store_vec<2>(sh.l + i * LF + col, x);
             }
-            store_vec<2>(sh.l + (low + 8 * half) * LF + col, x);
         }
     }
     if (16 * warp < NQ) stage_tile(sh.p, qk, 1.f, 1.f);
@@ -277,13 +281,13 @@ __device__ __forceinline__ void walk(Stages& stages, const Sizes& n, Copy copy, 
     }
 }
 
-// Starts writing 64 value columns of what is kept of a chunk, ROWS rows.
-template <int ROWS>
+// Starts writing a panel of what is kept of a chunk, HEIGHT rows.
+template <int HEIGHT>
 __device__ __forceinline__ void store_panel(const TensorMap& map, int index, int v0, const bf16* staged,
                                             const Sizes& n) {
     if (v0 >= n.values) return;
 #pragma unroll
-    for (int r = 0; r < ROWS; r += BOX) store_box(map, index * n.panels() + v0 / VS, r, 0, 0, staged + r * PANEL);
+    for (int r = 0; r < HEIGHT; r += BOX) store_box(map, index * n.panels() + v0 / VS, r, 0, 0, staged + r * PANEL);
 }
 
 // ---- forward
