@@ -135,11 +135,6 @@ struct PrepareShared {
     Barrier full;
 };
 
-// e^x for x up to 0 where `in`, else 0: no branch.
-__device__ __forceinline__ float decay_where(bool in, float x) {
-    return exp2_fast(in ? fminf(x, 0.f) * LOG2E : -INFINITY);
-}
-
 template <int KP, int NQ>
 __device__ __forceinline__ void prepare(const TensorMap& q, const TensorMap& k, const float* beta, const float* g,
                                         bf16* m, const TensorMap& p, float* rows, float scale, const Sizes& n) {
@@ -147,12 +142,6 @@ __device__ __forceinline__ void prepare(const TensorMap& q, const TensorMap& k, 
     auto& sh = *reinterpret_cast<PrepareShared<KP, NQ>*>(shared);
     const int chunks = n.chunks(), c = blockIdx.x % chunks, group = blockIdx.x / chunks;
     const int batch = group / n.heads, head = group % n.heads, tokens = n.tokens(), steps = tokens * n.sub;
-    if (steps < C || tokens < NQ) {
-        // Zeros where copies write nothing.
-        for (int i = threadIdx.x; i < (C + NQ) * KP / 2; i += WARPGROUP) reinterpret_cast<uint32_t*>(sh.k)[i] = 0;
-        fence_copies();
-        __syncthreads();
-    }
     if (threadIdx.x == 0) {
         sh.full.init(1);
         fence_barrier_init();
@@ -174,45 +163,47 @@ __device__ __forceinline__ void prepare(const TensorMap& q, const TensorMap& k, 
         to[TAIL * C] = decay(sh.b[C - 1] - b);
         to[READ * C] = scale * decay(last);
     }
-    const int warp = warp_id(), low = 16 * warp + lane_id() / 4;
-    float of_row[2], of_token[2], by_beta[2];
-    int end[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int i = low + 8 * half;
-        end[half] = min((i + 1) * n.sub, C);
-        of_row[half] = sh.b[i], of_token[half] = sh.b[end[half] - 1], by_beta[half] = sh.beta[i];
-    }
     sh.full.wait(0);
+    // Rows that copies wrote nothing to have arbitrary numbers here.
     float kk[C / 2], qk[C / 2];
     start_product<C, KP, C, C>(kk, operand(sh.k), operand(sh.k));
     start_product<C, KP, NQ, C>(qk, operand(sh.q), operand(sh.k));
+    const int warp = warp_id(), low = 16 * warp + lane_id() / 4;
     wait_product<0>(kk);
     compute_now(qk);
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < C / 8; j++) {
-        const int col = 8 * j + lane_id() % 4 * 2;
-        float b[2];
-        load_vec<2>(sh.b + col, b);
+    for (int j = 0; j < C / 8; j++)
+        if (j / 2 <= warp)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                qk[4 * j + 2 * half + e] *= scale * decay_where(col + e < end[half], of_token[half] - b[e]);
-            // Blocks above the diagonal are not read.
-            if (j / 2 <= warp) {
-                const int i = low + 8 * half;
-                float x[2];
+            for (int half = 0; half < 2; half++) {
+                const int i = low + 8 * half, col = 8 * j + lane_id() % 4 * 2;
+                const bool in = i < steps;
+                float b[2], x[2];
+                load_vec<2>(sh.b + col, b);
 #pragma unroll
                 for (int e = 0; e < 2; e++)
-                    x[e] = by_beta[half] * kk[4 * j + 2 * half + e] * decay_where(col + e < i, of_row[half] - b[e]);
+                    x[e] = in && col + e < i ? sh.beta[i] * kk[4 * j + 2 * half + e] * decay(sh.b[i] - b[e]) : 0.f;
                 store_vec<2>(sh.l + i * LF + col, x);
             }
-        }
+    if (16 * warp < NQ) {
+#pragma unroll
+        for (int j = 0; j < C / 8; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int t = low + 8 * half, end = t < tokens ? (t + 1) * n.sub : 0, col = 8 * j + lane_id() % 4 * 2;
+                const float bt = sh.b[max(end, 1) - 1];
+                float b[2];
+                load_vec<2>(sh.b + col, b);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float& x = qk[4 * j + 2 * half + e];
+                    x = col + e < end ? x * (scale * decay(bt - b[e])) : 0.f;
+                }
+            }
+        stage_tile(sh.p, qk, 1.f, 1.f);
+        fence_copies();
     }
-    if (16 * warp < NQ) stage_tile(sh.p, qk, 1.f, 1.f);
-    fence_copies();
     invert(sh.l, sh.m);
     if (threadIdx.x == 0) store_box(p, blockIdx.x, 0, 0, 0, sh.p), commit_stores();
     put_m(m + (long long)blockIdx.x * C * C, sh.m);
@@ -658,8 +649,8 @@ __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k
             scale_and_dot(gq, reads, sh.q, at_q);
             wait_product<0>(qk);
             weigh(dp, qk, one, sum, sums.column_p[warp], [&](int t, int j) {
-                const int end = min((t + 1) * n.sub, C);
-                return scale * decay_where(j < end, b[end - 1] - b[j]);
+                const int end = (t + 1) * n.sub;
+                return j < end ? scale * decay(b[min(end, C) - 1] - b[j]) : 0.f;
             });
             if (lane_id() % 4 == 0) {
                 sums.row_q[row] = sum[0] + at_q[0];
@@ -745,7 +736,7 @@ __device__ __forceinline__ void gradients(const TensorMap& q, const TensorMap& k
             start_product<C, KP, C, C>(kk, k_rows, k_rows);
             wait_product<0>(kk);
             weigh(dl, kk, by_beta, l, sums.column_l[warp],
-                  [&](int i, int j) { return -decay_where(j < i, b[i] - b[j]); });
+                  [&](int i, int j) { return j < i ? -decay(b[i] - b[j]) : 0.f; });
             if (lane_id() % 4 == 0)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
