@@ -37,22 +37,6 @@ struct Sizes {
     __device__ __forceinline__ int padded() const { return ceil_div(steps, 64) * 64; }
 };
 
-// A tile's barriers: filled by a copy, emptied by every warp that multiplies.
-struct Slot {
-    Barrier full, empty;
-
-    __device__ __forceinline__ void init(int groups) { full.init(1), empty.init(4 * groups); }
-    // For the one that copies: waits for the slot and announces the copy.
-    __device__ __forceinline__ void take(int use, int bytes) {
-        empty.wait(use - 1);
-        full.expect(bytes);
-    }
-    __device__ __forceinline__ void release() {
-        __syncwarp();
-        if (lane_id() == 0) empty.arrive();
-    }
-};
-
 // Tiles given to blocks, and blocks that got no more; zero between two launches, which follow each other on one stream.
 __device__ int given, ended;
 

@@ -35,13 +35,12 @@
 //   delta_reverse    B·H · slices of V    walks back with dS in registers; leaves Z in dv and dS1 in a workspace
 //   delta_gradients  B·H · chunks         everything else
 // Between them: m [B·H, chunks, 64, 64], vh [B·H, chunks, 64, V], s and ds [B·H, chunks, K, V] in the operands'
-// type, rows [B·H, chunks, 2, 64] f32 (b, β).
+// type, rows [B·H, chunks, 2, 64] f32 (b, β). For GPUs of compute capability 9.0 there is delta_sm90a.cu.
 //
 // Keys of a chunk can be nearly the same (gaps in the input), which makes I + L badly conditioned: the inverse
 // is by forward substitution in f32, block by block, and is rounded once.
-#include "mma.cuh"
+#include "delta.cuh"
 
-constexpr int C = 64;  // sub-steps of a chunk, padded
 constexpr int VS = 64; // value columns of a group of four warps
 
 // Row strides of tiles in shared memory.
@@ -49,19 +48,6 @@ template <class R> constexpr int PAD = __is_same(R, Bf16) ? 8 : 4;
 template <class R, int KM> constexpr int LK = KM + PAD<R>;    // keys and queries
 template <class R> constexpr int LM = C + PAD<R>;             // M, P and the like
 template <class R, int WV> constexpr int LV = VS * WV + 8;    // values and states
-
-__device__ __forceinline__ float decay(float x) { return __expf(fminf(x, 0.f)); }
-
-// Where a chunk lies in the sequence.
-struct Chunk {
-    int tokens, rows;            // of this chunk
-    long long token, row;        // first, counted over the batch
-};
-__device__ __forceinline__ Chunk chunk_at(int c, int batch, int steps, int n) {
-    const int per = C / n, first = c * per;
-    const int tokens = min(per, steps - first);
-    return {tokens, tokens * n, (long long)batch * steps + first, ((long long)batch * steps + first) * n};
-}
 
 // Starts filling a tile, `rows_pad` x `cols_pad` with row stride `lds`, with `rows` x `cols` elements; zeros outside.
 template <class T>
@@ -256,37 +242,12 @@ __device__ __forceinline__ void gemm_kept(float (&acc)[1][NT][4], const Kept<R, 
     } else warp_gemm_acc<R, AlongMN, 1, KT, NT>(acc, a.x, b, ldb);
 }
 
-// A warp's accumulators to a tile; rows from `row`, columns from `col`.
-template <class T, int MT, int NT>
-__device__ __forceinline__ void to_tile(T* s, int lds, const float (&acc)[MT][NT][4], int row, int col) {
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-        for (int j = 0; j < NT; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2)
-                store_vec<2>(s + (row + acc_row(i, e)) * lds + col + acc_col(j, e), {acc[i][j][e], acc[i][j][e + 1]});
-}
-
-// Multiplies the rows of a warp's 16-row tile by `low` (rows lane / 4) and `high` (8 further down).
-template <int NT>
-__device__ __forceinline__ void scale_rows(float (&acc)[1][NT][4], float low, float high) {
-#pragma unroll
-    for (int j = 0; j < NT; j++) {
-        acc[0][j][0] *= low;
-        acc[0][j][1] *= low;
-        acc[0][j][2] *= high;
-        acc[0][j][3] *= high;
-    }
-}
-
 // ---- M and the rows b, β
 
 template <class R>
 __device__ void prepare(const typename R::elem* k, const float* beta, const float* g, typename R::elem* m, float* rows,
                         int steps, int heads, int keys, int n) {
     using T = typename R::elem;
-    constexpr int LF = C + 4;
     DYNAMIC_SHARED(raw);
     float* sb = reinterpret_cast<float*>(raw); // b, β
     float* sl = sb + 2 * C;                    // L
@@ -296,31 +257,11 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
     const int chunks = ceil_div(steps, C / n), c = blockIdx.x % chunks;
     const int batch = blockIdx.x / chunks / heads, head = blockIdx.x / chunks % heads;
     const Chunk at = chunk_at(c, batch, steps, n);
-    const int warp = warp_id(), lane = lane_id();
+    const int warp = warp_id();
 
     fetch(sk, lk, k + (at.row * heads + head) * keys, (long long)heads * keys, at.rows, keys, C, kp);
     cp_async_commit();
-    if (warp == 0) {
-        // Each lane sums two sub-steps, then the lanes before it.
-        float x[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int j = 2 * lane + e;
-            x[e] = g && j < at.rows && j % n == 0 ? g[(at.token + j / n) * heads + head] : 0.f;
-        }
-        float sum = x[0] + x[1];
-#pragma unroll
-        for (int d = 1; d < WARP; d *= 2) {
-            const float before = __shfl_up_sync(FULL, sum, d);
-            if (lane >= d) sum += before;
-        }
-        sb[2 * lane] = sum - x[1];
-        sb[2 * lane + 1] = sum;
-    } else if (warp < 3) {
-        const int j = threadIdx.x - WARP;
-        sb[C + j] = j < at.rows ? beta[(at.row + j) * heads + head] : 0.f;
-    }
-    for (int i = threadIdx.x; i < C * LF; i += blockDim.x) sm[i] = 0.f;
+    sum_decays(sb, beta, g, at, heads, head, n);
     cp_async_wait<0>();
     __syncthreads();
     const long long index = blockIdx.x;
@@ -338,56 +279,8 @@ __device__ void prepare(const typename R::elem* k, const float* beta, const floa
                 sl[i * LF + j] = j < i ? sb[C + i] * acc[0][nt][e] * decay(sb[i] - sb[j]) : 0.f;
             }
     }
-    __syncwarp();
-    // Diagonal blocks of 16: lane j solves for column j.
-    if (lane < 16) {
-        const float* l = sl + 16 * warp * LF + 16 * warp;
-        float x[16];
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            float sum = i == lane ? 1.f : 0.f;
-#pragma unroll
-            for (int j = 0; j < i; j += 4) {
-                float y[4];
-                load_vec<4>(l + i * LF + j, y);
-#pragma unroll
-                for (int d = 0; d < 4; d++)
-                    if (j + d < i) sum -= y[d] * x[j + d];
-            }
-            x[i] = sum;
-        }
-#pragma unroll
-        for (int i = 0; i < 16; i++) sm[(16 * warp + i) * LF + 16 * warp + lane] = x[i];
-    }
-    __syncthreads();
-    // Below the diagonal: −M₂₂ L₂₁ M₁₁, first for blocks of 32, then of 64.
-    if (warp < 2) {
-        const int at1 = 32 * warp, at2 = at1 + 16;
-        float y[1][2][4], x[1][2][4];
-        zero(y);
-        zero(x);
-        warp_gemm<F32, AlongK, AlongMN, 1, 2>(y, sm + at2 * LF + at2, LF, sl + at2 * LF + at1, LF, 16);
-        warp_gemm_acc<F32, AlongMN, 1, 2, 2>(x, y, sm + at1 * LF + at1, LF);
-        scale_rows<2>(x, -1.f, -1.f);
-        to_tile<float, 1, 2>(sm, LF, x, at2, at1);
-    }
-    __syncthreads();
-    {
-        const int row = 32 + warp % 2 * 16, col = warp / 2 * 16;
-        float y[1][4][4], x[1][2][4];
-        zero(y);
-        zero(x);
-        warp_gemm<F32, AlongK, AlongMN, 1, 4>(y, sm + row * LF + 32, LF, sl + 32 * LF, LF, 32);
-        warp_gemm_acc<F32, AlongMN, 1, 4, 2>(x, y, sm + col, LF);
-        scale_rows<2>(x, -1.f, -1.f);
-        to_tile<float, 1, 2>(sm, LF, x, row, col);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < C * C / 4; i += blockDim.x) {
-        float x[4];
-        load_vec<4>(sm + i / 16 * LF + i % 16 * 4, x);
-        store_vec<4>(m + index * C * C + 4 * i, x);
-    }
+    invert(sl, sm);
+    put_m(m + index * C * C, sm);
 }
 
 // ---- forward

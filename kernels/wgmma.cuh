@@ -2,15 +2,24 @@
 // memory accelerator (TMA), and barriers in shared memory that wait for such copies.
 //
 // A tile of `rows` rows lies in shared memory as panels of 64 columns, [columns / 64][rows][64] bf16: rows of 128
-// bytes, whose chunks of 16 bytes are swapped by the swizzle that TMA writes and wgmma reads (chunk ^ row % 8). Every
-// copy moves 64 rows of one panel; elements outside of the tensor are read as zero and not written.
+// bytes, whose chunks of 16 bytes are swapped by the swizzle that TMA writes and wgmma reads (chunk ^ row % 8). A copy
+// moves rows of one panel; elements outside of the tensor are read as zero and not written.
 #pragma once
 #include "common.cuh"
 
 constexpr int WARPGROUP = 4 * WARP, PANEL = 64, BOX = 64;
 
+// The half of an operand's descriptor that is the same for all: groups of eight rows follow each other, and chunks are
+// swizzled.
+constexpr uint32_t OPERAND_HIGH = 1u << 30 | 8 * PANEL * 2 / 16;
+
 // A tensor [batch, rows, heads, columns], as the driver describes it for TMA (CUtensorMap).
 struct alignas(64) TensorMap { unsigned char bits[128]; };
+
+// tests/emulator has all of this until "built on these".
+#ifdef SB_EMULATE
+#include "emulate_sm90a.h"
+#else
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -67,21 +76,22 @@ __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.
 
 // ---- copies; one thread starts each
 
-// Of ROWS rows from `row` on of one head; `full` is told the bytes by load_bytes.
-template <int ROWS, int COLUMNS>
-__device__ __forceinline__ void load_tile(bf16* to, const TensorMap& map, int batch, int row, int head, Barrier& full) {
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c += PANEL)
-#pragma unroll
-        for (int r = 0; r < ROWS; r += BOX)
-            asm volatile(
-                "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to + c * ROWS + r * PANEL)),
-                "l"(&map), "r"(c), "r"(head), "r"(row + r), "r"(batch), "r"(shared_address(&full))
-                : "memory");
+// Of a box, the map's rows of one panel. `full` is told the bytes before.
+__device__ __forceinline__ void load_box(bf16* to, const TensorMap& map, int batch, int row, int head, int column,
+                                         Barrier& full) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
+        "l"(&map), "r"(column), "r"(head), "r"(row), "r"(batch), "r"(shared_address(&full))
+        : "memory");
 }
-template <int ROWS, int COLUMNS>
-__device__ constexpr int load_bytes() { return ROWS * COLUMNS * (int)sizeof(bf16); }
+__device__ __forceinline__ void store_box(const TensorMap& map, int batch, int row, int head, int column,
+                                          const bf16* from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+                 "r"(column), "r"(head), "r"(row), "r"(batch), "r"(shared_address(from)) : "memory");
+}
+// After the last of some stores.
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Of N floats, at 16 bytes.
 template <int N>
@@ -91,15 +101,6 @@ __device__ __forceinline__ void load_floats(float* to, const float* from, Barrie
                  : "memory");
 }
 
-// Of a tile of BOX rows to global memory.
-template <int COLUMNS>
-__device__ __forceinline__ void store_tile(const TensorMap& map, int batch, int row, int head, const bf16* from) {
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c += PANEL)
-        asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
-                     "r"(c), "r"(head), "r"(row), "r"(batch), "r"(shared_address(from + c * BOX)) : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
 // Until the stores that this thread started have read what they write.
 __device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // Between this thread's stores to shared memory and a copy that reads them.
@@ -107,103 +108,169 @@ __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async
 
 // ---- matrix products
 
-// A tile as an operand: `k` runs along its rows, or along its columns in panels of `rows` rows. The other half of the
-// descriptor is the same for all: groups of eight rows follow each other, and chunks are swizzled.
-__device__ __forceinline__ uint32_t operand(const bf16* tile, int rows = 0) {
-    return (uint32_t)(rows * PANEL * 2 / 16) << 16 | (shared_address(tile) & 0x3ffff) / 16;
-}
-constexpr uint32_t OPERAND_HIGH = 1u << 30 | 8 * PANEL * 2 / 16;
-
 #define SB_8(d, i)                                                                                                     \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
         "+f"(d[i + 7])
 #define SB_32(d) SB_8(d, 0), SB_8(d, 8), SB_8(d, 16), SB_8(d, 24)
 #define SB_64(d) SB_32(d), SB_8(d, 32), SB_8(d, 40), SB_8(d, 48), SB_8(d, 56)
 
-// d[64 x N] (+)= a b for 16 of k. Element i of d is row 16·warp + lane/4 + 8·(i/2%2), column 8·(i/4) + 2·(lane%4) +
-// i%2.
-// With both operands in shared memory, k runs along the rows of both; `add` tells whether to add to d.
+#define SB_LIST_8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
+#define SB_LIST_32                                                                                                     \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"  \
+    "%30,%31}"
+#define SB_LIST_64                                                                                                     \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"  \
+    "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
+    "%58,%59,%60,%61,%62,%63}"
+
+// d[64 x N] (+)= a b for 16 of k; `add` tells whether to add to d. Element i of d is row 16·warp + lane/4 + 8·(i/2%2),
+// column 8·(i/4) + 2·(lane%4) + i%2.
+// With both operands in shared memory, k runs along the rows of both.
 template <int N>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint32_t a, uint32_t b, bool add);
-// With a in registers, k runs along the columns of b.
-template <int N>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b);
-
-template <>
-__device__ __forceinline__ void wgmma<64>(float (&d)[32], uint32_t a, uint32_t b, bool add) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %34, 0; mov.b64 a, {%32, %35}; mov.b64 b, {%33, %35}; "
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
-        "%26,%27,%28,%29,%30,%31}, a, b, p, 1, 1, 0, 0; }"
-        : SB_32(d)
-        : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint32_t a, uint32_t b, bool add) {
+    static_assert(N == 64 || N == 128);
+    if constexpr (N == 64)
+        asm volatile("{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %34, 0; mov.b64 a, {%32, %35}; "
+                     "mov.b64 b, {%33, %35}; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SB_LIST_32
+                     ", a, b, p, 1, 1, 0, 0; }"
+                     : SB_32(d)
+                     : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+    else
+        asm volatile("{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %66, 0; mov.b64 a, {%64, %67}; "
+                     "mov.b64 b, {%65, %67}; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " SB_LIST_64
+                     ", a, b, p, 1, 1, 0, 0; }"
+                     : SB_64(d)
+                     : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+}
+// With a in registers, k runs along the rows of b, or along its columns.
+template <int N, bool ALONG_ROWS>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b, bool add) {
+    static_assert(N == 16 || N == 64 || N == 128);
+    if constexpr (N == 16)
+        asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %13, 0; mov.b64 b, {%12, %14}; "
+                     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 " SB_LIST_8
+                     ", {%8,%9,%10,%11}, b, p, 1, 1, %15; }"
+                     : SB_8(d, 0)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"((int)add), "n"(OPERAND_HIGH),
+                       "n"(!ALONG_ROWS));
+    else if constexpr (N == 64)
+        asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %37, 0; mov.b64 b, {%36, %38}; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SB_LIST_32
+                     ", {%32,%33,%34,%35}, b, p, 1, 1, %39; }"
+                     : SB_32(d)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"((int)add), "n"(OPERAND_HIGH),
+                       "n"(!ALONG_ROWS));
+    else
+        asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %69, 0; mov.b64 b, {%68, %70}; "
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " SB_LIST_64
+                     ", {%64,%65,%66,%67}, b, p, 1, 1, %71; }"
+                     : SB_64(d)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"((int)add), "n"(OPERAND_HIGH),
+                       "n"(!ALONG_ROWS));
 }
 
-template <>
-__device__ __forceinline__ void wgmma<64>(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, 1, 0; mov.b64 b, {%36, %37}; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
-        "%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, b, p, 1, 1, 1; }"
-        : SB_32(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(OPERAND_HIGH));
+// Before the first of some products, after the last of them, and until all but LEFT of such groups are done.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-template <>
-__device__ __forceinline__ void wgmma<128>(float (&d)[64], uint32_t a, uint32_t b, bool add) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %66, 0; mov.b64 a, {%64, %67}; mov.b64 b, {%65, %67}; "
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
-        "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,"
-        "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, a, b, p, 1, 1, 0, 0; }"
-        : SB_64(d)
-        : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+// Four 8 x 8 matrices, transposed, to the rows whose addresses lanes 8 i to 8 i + 7 give for matrix i.
+__device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+#endif
+
+// ---- built on these
+
+// A tile's barriers: filled by a copy, emptied by every warp that multiplies.
+struct Slot {
+    Barrier full, empty;
+
+    __device__ __forceinline__ void init(int groups) { full.init(1), empty.init(4 * groups); }
+    // For the one that copies: waits for the slot and announces the copy.
+    __device__ __forceinline__ void take(int use, int bytes) {
+        empty.wait(use - 1);
+        full.expect(bytes);
+    }
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        if (lane_id() == 0) empty.arrive();
+    }
+};
+
+// Starts the copy of ROWS rows from `row` on of one head; `full` is told the bytes by load_bytes.
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ void load_tile(bf16* to, const TensorMap& map, int batch, int row, int head, Barrier& full) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c += PANEL)
+#pragma unroll
+        for (int r = 0; r < ROWS; r += BOX) load_box(to + c * ROWS + r * PANEL, map, batch, row + r, head, c, full);
+}
+template <int ROWS, int COLUMNS>
+__device__ constexpr int load_bytes() { return ROWS * COLUMNS * (int)sizeof(bf16); }
+
+// Of a tile of BOX rows to global memory.
+template <int COLUMNS>
+__device__ __forceinline__ void store_tile(const TensorMap& map, int batch, int row, int head, const bf16* from) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c += PANEL) store_box(map, batch, row, head, c, from + c * BOX);
+    commit_stores();
 }
 
-template <>
-__device__ __forceinline__ void wgmma<128>(float (&d)[64], const uint32_t (&a)[4], uint32_t b) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, 1, 0; mov.b64 b, {%68, %69}; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
-        "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,"
-        "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, b, p, 1, 1, 1; }"
-        : SB_64(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(OPERAND_HIGH));
+// A tile as an operand: `k` runs along its rows, or along its columns in panels of `rows` rows.
+__device__ __forceinline__ uint32_t operand(const bf16* tile, int rows = 0) {
+    return (uint32_t)(rows * PANEL * 2 / 16) << 16 | (shared_address(tile) & 0x3ffff) / 16;
 }
 
-// d = A Bᵀ, with A [64 x K] in panels of ROWS_A rows and B [N x K] in panels of ROWS_B rows.
+// d (+)= A Bᵀ, with A [64 x K] in panels of ROWS_A rows and B [N x K] in panels of ROWS_B rows.
 template <int N, int K, int ROWS_A, int ROWS_B>
-__device__ __forceinline__ void start_product(float (&d)[N / 2], uint32_t a, uint32_t b) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+__device__ __forceinline__ void start_product(float (&d)[N / 2], uint32_t a, uint32_t b, bool add = false) {
+    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         const int panel = k / PANEL, within = k % PANEL * 2 / 16;
         const int at_a = panel * (ROWS_A * PANEL * 2 / 16) + within, at_b = panel * (ROWS_B * PANEL * 2 / 16) + within;
-        wgmma<N>(d, a + at_a, b + at_b, k > 0);
+        wgmma<N>(d, a + at_a, b + at_b, add || k > 0);
     }
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    wgmma_commit();
 }
-// d += A B, with A [64 x K] in registers and B [K x N] in panels.
-template <int N, int K>
-__device__ __forceinline__ void start_product(float (&d)[N / 2], const uint32_t (&a)[K / 16][4], uint32_t b) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+// d (+)= A Bᵀ, with A [64 x K] in registers and B [N x K] in panels of ROWS_B rows.
+template <int N, int K, int ROWS_B>
+__device__ __forceinline__ void start_product(float (&d)[N / 2], const uint32_t (&a)[K / 16][4], uint32_t b, bool add) {
+    wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < K / 16; k++) wgmma<N>(d, a[k], b + k * (16 * PANEL * 2 / 16));
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    for (int k = 0; k < K; k += 16) {
+        const int at_b = k / PANEL * (ROWS_B * PANEL * 2 / 16) + k % PANEL * 2 / 16;
+        wgmma<N, true>(d, a[k / 16], b + at_b, add || k > 0);
+    }
+    wgmma_commit();
+}
+// d (+)= A B, with A [64 x K] in registers and B [K x N] in panels.
+template <int N, int K>
+__device__ __forceinline__ void start_product(float (&d)[N / 2], const uint32_t (&a)[K / 16][4], uint32_t b,
+                                              bool add = true) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < K / 16; k++) wgmma<N, false>(d, a[k], b + k * (16 * PANEL * 2 / 16), add || k > 0);
+    wgmma_commit();
 }
 // Has values computed here: the compiler would put that off until they are needed, behind a wait.
 template <int N>
 __device__ __forceinline__ void compute_now(float (&d)[N]) {
+#ifndef SB_EMULATE
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
 }
 
 // Until all but LEFT of the products started are done; those of `d` are among them.
 template <int LEFT, int N>
 __device__ __forceinline__ void wait_product(float (&d)[N]) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    wgmma_wait<LEFT>();
     compute_now(d);
 }
 

@@ -309,13 +309,14 @@ impl Gpu {
         })
     }
 
-    /// A contiguous tensor [batch, rows, heads, columns] of bf16 for copies of 64 rows and 64 columns of one
-    /// head, as `kernels/wgmma.cuh` has them. It starts at 16 bytes, and so does each of its rows.
-    pub fn tensor_map(&self, at: KernelArg, dims: [usize; 4]) -> Result<KernelArg> {
+    /// A contiguous tensor [batch, rows, heads, columns] of bf16 for copies of `copied` rows, up to 256, and 64
+    /// columns of one head, as `kernels/wgmma.cuh` has them. It starts at 16 bytes, and so does each of its rows.
+    pub fn tensor_map(&self, at: KernelArg, dims: [usize; 4], copied: usize) -> Result<KernelArg> {
         let KernelArg::Ptr(at) = at else { candle_core::bail!("expected an address, got {at:?}") };
         let [batch, rows, heads, columns] = dims.map(|size| size as u64);
         let sizes = [columns, heads, rows, batch];
         let strides = [2 * columns, 2 * columns * heads, 2 * columns * heads * rows];
+        let copied = u32::try_from(copied).expect("at most 256 rows");
         let mut map = CUtensorMap { opaque: [0; 16] };
         // SAFETY: reads the arrays, whose lengths fit four dimensions, and writes `map`; the tensor's memory is
         // touched by kernels only.
@@ -327,7 +328,7 @@ impl Gpu {
                 at as *mut std::ffi::c_void,
                 sizes.as_ptr(),
                 strides.as_ptr(),
-                [64, 1, 64, 1].as_ptr(),
+                [64, 1, copied, 1].as_ptr(),
                 [1; 4].as_ptr(),
                 CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
@@ -412,6 +413,16 @@ impl Gpu {
             }
         }
         Ok(copy)
+    }
+
+    /// `tensor`, or a copy where it starts between two addresses of 16 bytes.
+    pub fn aligned(&self, tensor: &Tensor) -> Result<Tensor> {
+        match self.ptr(tensor)? {
+            KernelArg::Ptr(at) if at % 16 != 0 => {
+                Ok(self.copy(tensor, tensor.shape().clone())?.into_tensor())
+            }
+            _ => Ok(tensor.clone()),
+        }
     }
 
     /// The address of a value's first element.

@@ -1,5 +1,5 @@
 """CPU emulation of CUDA kernels: see README.md."""
-import ctypes, glob, hashlib, os, re, subprocess, sys, tempfile, time
+import ctypes, glob, hashlib, os, re, struct, subprocess, sys, tempfile, time
 import numpy as np
 import ml_dtypes
 
@@ -39,6 +39,17 @@ def rel(a, ref):
     return float(np.sqrt(np.mean((a - ref) ** 2) / max(np.mean(ref ** 2), 1e-300)))
 
 
+class Map:
+    """A bf16 array [batch, rows, heads, columns] as a TensorMap whose boxes are `rows` rows of 64 columns."""
+
+    def __init__(self, array, rows=64):
+        self.array, self.rows = array, rows
+
+    def pack(self, address):
+        batch, rows, heads, columns = self.array.shape
+        return struct.pack("<Q4q2i80x", address, columns, heads, rows, batch, self.rows, 64)
+
+
 def build(path, defines={}, include=(), sanitize=None):
     path = os.path.abspath(path)
     os.makedirs(CACHE, exist_ok=True)
@@ -57,7 +68,7 @@ def build(path, defines={}, include=(), sanitize=None):
     if not names:
         raise RuntimeError(f'{path}: no extern "C" __global__ void kernel found')
     key = hashlib.sha256(repr((path, common, flags, names)).encode() + text.encode())
-    sources = [path, os.path.join(HERE, "emulate.h")]
+    sources = [path, *sorted(glob.glob(HERE + "/*.h"))]
     for d in {os.path.dirname(path), KERNELS, *include}:
         sources += sorted(glob.glob(d + "/*.cuh") + glob.glob(d + "/*.h"))
     for s in sources:
@@ -128,8 +139,13 @@ class Module:
                     bad(f"{a!r:.60}")
                 v = np.array([0 if a is None else self._guard(a, i, owners)], np.uint64)
             else:
+                if isinstance(a, Map):
+                    a = a.pack(self._guard(a.array, i, owners))
                 if isinstance(a, np.ndarray) and a.dtype.kind == "V" or isinstance(a, (ctypes.Structure, bytes, np.void)):
-                    v = np.frombuffer(bytes(a) if not isinstance(a, np.ndarray) else a.tobytes(), np.uint8).copy()
+                    a = bytes(a) if not isinstance(a, np.ndarray) else a.tobytes()
+                    v = np.empty(len(a) + 64, np.uint8)
+                    v = v[-v.ctypes.data % 64:][:len(a)]  # as aligned as a struct may ask for
+                    v[:] = np.frombuffer(a, np.uint8)
                     if v.size != size:
                         bad(f"a struct of {v.size} bytes")
                 else:

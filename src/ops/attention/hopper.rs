@@ -91,30 +91,20 @@ impl Hopper {
 
     /// A tensor as TMA sees it.
     fn map(&self, tensor: &Tensor) -> Result<KernelArg> {
-        self.gpu.tensor_map(self.gpu.ptr(tensor)?, tensor.dims4()?.into())
-    }
-
-    /// `tensor`, or a copy where it starts between two addresses of 16 bytes.
-    fn aligned(&self, tensor: &Tensor) -> Result<Tensor> {
-        match self.gpu.ptr(tensor)? {
-            KernelArg::Ptr(at) if at % 16 != 0 => {
-                Ok(self.gpu.copy(tensor, tensor.shape().clone())?.into_tensor())
-            }
-            _ => Ok(tensor.clone()),
-        }
+        self.gpu.tensor_map(self.gpu.ptr(tensor)?, tensor.dims4()?.into(), 64)
     }
 
     /// o, and for the backward pass the log₂ of every query's sum of exponentials.
     pub fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
         let (gpu, Shape { batch, steps, keys, heads, values, .. }) = (&self.gpu, self.shape);
-        let [q, k, v] = [0, 1, 2].map(|i| self.aligned(&args[i]));
+        let [q, k, v] = [0, 1, 2].map(|i| self.gpu.aligned(&args[i]));
         let (q, k, v) = (q?, k?, v?);
         let o = gpu.empty((batch, steps, heads, values), DType::BF16)?;
         let lse = if save { Some(self.per_query()?) } else { None };
         let tile = Tile { groups: if self.dim == 64 { 3 } else { 2 }, other: 128 };
         let shared = self.rows(2 * tile.own() + 4 * tile.other);
         let mut params = vec![self.map(&q)?, self.map(&k)?, self.map(&v)?];
-        params.push(gpu.tensor_map(gpu.of_value(&o)?, [batch, steps, heads, values])?);
+        params.push(gpu.tensor_map(gpu.of_value(&o)?, [batch, steps, heads, values], 64)?);
         params.push(gpu.ptr_or_null(lse.as_ref())?);
         params.extend(self.sizes(&tile, steps, keys));
         let launch = tile.launch(gpu, batch * heads, steps, shared);
@@ -130,9 +120,10 @@ impl Hopper {
         dout: &Tensor,
     ) -> Result<[Tensor; 3]> {
         let (gpu, Shape { batch, steps, keys, heads, values, .. }) = (&self.gpu, self.shape);
-        let [q, k, v] = [0, 1, 2].map(|i| self.aligned(&args[i]));
+        let [q, k, v] = [0, 1, 2].map(|i| self.gpu.aligned(&args[i]));
         let (q, k, v) = (q?, k?, v?);
-        let (o, dout, delta) = (self.aligned(o)?, self.aligned(&dout.contiguous()?)?, self.per_query()?);
+        let (o, dout, delta) =
+            (self.gpu.aligned(o)?, self.gpu.aligned(&dout.contiguous()?)?, self.per_query()?);
         let empty = |i: usize| Ok(gpu.empty(args[i].shape(), DType::BF16)?.into_tensor());
         let (dq, dk, dv): (Result<_>, Result<_>, Result<_>) = (empty(0), empty(1), empty(2));
         let (dq, dk, dv): (Tensor, Tensor, Tensor) = (dq?, dk?, dv?);

@@ -3,6 +3,8 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod hopper;
 pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
