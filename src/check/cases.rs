@@ -328,6 +328,20 @@ pub const OPS: &[Op] = &[
         },
     },
     Op {
+        name: "gated_rms_norm_sigmoid",
+        room: "norms",
+        matrices: false,
+        activations: true,
+        quick: || headed(&[(2, 70, 2, 1, 128), (1, 3, 1, 1, 81), (1, 1, 4, 1, 96)]),
+        thorough: || {
+            headed(&[(2, 400, 4, 1, 120), (1, 2_200, 2, 1, 64), (3, 130, 8, 1, 256), (1, 70, 3, 1, 18)])
+        },
+        measured: |scale| vec![scale.size()],
+        build: |size| {
+            gated_norm_case(size, "gated_rms_norm_sigmoid", size.value, GateOrder::SigmoidAfterNorm)
+        },
+    },
+    Op {
         name: "gelu",
         room: "activations",
         matrices: false,
