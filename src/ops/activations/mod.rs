@@ -94,10 +94,9 @@ impl Node for Squash {
         }
         dispatch!(y.dtype(), F => {
             slices!(F; data = y, dy = dy);
-            let one = F::of(1.0);
             let slope = |y: F| match self {
-                Squash::Tanh => one - y * y,
-                Squash::Logistic => y * (one - y),
+                Squash::Tanh => 1.0 - y * y,
+                Squash::Logistic => y * (1.0 - y),
             };
             let dx: Vec<F> =
                 data.par_iter().zip(dy).with_min_len(BLOCK).map(|(&y, &dy)| dy * slope(y)).collect();

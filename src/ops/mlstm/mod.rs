@@ -125,7 +125,7 @@ impl Node for Gates {
                 Value::cpu(gates.write, args[0].shape()),
                 Value::cpu(gates.decay, args[0].shape()),
                 Value::cpu(floor, (batch, steps, heads)),
-                Value::cpu(vec![F::of(1.0); batch * steps * heads], (batch, steps, heads, 1)),
+                Value::cpu(vec![1.0; batch * steps * heads], (batch, steps, heads, 1)),
                 Value::cpu(gates.last, (batch, heads)),
             ];
             Ok(Forward { outputs, saved })

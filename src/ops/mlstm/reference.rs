@@ -1,5 +1,7 @@
 //! CPU path of the gates and of the division.
 
+use num_traits::Float;
+
 use crate::ops::real::{Real, dot};
 use crate::ops::rows::{fill_blocks, fill_blocks2, map_rows};
 
@@ -29,7 +31,7 @@ pub fn gates<F: Real>(
         for at in b * steps * heads..(b + 1) * steps * heads {
             let most = &mut most[at % heads];
             let moved = log_f[at] + *most;
-            *most = moved.max(i[at]);
+            *most = Float::max(moved, i[at]);
             m.push(*most);
             kept.push(moved - *most);
         }
@@ -72,7 +74,7 @@ pub fn gates_backward<F: Real>(
 
 pub fn read<F: Real>(num: &[F], den: &[F], floor: &[F], value: usize) -> Vec<F> {
     map_rows(den.len(), value, |row, h: &mut [F]| {
-        let divisor = den[row].abs().max(floor[row]);
+        let divisor = Float::max(den[row].abs(), floor[row]);
         h.iter_mut().zip(&num[row * value..]).for_each(|(h, &num)| *h = num / divisor);
     })
 }
@@ -90,7 +92,7 @@ pub fn read_backward<F: Real>(
         let rows = d_num.chunks_exact_mut(value).enumerate();
         rows.map(|(i, d_num)| {
             let (row, span) = (first + i, (first + i) * value..(first + i + 1) * value);
-            let divisor = den[row].abs().max(floor[row]);
+            let divisor = Float::max(den[row].abs(), floor[row]);
             d_num.iter_mut().zip(&dh[span.clone()]).for_each(|(d, &dh)| *d = dh / divisor);
             match den[row].abs() > floor[row] {
                 true => -dot(d_num, &num[span]) / den[row],

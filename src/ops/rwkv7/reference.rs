@@ -1,9 +1,11 @@
 //! CPU path: rows of one token, or of one token and head.
 
+use num_traits::Float;
+use rayon::prelude::*;
+
 use super::{ShiftDims, norm_eps};
 use crate::ops::real::{Real, dot};
 use crate::ops::rows::{ROWS, add, fill_blocks2, map_rows, sum_parts, sum2};
-use rayon::prelude::*;
 
 /// The token before row `row`; `None`: zeros.
 fn before<'a, F>(x: &'a [F], start: Option<&'a [F]>, row: usize, dims: ShiftDims) -> Option<&'a [F]> {
@@ -80,7 +82,7 @@ pub fn shift_backward<F: Real>(
 
 /// 1 / |x|; a zero vector stays zero.
 fn unit<F: Real>(x: &[F]) -> F {
-    F::one() / dot(x, x).sqrt().max(F::of(1e-12))
+    F::one() / Float::max(dot(x, x).sqrt(), F::of(1e-12))
 }
 
 /// κ, η ⊙ κ and k̃.
