@@ -39,12 +39,8 @@ pub(super) const MODEL: Model = Model {
     negative_eigenvalues: Part::Never,
 };
 
-const DECAY: Kind = Kind {
-    name: "decay",
-    about: "f, the forget gate of each head",
-    scale: Scale::Decay,
-    rows: Rows::Head,
-};
+const DECAY: Kind =
+    Kind { name: "decay", about: "f, the forget gate of each head", scale: Scale::Decay, rows: Rows::Head };
 const INPUT: Kind = Kind {
     name: "input_gate",
     about: "exp(i), the input gate of each head",

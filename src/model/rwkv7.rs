@@ -42,8 +42,8 @@ pub(super) const MODEL: Model = Model {
 const DECAY: Kind =
     Kind { name: "decay", about: "w, of each key channel", scale: Scale::Decay, rows: Rows::Head };
 const RATE: Kind = Kind {
-    name: "a",
-    about: "in-context learning rate of each key channel",
+    name: "beta",
+    about: "a, in-context learning rate of each key channel",
     scale: Scale::Linear,
     rows: Rows::Head,
 };
@@ -145,10 +145,7 @@ impl Rwkv7 {
                 let bias = channels(&|at, zigzag| -0.19 + 0.3 * zigzag + 0.4 * at);
                 LowRank::new(builder, "a_lora", width, inner, Some(bias))
             },
-            gate: dims
-                .parts
-                .output_gate
-                .then(|| LowRank::new(builder, "g_lora", width, rank(5.0), None)),
+            gate: dims.parts.output_gate.then(|| LowRank::new(builder, "g_lora", width, rank(5.0), None)),
             norm: {
                 let norm = builder.push("g_norm");
                 let param = |name: &str, value: f64| norm.param(name, &[width], Init::Const(value));
@@ -194,8 +191,7 @@ impl Mixer for Rwkv7 {
         let [kappa, erase, write] = rwkv7_keys(view(&k, rows), &a, &self.k_k, &self.k_a)?;
         let (r, v) = (view(&r, rows), view(&v, rows));
         let state = call.recall_arg(1);
-        let (o, state) =
-            dplr(r.clone(), &write, v.clone(), view(&g, rows), &kappa, &erase, 1.0, state)?;
+        let (o, state) = dplr(r.clone(), &write, v.clone(), view(&g, rows), &kappa, &erase, 1.0, state)?;
         call.keep(1, state);
         let [weight, bias] = &self.norm;
         let params = [weight, bias, &self.r_k].map(Arg::from);

@@ -138,7 +138,8 @@ impl Model {
             (Transition::Nonlinear, ..) => ("nonlinear".into(), None),
             (Transition::Complex, ..) => ("complex diagonal".into(), Some([-1.0, 1.0])),
             (Transition::LowRank { least_decay }, kept, _) => {
-                let (kept, least) = if kept.is_some() { ("diagonal", least_decay) } else { ("identity", 1.0) };
+                let (kept, least) =
+                    if kept.is_some() { ("diagonal", least_decay) } else { ("identity", 1.0) };
                 (format!("{kept} + rank 1"), Some([least - 1.0, 1.0]))
             }
             (Transition::Linear, None, None) => ("identity".into(), Some([1.0, 1.0])),

@@ -201,11 +201,8 @@ impl<F: Real> Dplr<'_, F> {
                 let span = t * keys..(t + 1) * keys;
                 // The gradient of the state after the token, and with it those of v and of what was read.
                 let (mut dv, mut du) = ([F::zero(); LANES], [F::zero(); LANES]);
-                let (dq, dk, db) = (
-                    &mut grads.q[span.clone()],
-                    &mut grads.k[span.clone()],
-                    &mut grads.b[span.clone()],
-                );
+                let (dq, dk, db) =
+                    (&mut grads.q[span.clone()], &mut grads.k[span.clone()], &mut grads.b[span.clone()]);
                 for i in 0..keys {
                     let mut lanes = [[F::zero(); LANES]; 3];
                     for l in 0..LANES {

@@ -80,13 +80,7 @@ pub fn read<F: Real>(num: &[F], den: &[F], floor: &[F], value: usize) -> Vec<F> 
 }
 
 /// Gradients of what was read of the memory and of the normaliser.
-pub fn read_backward<F: Real>(
-    num: &[F],
-    den: &[F],
-    floor: &[F],
-    dh: &[F],
-    value: usize,
-) -> (Vec<F>, Vec<F>) {
+pub fn read_backward<F: Real>(num: &[F], den: &[F], floor: &[F], dh: &[F], value: usize) -> (Vec<F>, Vec<F>) {
     let mut d_num = vec![F::zero(); num.len()];
     let d_den = fill_blocks(&mut d_num, value, |first, d_num| {
         let rows = d_num.chunks_exact_mut(value).enumerate();

@@ -286,4 +286,3 @@ impl Node for Read {
         })
     }
 }
-
