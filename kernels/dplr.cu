@@ -3,7 +3,7 @@
 //
 //   u = a S            S <- diag(w) S + k' v - b' u            o = scale q S
 //
-// Kimi delta attention (Kimi Team, "Kimi Linear", 2025, eq. 1) and RWKV-7 (Peng et al., 2025, eq. 17) are special
+// Kimi delta attention (Kimi Team, "Kimi Linear", 2025, eq. 1) and RWKV-7 (Peng et al., 2025, section 4.1) are special
 // cases. Nothing is ever divided by a decay: gates may be as negative as they like.
 //
 // Columns of the state are independent. A thread holds KR rows of 4 columns in registers, L lanes next to each other

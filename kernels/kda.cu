@@ -4,7 +4,7 @@
 //                                                     d a_log = Σ dg g
 //   keys   read = exp(g) k,  write = β k              dk = exp(g) d_read + β d_write, dg = read d_read,
 //                                                     dβ = Σ k d_write
-// Source: Kimi Team, "Kimi Linear", 2025, equations 1 and 10.
+// Source: Kimi Team, "Kimi Linear", 2025, equation 1 and section 4.
 //
 // f, k, read, write [B, T, H, K] in T; g [B, T, H, K], β [B, T, H], a_log [H], dt_bias [H K] in f32. K is at most 128.
 // Grid: (slabs, H); block: 256 threads. partial_log [slabs, H] and partial_bias [slabs, H K] take the sums of each

@@ -4,7 +4,7 @@
 //                                                         dμ_j = Σ dy_j (x_before - x)
 //   keys   κ = k ⊙ k_k / |k ⊙ k_k|,  erase = η κ,  write = k (1 + (η - 1) k_a)
 //   read   y = (w ⊙ ô + b + (Σ r k r_k) v) ⊙ gate, ô the layer norm of a head's o without weights
-// Source: Peng et al., "RWKV-7 Goose", 2025, equations 3 to 7, 13 to 15 and 18 to 22.
+// Source: Peng et al., "RWKV-7 Goose", 2025, section 4.1.
 //
 // Activations in T, η and parameters in f32. shift: x, y_j [B, T, D], start [B, D] or null for zeros, μ [n, D]; n is at
 // most 6, and the pointers behind those in use are null, as is that of a dy_j that is zero. keys, read: [B, T, H, K]

@@ -1186,15 +1186,17 @@ fn kda_keys_case(size: &Size) -> Case {
     }
 }
 
-/// Input gates from closed to far beyond what an exponential holds in f32.
+/// Input gates from closed to far beyond what an exponential holds in f32. Queries see the normaliser from either side,
+/// but no sum of it is near zero: the division would multiply every rounding.
 fn mlstm_case(size: &Size) -> Case {
     let &Size { batch, steps, heads, key, value, stateful, .. } = size;
     let mut draw = Draw::of(size);
     let (per_key, per_head) = ([batch, steps, heads, key], [batch, steps, heads]);
-    let keys = blank_runs(&draw.normal(&per_key, 1.0), batch, heads * key);
+    let keys = blank_runs(&draw.draw(&per_key, |_, u| normal(u).abs()), batch, heads * key);
+    let side = move |i: usize| if i / key % 3 == 0 { -1.0 } else { 1.0 };
     let input = |_, u: [f32; 4]| if u[2] < 0.05 { 200.0 * u[3] - 100.0 } else { 2.0 * normal(u) };
     let mut inputs = vec![
-        activation("q", draw.normal(&per_key, 1.0)),
+        activation("q", draw.draw(&per_key, |i, u| side(i) * normal(u).abs())),
         activation("k", keys),
         activation("v", draw.normal(&[batch, steps, heads, value], 1.0)),
         activation("i", draw.draw(&per_head, input)),
@@ -1202,7 +1204,7 @@ fn mlstm_case(size: &Size) -> Case {
     ];
     if stateful {
         inputs.push(exact("memory", draw.normal(&[batch, heads, key, value], 0.5)));
-        inputs.push(exact("normaliser", draw.normal(&[batch, heads, key, 1], 0.5)));
+        inputs.push(exact("normaliser", draw.uniform(&[batch, heads, key, 1], 0.0, 1.0)));
         inputs.push(exact("stabiliser", draw.normal(&[batch, heads], 2.0)));
     }
     let scale = (key as f64).powf(-0.5);

@@ -1,9 +1,9 @@
 //! RWKV-7: a transition that is diagonal plus low rank, with decays, in-context learning rates and erasing keys of
 //! every channel.
 //!
-//! Peng et al., "RWKV-7 \"Goose\" with expressive dynamic state evolution", arXiv 2503.14456, equations 3 to 22: the
-//! time mixing block. Parameters are those of `fla.layers.RWKV7Attention` with `head_dim = width / heads`. What a
-//! layer alone does not know is left out: values mixed with those of the first layer (equations 9 and 10), and starts
+//! Peng et al., "RWKV-7 \"Goose\" with expressive dynamic state evolution", arXiv 2503.14456, section 4.1: the time
+//! mixing block. Parameters are those of `fla.layers.RWKV7Attention` with `head_dim = width / heads`. What a
+//! layer alone does not know is left out: values mixed with those of the first layer (the value residual), and starts
 //! that depend on the layer's number, which are those of the first layer. Matrices begin as the released code's,
 //! uniform, but the output and the low rank maps as those of the other models here, where that code has zeros.
 

@@ -79,7 +79,7 @@ def kda(p, x):
 
 
 def rwkv7(p, x):
-    """Peng et al., "RWKV-7", arXiv 2503.14456: equations 3 to 8 and 11 to 22, without the first layer's values."""
+    """Peng et al., "RWKV-7", arXiv 2503.14456: section 4.1, without the first layer's values."""
     before = np.concatenate([np.zeros((B, 1, D)), x[:, :-1]], axis=1)
     mixed = {n: x + (before - x) * p[f"x_{n}"] for n in "rwkvag"}
 

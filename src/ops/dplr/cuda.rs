@@ -12,8 +12,13 @@ const CHUNK: usize = 64;
 /// Value columns of a thread.
 const COLUMNS: usize = 4;
 /// Blocks that are enough for the GPU that the layouts are made for: a layout, and with it the order of every sum,
-/// is a function of the shape alone.
-const ENOUGH_BLOCKS: usize = 264;
+/// is a function of the shape alone on all GPUs with as much shared memory.
+const ENOUGH_BLOCKS: usize = 132;
+
+/// Bytes of shared memory of the kernel that has most, `reverse`.
+fn shared(room: usize, columns: usize, threads: usize) -> usize {
+    4 * (2 * TILE * (5 * room + 3 * columns) + 2 * TILE * threads / 32 * room)
+}
 
 /// One call: its sizes, and how its kernels are laid out.
 struct Plan {
@@ -47,14 +52,19 @@ impl Plan {
         let lanes = if room <= 64 { 4 } else { 8 };
         let columns = |threads: usize| threads / lanes * COLUMNS;
         let blocks = |threads: usize| dims.batch * dims.heads * dims.value.div_ceil(columns(threads));
+        let gpu = Gpu::of(&args[0])?;
         let mut threads = 32 * lanes;
-        // Small blocks spread few heads over the GPU, and do not idle where there are few columns.
-        while threads > 32 && (columns(threads / 2) >= dims.value || blocks(threads) < ENOUGH_BLOCKS / 2) {
+        // Small blocks spread few heads over the GPU, do not idle where there are few columns, and fit everywhere.
+        while threads > 32
+            && (columns(threads / 2) >= dims.value
+                || blocks(threads) < ENOUGH_BLOCKS
+                || shared(room, columns(threads), threads) > gpu.most_shared())
+        {
             threads /= 2;
         }
         let splits = dims.value.div_ceil(columns(threads));
         let scale = scale as f32;
-        Ok(Self { gpu: Gpu::of(&args[0])?, dtype, dims, scale, room, lanes, threads, splits })
+        Ok(Self { gpu, dtype, dims, scale, room, lanes, threads, splits })
     }
 
     fn heads(&self) -> usize {

@@ -38,7 +38,7 @@ const NAME: &str = "dplr";
 /// With a key κ of length one, log decay g and write strength β, a = exp(g) κ and b = β κ, k = β κ make it Kimi
 /// delta attention, S ← (I − β κᵀκ) diag(exp(g)) S + β κᵀ v (Kimi Team 2025, arXiv:2510.26692, eq. 1); with
 /// a = κ and b = η κ for in-context learning rates η it is RWKV-7's S ← (diag(exp(g)) − (η κ)ᵀ κ) S + kᵀ v, which
-/// the paper writes for the transposed state (Peng et al. 2025, arXiv:2503.14456, eq. 17). No decay is ever
+/// the paper writes for the transposed state (Peng et al. 2025, arXiv:2503.14456, section 4.1). No decay is ever
 /// divided by: a gate may be as negative as it likes. Every argument is differentiable. On the CPU the forward
 /// pass is strictly sequential: a sequence fed in pieces gives the same bits as in one.
 ///

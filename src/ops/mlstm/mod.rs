@@ -120,12 +120,13 @@ impl Node for Gates {
                 true => vec![Tensor::from_slice(&gates.m, gates.m.len(), &Device::Cpu)?],
                 false => vec![],
             };
+            let ones: Vec<F> = vec![1.0; batch * steps * heads];
             let floor: Vec<F> = gates.m.iter().map(|m| (-*m).exp()).collect();
             let outputs = vec![
                 Value::cpu(gates.write, args[0].shape()),
                 Value::cpu(gates.decay, args[0].shape()),
                 Value::cpu(floor, (batch, steps, heads)),
-                Value::cpu(vec![1.0; batch * steps * heads], (batch, steps, heads, 1)),
+                Value::cpu(ones, (batch, steps, heads, 1)),
                 Value::cpu(gates.last, (batch, heads)),
             ];
             Ok(Forward { outputs, saved })

@@ -17,7 +17,8 @@ pub const MIXES: usize = 6;
 ///
 /// `x` is [B, T, D], `mix` [n, D] or [n, 1, D] with n up to [`MIXES`], `state` [B, 1, D] the token before the first;
 /// none: zeros. Returns the n mixes, each as `x`, and the last token [B, 1, D]. f32 or f64 on the CPU; on a GPU `mix`
-/// is f32 and the others f32 or bf16. Peng et al. 2025, arXiv:2503.14456, eq. 3.
+/// is f32 and the others f32 or bf16. Peng et al. 2025, arXiv:2503.14456, section 4.1, "weight
+/// preparation".
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.
@@ -45,7 +46,7 @@ pub fn token_shift(
 /// ```
 ///
 /// f32 or f64 on the CPU; on a GPU `k` and the results are f32 or bf16, the others f32, and K is at most 128.
-/// Peng et al. 2025, arXiv:2503.14456, equations 6, 7 and 15. A zero vector stays zero.
+/// Peng et al. 2025, arXiv:2503.14456, section 4.1, "weight preparation". A zero vector stays zero.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.
@@ -71,7 +72,7 @@ pub fn rwkv7_keys(
 /// ```
 ///
 /// with mean, variance and sum over a head. f32 or f64 on the CPU; on a GPU the parameters are f32, the others f32 or
-/// bf16, and K is at most 128. Peng et al. 2025, arXiv:2503.14456, equations 20 to 22.
+/// bf16, and K is at most 128. Peng et al. 2025, arXiv:2503.14456, section 4.1, "WKV bonus and output".
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit together; a device without this operation.
