@@ -3,10 +3,11 @@
 //   gelu  y = x Φ(x), Φ by the error function    dx = dy (Φ(x) + x φ(x))
 //   glu   y = a σ(b) with a, b the halves of a row of x [rows, 2 n]; y [rows, n]
 //         da = dy σ(b),  db = dy a σ(b) (1 − σ(b))
+//   tanh, logistic  y = tanh(x), y = σ(x); from y and dy: dx = dy (1 - y²), dx = dy y (1 - y)
 // Sources: Hendrycks and Gimpel, "Gaussian error linear units", 2016; Dauphin et al., "Language modeling with
 // gated convolutional networks", 2016.
 //
-// gelu_*: any one-dimensional grid, 256 threads. glu_*: a block of 256 threads is 2^log_width vectors of
+// gelu_*, tanh_*, logistic_*: any one-dimensional grid, 256 threads. glu_*: a block of 256 threads is 2^log_width vectors of
 // columns by 256 / 2^log_width rows; grid (tiles of columns, any): the blocks take rows in turn.
 #include "rows.cuh"
 
@@ -31,6 +32,37 @@ __device__ __forceinline__ void gelu_backward(const T* x, const T* dy, T* dx, lo
 #pragma unroll
         for (int j = 0; j < width.value; j++)
             u[j] = g[j] * fmaf(u[j] * 0.39894228f, __expf(-0.5f * u[j] * u[j]), below(u[j]));
+        store_elements(dx + i, u);
+    });
+}
+
+struct Tanh {
+    static __device__ __forceinline__ float value(float x) { return tanhf(x); }
+    static __device__ __forceinline__ float slope(float y) { return 1.f - y * y; }
+};
+struct Logistic {
+    static __device__ __forceinline__ float value(float x) { return sigmoid(x); }
+    static __device__ __forceinline__ float slope(float y) { return y * (1.f - y); }
+};
+
+template <class T, class F>
+__device__ __forceinline__ void squash_forward(const T* x, T* y, long long n) {
+    for_elements<VECTOR<T>>(n, aligned16(x) && aligned16(y), [&](auto width, long long i) {
+        float u[width.value];
+        load_elements(x + i, u);
+#pragma unroll
+        for (int j = 0; j < width.value; j++) u[j] = F::value(u[j]);
+        store_elements(y + i, u);
+    });
+}
+template <class T, class F>
+__device__ __forceinline__ void squash_backward(const T* y, const T* dy, T* dx, long long n) {
+    for_elements<VECTOR<T>>(n, aligned16(y) && aligned16(dy) && aligned16(dx), [&](auto width, long long i) {
+        float u[width.value], g[width.value];
+        load_elements(y + i, u);
+        load_elements(dy + i, g);
+#pragma unroll
+        for (int j = 0; j < width.value; j++) u[j] = g[j] * F::slope(u[j]);
         store_elements(dx + i, u);
     });
 }
@@ -85,6 +117,20 @@ __device__ __forceinline__ void glu_backward(const T* x, const T* dy, T* dx, int
     }
 GELU(f32, float)
 GELU(bf16, bf16)
+
+#define SQUASH(FUNCTION, F, NAME, T)                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        FUNCTION##_forward_##NAME(const T* x, T* y, long long n) {                                                 \
+        squash_forward<T, F>(x, y, n);                                                                             \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        FUNCTION##_backward_##NAME(const T* y, const T* dy, T* dx, long long n) {                                  \
+        squash_backward<T, F>(y, dy, dx, n);                                                                       \
+    }
+SQUASH(tanh, Tanh, f32, float)
+SQUASH(tanh, Tanh, bf16, bf16)
+SQUASH(logistic, Logistic, f32, float)
+SQUASH(logistic, Logistic, bf16, bf16)
 
 #define GLU(NAME, T, VEC)                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                          \

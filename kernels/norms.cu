@@ -4,6 +4,7 @@
 //   rms        y = w ⊙ û                 u = x
 //   rms_after  y = w ⊙ û ⊙ silu(z)       u = x            (flash-linear-attention)
 //   rms_before y = w ⊙ û                 u = x ⊙ silu(z)  (Mamba-2, norm_before_gate = False)
+//   rms_sigmoid y = w ⊙ û ⊙ σ(z)         u = x            (Kimi delta attention, xLSTM)
 //
 // with û = r u; r = 1/√(mean u² + eps), or 1/(√(mean u²) + eps) if `outside`. With g the gradient of û,
 // du = r (g − û mean(g û) k), k = 1 inside and k = (√(mean u²) + eps)/√(mean u²) outside.
@@ -15,7 +16,11 @@
 // weights, which columns_final adds.
 #include "layer_norm.cuh"
 
-enum Gate { NONE, AFTER, BEFORE };
+enum Gate { NONE, AFTER, BEFORE, SIGMOID };
+
+// What a gate after the norm multiplies with.
+template <Gate GATE>
+__device__ __forceinline__ float opened(float z) { return GATE == SIGMOID ? sigmoid(z) : silu(z); }
 
 __device__ __forceinline__ float rms_factor(float square, float eps, int outside) {
     return outside ? 1.f / (sqrtf(square) + eps) : 1.f / sqrtf(square + eps);
@@ -52,7 +57,7 @@ __device__ __forceinline__ void rms_forward(const T* x, const T* z, const float*
             for (int i = 0; i < VEC; i++) {
                 const int e = v * VEC + i;
                 u[e] *= r * w[i];
-                if constexpr (GATE == AFTER) u[e] *= silu(gate[e]);
+                if constexpr (GATE == AFTER || GATE == SIGMOID) u[e] *= opened<GATE>(gate[e]);
             }
         }
         store_row<VEC, NV>(y + at, n, live, team, u);
@@ -90,7 +95,7 @@ __device__ __forceinline__ void rms_backward(const T* x, const T* z, const float
             for (int i = 0; i < VEC; i++) {
                 const int e = v * VEC + i;
                 const float s = GATE == BEFORE ? u[e] * silu(gate[e]) : u[e];
-                const float d = GATE == AFTER ? g[e] * silu(gate[e]) : g[e];
+                const float d = GATE == AFTER || GATE == SIGMOID ? g[e] * opened<GATE>(gate[e]) : g[e];
                 sums[0] += s * s;
                 sums[1] += d * w[i] * s;
             }
@@ -117,8 +122,9 @@ __device__ __forceinline__ void rms_backward(const T* x, const T* z, const float
                     dw[e] += g[e] * hat;
                     u[e] = r * (g[e] * w[i] - hat * along);
                 } else {
-                    const float s = sigmoid(gate[e]), act = gate[e] * s, slope = s * (1.f + gate[e] * (1.f - s));
-                    if constexpr (GATE == AFTER) {
+                    const float s = sigmoid(gate[e]), act = GATE == SIGMOID ? s : gate[e] * s;
+                    const float slope = s * (GATE == SIGMOID ? 1.f - s : 1.f + gate[e] * (1.f - s));
+                    if constexpr (GATE != BEFORE) {
                         const float hat = u[e] * r;
                         dw[e] += g[e] * act * hat;
                         dgate[e] = g[e] * w[i] * hat * slope;
@@ -166,7 +172,8 @@ __device__ __forceinline__ void rms_backward(const T* x, const T* z, const float
     LAYER(__VA_ARGS__)             \
     RMS(rms, NONE, __VA_ARGS__)    \
     RMS(rms_after, AFTER, __VA_ARGS__) \
-    RMS(rms_before, BEFORE, __VA_ARGS__)
+    RMS(rms_before, BEFORE, __VA_ARGS__) \
+    RMS(rms_sigmoid, SIGMOID, __VA_ARGS__)
 
 KERNELS(small, f32, float, VECTOR<float>, 1, THREADS, 3)
 KERNELS(wide, f32, float, VECTOR<float>, MANY / VECTOR<float>, THREADS_WIDE)

@@ -596,6 +596,9 @@ fn lists_of_models_tasks_and_devices() {
             "gated_delta_product",
             "retnet",
             "mesa_net",
+            "kda",
+            "rwkv7",
+            "mlstm",
             "transformer",
             "gru",
             "s4"
@@ -607,7 +610,9 @@ fn lists_of_models_tasks_and_devices() {
     );
     assert_eq!(models[2]["recurrence"], "S = S + k^T v");
     assert_eq!(models[4]["transition"], "Householder");
-    assert!(models[8]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no"));
+    assert!(
+        models[11]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no")
+    );
     let models = json(&["models", "--json", "--set", "model.negative_eigenvalues=on"]);
     assert_eq!(names(&models)[..3], ["delta_net", "gated_delta_net", "gated_delta_product"]);
     assert_eq!(models[0]["eigenvalues"], serde_json::json!([-1.0, 1.0]));

@@ -227,6 +227,12 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
                     ("decay", "gla", "gk_proj.0.weight" | "gk_proj.1.weight") => None,
                     ("decay", "mesa_net", "a_proj.bias") => Some(value.affine(0.0, 1e6)?),
                     ("decay", _, "dt_bias") if model.name.contains("delta") => Some(value.affine(0.0, -1e6)?),
+                    ("decay", "kda", "dt_bias") => Some(value.affine(0.0, -1e6)?),
+                    ("decay", "kda", "f_proj.0.weight" | "f_proj.1.weight") => None,
+                    ("decay", "rwkv7", "w_lora.lora.2.bias") => Some(value.affine(0.0, -1e6)?),
+                    ("decay", "rwkv7", "x_w" | "w_lora.lora.0.weight" | "w_lora.lora.2.weight") => None,
+                    ("decay", "mlstm", "f_proj.bias") => Some(value.affine(0.0, 1e6)?),
+                    ("decay", "mlstm", "f_proj.weight") => None,
                     ("decay", _, "a_proj.weight" | "A_log") => None,
                     ("output_gate", "mamba", "in_proj.weight") => {
                         kept.insert(tensor.clone(), value.narrow(0, 0, inner)?);
@@ -237,6 +243,16 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
                         kept.insert(tensor.clone(), rest.clone());
                         Some(Tensor::cat(&[bias(inner, NEUTRAL)?, rest], 0)?)
                     }
+                    ("output_gate", "kda", "g_proj.1.bias") => Some(value.affine(0.0, 1e6)?),
+                    ("output_gate", "kda", "g_proj.0.weight" | "g_proj.1.weight") => None,
+                    // Of a token that is not mixed each channel of the low rank is 1, and of these one is taken.
+                    ("output_gate", "rwkv7", "x_g") => Some(value.zeros_like()?),
+                    ("output_gate", "rwkv7", "g_lora.lora.0.weight") => Some(bias(value.dim(0)?, 1e6)?),
+                    ("output_gate", "rwkv7", "g_lora.lora.2.weight") => {
+                        let rest = value.narrow(1, 1, value.dim(1)? - 1)?.zeros_like()?;
+                        Some(Tensor::cat(&[value.narrow(1, 0, 1)?.ones_like()?, rest], 1)?)
+                    }
+                    ("output_gate", "mlstm", "g_proj.weight") => Some(bias(inner, 1e6)?),
                     ("output_gate", _, "g_proj.weight") => Some(bias(inner, NEUTRAL)?),
                     ("output_gate", _, "g_norm_swish_gate.weight") => {
                         kept.insert("g_norm.weight".into(), value.clone());
@@ -267,7 +283,7 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
             compared += 1;
         }
     }
-    assert_eq!(compared, 22);
+    assert_eq!(compared, 30);
     Ok(())
 }
 
@@ -343,11 +359,14 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
             "retnet" => config.decay != Switch::Off,
             "gru" | "s4" => true,
             "mesa_net" => has("a_proj"),
+            "rwkv7" => has("w_lora"),
+            "mlstm" => has("f_proj"),
             _ => has("A_log") || has("gk_proj"),
         };
         assert_eq!(decays, taxonomy.decay.is_some(), "{what}");
-        // A fit has weights too.
-        assert_eq!(has("b_proj"), taxonomy.delta_rule || config.name == "mesa_net", "{what}");
+        // A fit has weights too; learning rates come through a low rank.
+        let weighs = taxonomy.delta_rule && config.name != "rwkv7" || config.name == "mesa_net";
+        assert_eq!(has("b_proj"), weighs, "{what}");
 
         let mut notes = Notes::new(0..steps);
         no_grad(|| net.inspect(Input::Ids(&ids), &mut Context::default(), &mut notes))?;
@@ -432,6 +451,25 @@ fn the_taxonomy_is_that_of_the_literature() {
         ("s4", "complex diagonal", Some(Grain::State), false, false, Some([-1.0, 1.0]), Some(64 * 16)),
         ("mesa_net", "scalar", Some(Grain::Head), false, false, Some([0.0, 1.0]), Some(2 * 64 * 16)),
         ("retnet", "scalar", Some(Grain::Head), false, true, Some([0.0, 1.0]), Some(64 * 32)),
+        (
+            "kda",
+            "diagonal x Householder",
+            Some(Grain::KeyChannel),
+            true,
+            true,
+            Some([0.0, 1.0]),
+            Some(64 * 16),
+        ),
+        (
+            "rwkv7",
+            "diagonal + rank 1",
+            Some(Grain::KeyChannel),
+            true,
+            true,
+            Some([(-(-0.5f64).exp()).exp() - 1.0, 1.0]),
+            Some(64 * 16),
+        ),
+        ("mlstm", "scalar", Some(Grain::Head), false, true, Some([0.0, 1.0]), Some(64 * 32 + 64 + 4)),
     ] {
         let taxonomy = of(name);
         assert_eq!((taxonomy.transition.as_str(), taxonomy.decay), (transition, decay), "{name}");
@@ -475,7 +513,7 @@ fn a_switch_without_a_part_is_refused() {
     assert_eq!(
         count_parameters(&mamba, 7, 13).unwrap_err().to_string(),
         "model.negative_eigenvalues is on, but mamba has no such part; leave it at auto, or use one of delta_net, \
-         gated_delta_net, gated_delta_product"
+         gated_delta_net, gated_delta_product, kda"
     );
 }
 

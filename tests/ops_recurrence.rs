@@ -5,10 +5,14 @@ mod common;
 use candle_core::{DType, Result, Tensor, Var};
 use common::*;
 use selectivbench::ops::delta::gated_delta_rule;
+use selectivbench::ops::dplr::dplr;
 use selectivbench::ops::gates;
 use selectivbench::ops::gla::gla;
 use selectivbench::ops::gru::gru;
+use selectivbench::ops::kda::{kda_gate, kda_keys};
 use selectivbench::ops::mesa::{States, mesa};
+use selectivbench::ops::mlstm::{State, mlstm};
+use selectivbench::ops::rwkv7::{rwkv7_keys, rwkv7_read, token_shift};
 use selectivbench::ops::s4d::s4d;
 use selectivbench::ops::selective_scan::selective_scan;
 use selectivbench::ops::ssd::ssd;
@@ -138,8 +142,34 @@ fn gla_inputs(batch: usize, steps: usize, k: usize, v: usize) -> Vec<Tensor> {
     ]
 }
 
+fn dplr_inputs(batch: usize, steps: usize, k: usize, v: usize) -> Vec<Tensor> {
+    let keys = || [batch, steps, HEADS, k];
+    let key = unit_rows(noise(2, &keys()));
+    let rate = |seed: u64| sigmoid(noise(seed, &keys()), 1.0);
+    vec![
+        unit_rows(noise(1, &keys())),
+        (&key * rate(7)).unwrap(),
+        noise(3, &[batch, steps, HEADS, v]),
+        log_decay(noise(4, &keys()), 0.3),
+        (&key * rate(8)).unwrap(),
+        (&key * rate(9)).unwrap(),
+        noise(5, &[batch, HEADS, k, v]),
+    ]
+}
+
+fn run_dplr(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
+    dplr(&x[0], &x[1], &x[2], &x[3], &x[4], &x[5], 0.7, Some((&x[6]).into()))
+}
+
 fn cases() -> Vec<Case> {
     vec![
+        Case {
+            name: "dplr",
+            inputs: vec!["q", "k", "v", "g", "a", "b", "state"],
+            timed: vec![true, true, true, true, true, true, false],
+            make: dplr_inputs,
+            run: run_dplr,
+        },
         Case {
             name: "gla",
             inputs: vec!["q", "k", "v", "gk", "state"],
@@ -422,6 +452,151 @@ fn thread_count_does_not_matter() -> Result<()> {
         }
         assert_same_bits(case.name, &one.0[0], &bare.0);
     }
+    Ok(())
+}
+
+/// Kimi delta attention with one decay per head is the gated delta rule.
+#[test]
+fn a_shared_decay_makes_the_gated_delta_rule() -> Result<()> {
+    let x = delta_inputs(1, 2, 70, 5, 9);
+    let (want, last) = run_delta(&x)?;
+    let g = x[4].unsqueeze(3)?.broadcast_as(x[1].shape())?.contiguous()?;
+    let [read, write] = kda_keys(&x[1], &g, &x[3])?;
+    let (o, state) = dplr(&x[0], &write, &x[2], &g, &read, &write, 0.7, Some((&x[5]).into()))?;
+    assert_close("outputs", &o, &want, 1e-13);
+    assert_close("final state", &state, &last, 1e-13);
+    Ok(())
+}
+
+/// Gates that close altogether: finite, and as in double precision.
+#[test]
+fn strong_decays_of_channels_are_stable() -> Result<()> {
+    for decay in [-20.0, -200.0, -1e4] {
+        let mut inputs = dplr_inputs(2, 70, 16, 8);
+        let mask = noise(9, inputs[3].dims()).gt(0.0)?.to_dtype(DType::F64)?;
+        inputs[3] = (mask * decay)?;
+        let (wide_out, wide) = run_with_grads(&inputs, |x| run_dplr(x).map(both))?;
+        let (out, grads) = run_with_grads(&in_f32(&inputs), |x| run_dplr(x).map(both))?;
+        for (got, want) in out.iter().chain(&grads).zip(wide_out.iter().chain(&wide)) {
+            assert_close(&format!("log decay {decay}"), got, want, 1e-5);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_stands_around_the_recurrence_has_its_gradients() {
+    let (batch, steps, k) = (2, 5, 3);
+    let (per_key, width) = ([batch, steps, HEADS, k], HEADS * k);
+    let rows = |seed: u64| noise(seed, &per_key);
+    let flat = |seed: u64| noise(seed, &[batch, steps, width]);
+    let gate = [rows(1), noise(2, &[HEADS]), noise(3, &[width])];
+    check_gradients(&["f", "a_log", "dt_bias"], &gate, 1e-7, |x| Ok(vec![kda_gate(&x[0], &x[1], &x[2])?]));
+    let keys = [rows(1), log_decay(rows(2), 0.3), noise(3, &[batch, steps, HEADS])];
+    check_gradients(&["k", "g", "beta"], &keys, 1e-7, |x| Ok(kda_keys(&x[0], &x[1], &x[2])?.into()));
+    let shift = [flat(1), noise(2, &[4, 1, width]), noise(3, &[batch, 1, width])];
+    check_gradients(&["x", "mix", "state"], &shift, 1e-7, |x| {
+        let (mut mixes, last) = token_shift(&x[0], &x[1], Some((&x[2]).into()))?;
+        mixes.push(last);
+        Ok(mixes)
+    });
+    let keys = [rows(1), sigmoid(flat(2), 1.0), noise(3, &[width]), noise(4, &[width])];
+    check_gradients(&["k", "eta", "k_k", "k_a"], &keys, 1e-7, |x| {
+        Ok(rwkv7_keys(&x[0], &x[1], &x[2], &x[3])?.into())
+    });
+    let params = [noise(5, &[width]), noise(6, &[width]), noise(7, &[HEADS, k])];
+    let read = [vec![rows(1), rows(2), rows(3), rows(4)], params.to_vec(), vec![flat(8)]].concat();
+    let names = ["o", "r", "k", "v", "weight", "bias", "r_k", "gate"];
+    for count in [7, 8] {
+        check_gradients(&names[..count], &read[..count], 1e-7, |x| {
+            let activations = [0, 1, 2, 3].map(|i| (&x[i]).into());
+            let params = [4, 5, 6].map(|i| (&x[i]).into());
+            Ok(vec![rwkv7_read(activations, params, x.get(7).map(Into::into))?])
+        });
+    }
+}
+
+/// q, k, v, i, log f, and a memory, a normaliser and a stabiliser.
+fn mlstm_inputs(batch: usize, steps: usize, k: usize, v: usize, most: f64) -> Vec<Tensor> {
+    vec![
+        noise(1, &[batch, steps, HEADS, k]),
+        noise(2, &[batch, steps, HEADS, k]),
+        noise(3, &[batch, steps, HEADS, v]),
+        (noise(4, &[batch, steps, HEADS]) * most).unwrap(),
+        log_decay(noise(5, &[batch, steps, HEADS]), 0.3),
+        noise(6, &[batch, HEADS, k, v]),
+        noise(7, &[batch, HEADS, k, 1]),
+        noise(8, &[batch, HEADS]),
+    ]
+}
+
+/// The outputs, and the final memory and normaliser without the stabiliser's factor, which counts as a constant.
+fn run_mlstm(x: &[Tensor]) -> Result<Vec<Tensor>> {
+    let start = State { memory: (&x[5]).into(), normaliser: (&x[6]).into(), most: (&x[7]).into() };
+    let (h, State { memory, normaliser, most }) = mlstm(&x[0], &x[1], &x[2], &x[3], &x[4], 0.7, Some(start))?;
+    let factor = most.detach().exp()?.unsqueeze(2)?.unsqueeze(3)?;
+    Ok(vec![h, memory.broadcast_mul(&factor)?, normaliser.broadcast_mul(&factor)?])
+}
+
+/// The recurrence as the paper has it, without a stabiliser.
+#[test]
+fn mlstm_is_the_plain_recurrence() -> Result<()> {
+    let (batch, steps, k, v) = (2, 70, 5, 9);
+    let x = mlstm_inputs(batch, steps, k, v, 2.0);
+    let out = run_mlstm(&x)?;
+    let factor = x[7].exp()?.unsqueeze(2)?.unsqueeze(3)?;
+    let (mut memory, mut sum) = (x[5].broadcast_mul(&factor)?, x[6].broadcast_mul(&factor)?);
+    for t in 0..steps {
+        let at = |i: usize| x[i].narrow(1, t, 1)?.squeeze(1)?.contiguous();
+        let gate = |i: usize| at(i)?.exp()?.unsqueeze(2)?.unsqueeze(3);
+        let write = at(1)?.unsqueeze(3)?.broadcast_mul(&gate(3)?)?;
+        memory = (memory.broadcast_mul(&gate(4)?)? + write.matmul(&at(2)?.unsqueeze(2)?)?)?;
+        sum = (sum.broadcast_mul(&gate(4)?)? + write)?;
+        let q = (at(0)?.unsqueeze(2)? * 0.7)?.contiguous()?;
+        let divisor = q.matmul(&sum)?.abs()?.maximum(1.0)?;
+        let want = q.matmul(&memory)?.broadcast_div(&divisor)?.squeeze(2)?;
+        assert_close(&format!("step {t}"), &out[0].narrow(1, t, 1)?.squeeze(1)?, &want, 1e-12);
+    }
+    assert_close("memory", &out[1], &memory, 1e-12);
+    assert_close("normaliser", &out[2], &sum, 1e-12);
+    Ok(())
+}
+
+#[test]
+fn mlstm_gradients_precision_and_pieces() -> Result<()> {
+    let names = ["q", "k", "v", "i", "log_f", "memory", "normaliser", "stabiliser"];
+    for (batch, steps, k, v) in SHAPES {
+        check_gradients(&names, &mlstm_inputs(batch, steps, k, v, 0.5), 1e-6, run_mlstm);
+    }
+    // Input gates that no float holds: h alone, as the rest has their size; and without divisors near zero, which
+    // multiply every rounding.
+    let mut inputs = mlstm_inputs(2, 130, 16, 9, 100.0);
+    for i in [0, 1, 6] {
+        inputs[i] = inputs[i].abs()?;
+    }
+    let h = |x: &[Tensor]| Ok(vec![run_mlstm(x)?.remove(0)]);
+    let (wide_out, wide) = run_with_grads(&inputs, h)?;
+    let (out, grads) = run_with_grads(&in_f32(&inputs), h)?;
+    for (got, want) in out.iter().chain(&grads).zip(wide_out.iter().chain(&wide)) {
+        assert_close("mlstm in f32", got, want, 2e-5);
+    }
+    let inputs = in_f32(&mlstm_inputs(2, 130, 7, 35, 2.0));
+    let whole = mlstm(&inputs[0], &inputs[1], &inputs[2], &inputs[3], &inputs[4], 0.7, None)?;
+    let (mut state, mut outputs, mut start) = (None, vec![], 0);
+    for piece in [1, 2, 61, 64, 2] {
+        let part = |i: usize| inputs[i].narrow(1, start, piece)?.contiguous();
+        let from = state.map(|State { memory, normaliser, most }: State<Tensor>| State {
+            memory: (&memory).into(),
+            normaliser: (&normaliser).into(),
+            most: (&most).into(),
+        });
+        let (h, next) = mlstm(&part(0)?, &part(1)?, &part(2)?, &part(3)?, &part(4)?, 0.7, from)?;
+        outputs.push(h);
+        state = Some(next);
+        start += piece;
+    }
+    assert_same_bits("mlstm in pieces", &Tensor::cat(&outputs, 1)?, &whole.0);
+    assert_same_bits("mlstm's memory", &state.unwrap().memory, &whole.1.memory);
     Ok(())
 }
 

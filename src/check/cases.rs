@@ -6,24 +6,28 @@ use rayon::prelude::*;
 use super::case::{Case, Input, Kind};
 use super::loss::Loss;
 use crate::ops::Arg;
-use crate::ops::activations::{gelu, glu};
+use crate::ops::activations::{gelu, glu, logistic, tanh};
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope, rope};
 use crate::ops::causal_conv1d::{Split, causal_conv1d_silu, causal_conv1d_silu_split};
 use crate::ops::delta::gated_delta_rule;
+use crate::ops::dplr::dplr;
 use crate::ops::dropout::{Dropout, dropout};
 use crate::ops::embedding::embedding;
 use crate::ops::gates::{decay_gate, log_sigmoid, sigmoid};
 use crate::ops::gla::gla;
 use crate::ops::gru::gru;
 use crate::ops::head::{PAD, Targets};
+use crate::ops::kda::{kda_gate, kda_keys};
 use crate::ops::l2norm::l2norm;
 use crate::ops::linear::linear;
 use crate::ops::mesa::{States, mesa};
+use crate::ops::mlstm::{State, mlstm};
 use crate::ops::norms::{GateOrder, RmsEps, gated_rms_norm, layer_norm, rms_norm};
 use crate::ops::optim::{AdamStep, global_norm};
 use crate::ops::philox::{philox4x32, unit_f32};
 use crate::ops::residual_norm::residual_dropout_layer_norm;
+use crate::ops::rwkv7::{rwkv7_keys, rwkv7_read, token_shift};
 use crate::ops::s4d::s4d;
 use crate::ops::selective_scan::selective_scan;
 use crate::ops::ssd::ssd;
@@ -257,6 +261,18 @@ pub const OPS: &[Op] = &[
         build: |size| delta_case(size, "delta_rule", false),
     },
     Op {
+        name: "dplr",
+        room: "dplr",
+        matrices: false,
+        activations: true,
+        quick: || {
+            both(headed(&[(2, 70, 2, 64, 128), (1, 3, 1, 81, 96), (1, 1, 2, 120, 72), (1, 200, 1, 128, 256)]))
+        },
+        thorough: || both(odd_heads()),
+        measured: |scale| vec![scale.size()],
+        build: dplr_case,
+    },
+    Op {
         name: "dropout",
         room: "dropout",
         matrices: false,
@@ -325,6 +341,20 @@ pub const OPS: &[Op] = &[
         measured: |scale| vec![scale.size()],
         build: |size| {
             gated_norm_case(size, "gated_rms_norm_before", size.heads * size.value, GateOrder::BeforeNorm)
+        },
+    },
+    Op {
+        name: "gated_rms_norm_sigmoid",
+        room: "norms",
+        matrices: false,
+        activations: true,
+        quick: || headed(&[(2, 70, 2, 1, 128), (1, 3, 1, 1, 81), (1, 1, 4, 1, 96)]),
+        thorough: || {
+            headed(&[(2, 400, 4, 1, 120), (1, 2_200, 2, 1, 64), (3, 130, 8, 1, 256), (1, 70, 3, 1, 18)])
+        },
+        measured: |scale| vec![scale.size()],
+        build: |size| {
+            gated_norm_case(size, "gated_rms_norm_sigmoid", size.value, GateOrder::SigmoidAfterNorm)
         },
     },
     Op {
@@ -404,6 +434,30 @@ pub const OPS: &[Op] = &[
         build: head_case,
     },
     Op {
+        name: "kda_gate",
+        room: "kda",
+        matrices: false,
+        activations: true,
+        quick: || headed(&[(2, 70, 2, 64, 1), (1, 3, 1, 81, 1), (1, 1, 3, 120, 1)]),
+        thorough: || {
+            headed(&[(1, 400, 2, 72, 1), (2, 130, 2, 96, 1), (1, 2_200, 2, 128, 1), (2, 7, 2, 9, 1)])
+        },
+        measured: |scale| vec![scale.size()],
+        build: kda_gate_case,
+    },
+    Op {
+        name: "kda_keys",
+        room: "kda",
+        matrices: false,
+        activations: true,
+        quick: || headed(&[(2, 70, 2, 64, 1), (1, 3, 1, 81, 1), (1, 1, 3, 120, 1)]),
+        thorough: || {
+            headed(&[(1, 400, 2, 72, 1), (2, 130, 2, 96, 1), (1, 2_200, 2, 128, 1), (2, 7, 2, 9, 1)])
+        },
+        measured: |scale| vec![scale.size()],
+        build: kda_keys_case,
+    },
+    Op {
         name: "l2norm",
         room: "l2norm",
         matrices: false,
@@ -458,6 +512,19 @@ pub const OPS: &[Op] = &[
         },
     },
     Op {
+        name: "logistic",
+        room: "activations",
+        matrices: false,
+        activations: true,
+        quick: || rows(&[(2, 70, 256), (1, 1, 3)]),
+        thorough: || rows(&[(3, 400, 81)]),
+        measured: |scale| vec![scale.size()],
+        build: |size| {
+            let x = activation("x", Draw::of(size).normal(&[size.batch, size.steps, size.width], 2.0));
+            elementwise(size, "logistic", x, logistic)
+        },
+    },
+    Op {
         name: "mesa",
         room: "mesa",
         matrices: true,
@@ -472,6 +539,18 @@ pub const OPS: &[Op] = &[
             if scale.long() { vec![] } else { vec![Size { value: scale.size().key, ..scale.size() }] }
         },
         build: mesa_case,
+    },
+    Op {
+        name: "mlstm",
+        room: "mlstm",
+        matrices: true,
+        activations: true,
+        quick: || {
+            both(headed(&[(2, 70, 2, 64, 128), (1, 3, 1, 81, 96), (1, 1, 2, 120, 72), (1, 200, 1, 128, 256)]))
+        },
+        thorough: || both(odd_heads()),
+        measured: |scale| vec![scale.size()],
+        build: mlstm_case,
     },
     Op {
         name: "qk_norm_rope",
@@ -514,6 +593,30 @@ pub const OPS: &[Op] = &[
         thorough: || headed(&[(2, 400, 2, 96, 1), (1, 2_200, 1, 128, 1), (2, 130, 4, 18, 1)]),
         measured: |scale| vec![scale.size()],
         build: rope_case,
+    },
+    Op {
+        name: "rwkv7_keys",
+        room: "rwkv7",
+        matrices: false,
+        activations: true,
+        quick: || headed(&[(2, 70, 2, 64, 1), (1, 3, 1, 81, 1), (1, 1, 3, 120, 1)]),
+        thorough: || {
+            headed(&[(1, 400, 2, 72, 1), (2, 130, 2, 96, 1), (1, 2_200, 2, 128, 1), (2, 7, 2, 9, 1)])
+        },
+        measured: |scale| vec![scale.size()],
+        build: rwkv7_keys_case,
+    },
+    Op {
+        name: "rwkv7_read",
+        room: "rwkv7",
+        matrices: false,
+        activations: true,
+        quick: || both(headed(&[(2, 70, 2, 64, 1), (1, 3, 1, 81, 1), (1, 1, 3, 120, 1)])),
+        thorough: || {
+            both(headed(&[(1, 400, 2, 72, 1), (2, 130, 2, 96, 1), (1, 2_200, 2, 128, 1), (2, 7, 2, 9, 1)]))
+        },
+        measured: |scale| vec![scale.size()],
+        build: rwkv7_read_case,
     },
     Op {
         name: "s4d",
@@ -613,6 +716,29 @@ pub const OPS: &[Op] = &[
         thorough: || rows(&[(2, 400, 120), (1, 2_200, 64), (3, 130, 1024)]),
         measured: |scale| vec![Size { width: 4 * scale.size().width, ..scale.size() }],
         build: swiglu_case,
+    },
+    Op {
+        name: "tanh",
+        room: "activations",
+        matrices: false,
+        activations: true,
+        quick: || rows(&[(2, 70, 256), (1, 1, 3)]),
+        thorough: || rows(&[(3, 400, 81)]),
+        measured: |scale| vec![scale.size()],
+        build: |size| {
+            let x = activation("x", Draw::of(size).normal(&[size.batch, size.steps, size.width], 2.0));
+            elementwise(size, "tanh", x, tanh)
+        },
+    },
+    Op {
+        name: "token_shift",
+        room: "rwkv7",
+        matrices: false,
+        activations: true,
+        quick: || both(with_outputs(rows(&[(2, 70, 256), (1, 3, 81), (3, 1, 300)]), 6)),
+        thorough: || both(with_outputs(rows(&[(2, 400, 120), (1, 2_200, 64), (3, 130, 1024)]), 4)),
+        measured: |scale| vec![Size { outputs: 6, ..scale.size() }],
+        build: token_shift_case,
     },
 ];
 
@@ -993,6 +1119,183 @@ fn gla_case(size: &Size) -> Case {
             Ok(vec![o, state])
         }),
         ..base("gla", size, label(size, format_args!("H{heads} K{key} V{value}")))
+    }
+}
+
+/// Keys of one length as in Kimi delta attention, with reads and writes that are not quite the same.
+fn dplr_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, value, stateful, .. } = size;
+    let mut draw = Draw::of(size);
+    let per_key = [batch, steps, heads, key];
+    let keys = unit_rows(&blank_runs(&draw.normal(&per_key, 1.0), batch, heads * key), key);
+    let rates = |x: &Tensor, rate: Tensor| (x * rate).expect("one shape");
+    let mut inputs = vec![
+        activation("q", unit_rows(&draw.normal(&per_key, 1.0), key)),
+        activation("k", rates(&keys, draw.uniform(&per_key, 0.5, 1.0))),
+        activation("v", draw.normal(&[batch, steps, heads, value], 1.0)),
+        exact("g", draw.draw(&per_key, |_, u| log_decay(u))),
+        activation("a", rates(&keys, draw.uniform(&per_key, 0.5, 1.0))),
+        activation("b", rates(&keys, draw.uniform(&per_key, 0.0, 1.0))),
+    ];
+    if stateful {
+        inputs.push(exact("state", draw.normal(&[batch, heads, key, value], 0.5)));
+    }
+    let scale = (key as f64).powf(-0.5);
+    Case {
+        inputs,
+        outputs: &["o", "final state"],
+        operations: (9 * key * value) as f64 * (batch * steps * heads) as f64,
+        backward: 2.5,
+        run: Box::new(move |x| {
+            let [q, k, v, g, a, b] = [0, 1, 2, 3, 4, 5].map(|i| x[i].clone());
+            let (o, state) = dplr(q, k, v, g, a, b, scale, stateful.then(|| x[6].clone()))?;
+            Ok(vec![o, state])
+        }),
+        ..base("dplr", size, label(size, format_args!("H{heads} K{key} V{value}")))
+    }
+}
+
+fn kda_gate_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, .. } = size;
+    let mut draw = Draw::of(size);
+    let per_key = [batch, steps, heads, key];
+    Case {
+        inputs: vec![
+            activation("f", draw.draw(&per_key, raw_step)),
+            param("a_log", draw.draw(&[heads], |_, u| (0.1 + 15.9 * u[0]).ln())),
+            param("dt_bias", draw.draw(&[heads * key], |_, u| step_bias(u))),
+        ],
+        outputs: &["g"],
+        operations: 10.0 * per_key.iter().product::<usize>() as f64,
+        run: Box::new(|x| Ok(vec![kda_gate(x[0].clone(), x[1].clone(), x[2].clone())?])),
+        ..base("kda_gate", size, label(size, format_args!("H{heads} K{key}")))
+    }
+}
+
+fn kda_keys_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, .. } = size;
+    let mut draw = Draw::of(size);
+    let per_key = [batch, steps, heads, key];
+    Case {
+        inputs: vec![
+            activation("k", unit_rows(&draw.normal(&per_key, 1.0), key)),
+            exact("g", draw.draw(&per_key, |_, u| log_decay(u))),
+            exact("beta", draw.uniform(&[batch, steps, heads], 0.0, 2.0)),
+        ],
+        outputs: &["read", "write"],
+        operations: 10.0 * per_key.iter().product::<usize>() as f64,
+        run: Box::new(|x| Ok(kda_keys(x[0].clone(), x[1].clone(), x[2].clone())?.into())),
+        ..base("kda_keys", size, label(size, format_args!("H{heads} K{key}")))
+    }
+}
+
+/// Input gates from closed to far beyond what an exponential holds in f32. Queries see the normaliser from either side,
+/// but no sum of it is near zero: the division would multiply every rounding.
+fn mlstm_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, value, stateful, .. } = size;
+    let mut draw = Draw::of(size);
+    let (per_key, per_head) = ([batch, steps, heads, key], [batch, steps, heads]);
+    let keys = blank_runs(&draw.draw(&per_key, |_, u| normal(u).abs()), batch, heads * key);
+    let side = move |i: usize| if i / key % 3 == 0 { -1.0 } else { 1.0 };
+    let input = |_, u: [f32; 4]| if u[2] < 0.05 { 200.0 * u[3] - 100.0 } else { 2.0 * normal(u) };
+    let mut inputs = vec![
+        activation("q", draw.draw(&per_key, |i, u| side(i) * normal(u).abs())),
+        activation("k", keys),
+        activation("v", draw.normal(&[batch, steps, heads, value], 1.0)),
+        activation("i", draw.draw(&per_head, input)),
+        exact("log_f", draw.draw(&per_head, |_, u| log_decay(u))),
+    ];
+    if stateful {
+        inputs.push(exact("memory", draw.normal(&[batch, heads, key, value], 0.5)));
+        inputs.push(exact("normaliser", draw.uniform(&[batch, heads, key, 1], 0.0, 1.0)));
+        inputs.push(exact("stabiliser", draw.normal(&[batch, heads], 2.0)));
+    }
+    let scale = (key as f64).powf(-0.5);
+    Case {
+        inputs,
+        outputs: &["h", "final memory", "final normaliser"],
+        operations: (4 * key * (value + 1)) as f64 * (batch * steps * heads) as f64,
+        run: Box::new(move |x| {
+            let [q, k, v, i, log_f] = [0, 1, 2, 3, 4].map(|i| x[i].clone());
+            let state = |at: usize| x[at].clone();
+            let start = stateful.then(|| State { memory: state(5), normaliser: state(6), most: state(7) });
+            let (h, State { memory, normaliser, .. }) = mlstm(q, k, v, i, log_f, scale, start)?;
+            Ok(vec![h, memory, normaliser])
+        }),
+        ..base("mlstm", size, label(size, format_args!("H{heads} K{key} V{value}")))
+    }
+}
+
+fn rwkv7_keys_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, .. } = size;
+    let mut draw = Draw::of(size);
+    let (per_key, width) = ([batch, steps, heads, key], heads * key);
+    Case {
+        inputs: vec![
+            activation("k", draw.normal(&per_key, 1.0)),
+            exact("eta", draw.uniform(&[batch, steps, width], 0.0, 1.0)),
+            param("k_k", draw.uniform(&[width], 0.5, 1.0)),
+            param("k_a", draw.uniform(&[width], 0.5, 1.5)),
+        ],
+        outputs: &["kappa", "erase", "write"],
+        operations: 9.0 * per_key.iter().product::<usize>() as f64,
+        run: Box::new(|x| {
+            let [k, eta, k_k, k_a] = [0, 1, 2, 3].map(|i| x[i].clone());
+            Ok(rwkv7_keys(k, eta, k_k, k_a)?.into())
+        }),
+        ..base("rwkv7_keys", size, label(size, format_args!("H{heads} K{key}")))
+    }
+}
+
+/// `stateful` stands for a gate here.
+fn rwkv7_read_case(size: &Size) -> Case {
+    let &Size { batch, steps, heads, key, stateful: gated, .. } = size;
+    let mut draw = Draw::of(size);
+    let (per_key, width) = ([batch, steps, heads, key], heads * key);
+    let mut inputs = vec![
+        activation("o", draw.normal(&per_key, 1.0)),
+        activation("r", draw.normal(&per_key, 1.0)),
+        activation("k", draw.normal(&per_key, 0.3)),
+        activation("v", draw.normal(&per_key, 1.0)),
+        param("weight", draw.uniform(&[width], 0.5, 1.5)),
+        param("bias", draw.uniform(&[width], -0.5, 0.5)),
+        param("r_k", draw.uniform(&[heads, key], -0.5, 0.5)),
+    ];
+    if gated {
+        inputs.push(activation("gate", draw.normal(&[batch, steps, width], 1.0)));
+    }
+    let gate = if gated { " gate" } else { "" };
+    Case {
+        inputs,
+        operations: 16.0 * per_key.iter().product::<usize>() as f64,
+        run: Box::new(move |x| {
+            let (four, three) = ([0, 1, 2, 3].map(|i| x[i].clone()), [4, 5, 6].map(|i| x[i].clone()));
+            Ok(vec![rwkv7_read(four, three, gated.then(|| x[7].clone()))?])
+        }),
+        ..base("rwkv7_read", size, format!("B{batch} T{steps} H{heads} K{key}{gate}"))
+    }
+}
+
+/// `outputs` stands for the number of mixes here.
+fn token_shift_case(size: &Size) -> Case {
+    let &Size { batch, steps, width, outputs: mixes, stateful, .. } = size;
+    let mut draw = Draw::of(size);
+    let mut inputs = vec![
+        activation("x", draw.normal(&[batch, steps, width], 1.0)),
+        param("mix", draw.uniform(&[mixes, width], 0.0, 1.0)),
+    ];
+    if stateful {
+        inputs.push(activation("state", draw.normal(&[batch, 1, width], 1.0)));
+    }
+    Case {
+        inputs,
+        outputs: &["first", "second", "third", "fourth", "fifth", "sixth"],
+        operations: (3 * mixes * batch * steps * width) as f64,
+        run: Box::new(move |x| {
+            let (mixes, last) = token_shift(x[0].clone(), x[1].clone(), stateful.then(|| x[2].clone()))?;
+            Ok(mixes.into_iter().chain([last]).take(6).collect())
+        }),
+        ..base("token_shift", size, label(size, format_args!("D{width} n{mixes}")))
     }
 }
 

@@ -14,11 +14,14 @@ mod gated_delta_net;
 mod gated_delta_product;
 mod gla;
 mod gru;
+mod kda;
 mod mamba;
 mod mamba2;
 mod mesa_net;
+mod mlstm;
 mod output;
 mod retnet;
+mod rwkv7;
 mod s4;
 mod short_conv;
 mod transformer;
@@ -51,6 +54,9 @@ pub const MODELS: &[Model] = &[
     gru::MODEL,
     s4::MODEL,
     mesa_net::MODEL,
+    kda::MODEL,
+    rwkv7::MODEL,
+    mlstm::MODEL,
 ];
 
 /// The model of that name, or an error that names the nearest one.

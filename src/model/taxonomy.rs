@@ -48,10 +48,13 @@ pub enum Grain {
 }
 
 /// What carries the state from one step to the next, before decay and delta rule are named.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Transition {
     /// The state is multiplied with a matrix of real eigenvalues.
     Linear,
+    /// With a diagonal from which a matrix of rank one is taken that has no eigenvalue above 1. Where there is a decay,
+    /// the diagonal is at least `least_decay`.
+    LowRank { least_decay: f64 },
     /// With a diagonal of complex numbers.
     Complex,
     /// The state goes through a function that is not linear.
@@ -134,6 +137,11 @@ impl Model {
             (Transition::Attention, ..) => ("key-value cache".into(), None),
             (Transition::Nonlinear, ..) => ("nonlinear".into(), None),
             (Transition::Complex, ..) => ("complex diagonal".into(), Some([-1.0, 1.0])),
+            (Transition::LowRank { least_decay }, kept, _) => {
+                let (kept, least) =
+                    if kept.is_some() { ("diagonal", least_decay) } else { ("identity", 1.0) };
+                (format!("{kept} + rank 1"), Some([least - 1.0, 1.0]))
+            }
             (Transition::Linear, None, None) => ("identity".into(), Some([1.0, 1.0])),
             (Transition::Linear, kept, erased) => {
                 let factors: Vec<String> = kept.map(String::from).into_iter().chain(erased).collect();

@@ -19,6 +19,18 @@ pub fn gelu(x: &Tensor, dy: Option<&Tensor>) -> Result<Value> {
     Ok(out)
 }
 
+/// Of x the value, of the value and its gradient that of x; `function` is `tanh` or `logistic`.
+pub fn squash(function: &str, given: &[&Tensor]) -> Result<Value> {
+    let (gpu, dtype, n) = (Gpu::of(given[0])?, given[0].dtype(), given[0].elem_count());
+    let out = gpu.empty(given[0].shape(), dtype)?;
+    let pass = if given.len() > 1 { "backward" } else { "forward" };
+    let mut list = given.iter().map(|tensor| gpu.ptr(tensor)).collect::<Result<Vec<_>>>()?;
+    list.extend([gpu.of_value(&out)?, count(n)]);
+    let name = format!("{function}_{pass}_{}", suffix(dtype)?);
+    gpu.launch(&kernels::ACTIVATIONS, &name, elements(&gpu, n, vector(dtype)), &list)?;
+    Ok(out)
+}
+
 /// `shape` is that of the result, [.., n].
 pub fn glu(x: &Tensor, shape: &[usize]) -> Result<Value> {
     let (gpu, dtype, n) = (Gpu::of(x)?, x.dtype(), shape[shape.len() - 1]);

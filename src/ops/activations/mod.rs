@@ -1,4 +1,4 @@
-//! Activation functions that stand alone: the Gaussian error unit and the gated linear unit.
+//! Activation functions that stand alone: the Gaussian error unit, the gated linear unit, and two that saturate.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -34,9 +34,75 @@ pub fn glu(x: impl Into<Arg>) -> Result<Tensor> {
     }
 }
 
+/// tanh(x), elementwise on any shape.
+pub fn tanh(x: impl Into<Arg>) -> Result<Tensor> {
+    Ok(apply(Squash::Tanh, &[x.into()])?.remove(0))
+}
+
+/// σ(x) in the type of x, elementwise on any shape; for decays and write strengths, which are f32 on a GPU, see
+/// [`gates::sigmoid`](super::gates::sigmoid).
+pub fn logistic(x: impl Into<Arg>) -> Result<Tensor> {
+    Ok(apply(Squash::Logistic, &[x.into()])?.remove(0))
+}
+
 /// Φ(x), the share of a normal distribution below x.
 fn below<F: Real>(x: F) -> F {
     F::of(0.5 * erfc_f64(-x.as_f64() * std::f64::consts::FRAC_1_SQRT_2))
+}
+
+/// Functions whose derivative follows from their value.
+enum Squash {
+    Tanh,
+    Logistic,
+}
+
+impl Node for Squash {
+    fn name(&self) -> &'static str {
+        match self {
+            Squash::Tanh => "tanh",
+            Squash::Logistic => "logistic",
+        }
+    }
+
+    fn keeps(&self) -> &'static [usize] {
+        &[0]
+    }
+
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        let x = &args[0];
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::squash(self.name(), &[x])?], saved: vec![] });
+        }
+        let value = dispatch!(x.dtype(), F => {
+            slices!(F; data = x);
+            let map = |f: fn(F) -> F| data.par_iter().with_min_len(BLOCK).map(|&x| f(x)).collect();
+            let y: Vec<F> = match self {
+                Squash::Tanh => map(F::tanh),
+                Squash::Logistic => map(sigmoid),
+            };
+            Value::cpu(y, x.shape().clone())
+        });
+        Ok(Forward { outputs: vec![value], saved: vec![] })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let (y, Some(dy)) = (&run.outputs[0], &grads[0]) else { return Ok(vec![None]) };
+        #[cfg(feature = "cuda")]
+        if y.device().is_cuda() {
+            return Ok(vec![Some(cuda::squash(self.name(), &[y, dy])?.into_tensor())]);
+        }
+        dispatch!(y.dtype(), F => {
+            slices!(F; data = y, dy = dy);
+            let slope = |y: F| match self {
+                Squash::Tanh => 1.0 - y * y,
+                Squash::Logistic => y * (1.0 - y),
+            };
+            let dx: Vec<F> =
+                data.par_iter().zip(dy).with_min_len(BLOCK).map(|(&y, &dy)| dy * slope(y)).collect();
+            Ok(vec![Some(Tensor::from_vec(dx, run.args[0].shape(), &Device::Cpu)?)])
+        })
+    }
 }
 
 struct Gelu;

@@ -47,6 +47,7 @@ impl RmsNorm {
             None => "rms",
             Some(GateOrder::AfterNorm) => "rms_after",
             Some(GateOrder::BeforeNorm) => "rms_before",
+            Some(GateOrder::SigmoidAfterNorm) => "rms_sigmoid",
         };
         format!("norms_{op}_{pass}")
     }

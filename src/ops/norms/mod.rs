@@ -27,6 +27,8 @@ pub enum GateOrder {
     AfterNorm,
     /// w ⊙ rms(x ⊙ silu(z)), as in Mamba-2 (`norm_before_gate = False`).
     BeforeNorm,
+    /// w ⊙ x̂ ⊙ σ(z), as in Kimi delta attention and xLSTM.
+    SigmoidAfterNorm,
 }
 
 /// y = w ⊙ (x − mean) / √(var + eps) + b over the last dimension, with the biased variance.
@@ -56,7 +58,7 @@ pub fn rms_norm(x: impl Into<Arg>, w: impl Into<Arg>, eps: f64, place: RmsEps) -
     Ok(apply(RmsNorm { eps, place, gate: None }, &[x, w])?.remove(0))
 }
 
-/// RMS norm of each group of n along the last dimension with a silu gate; `eps` inside the root.
+/// RMS norm of each group of n along the last dimension with a silu or sigmoid gate; `eps` inside the root.
 ///
 /// x [.., m], z [.., m], w \[n\] where n divides m: n is the head's value dimension in
 /// flash-linear-attention, all channels in Mamba-2.

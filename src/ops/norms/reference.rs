@@ -1,7 +1,7 @@
 //! CPU path of the norms. The statistics of a row are cheap: the backward pass finds them again.
 
 use super::{GateOrder, RmsEps};
-use crate::ops::real::{Real, dot, silu, silu_grad};
+use crate::ops::real::{Real, dot, sigmoid, silu, silu_grad};
 use crate::ops::rows::{fill_blocks, fill_blocks2, map_rows, sum_parts, sum2};
 
 /// Mean and reciprocal standard deviation of a row.
@@ -87,6 +87,18 @@ fn rms<F: Real>(x: &[F], eps: f64, place: RmsEps) -> (F, F) {
     }
 }
 
+/// A gate that `z` opens, and its derivative.
+#[inline(always)]
+fn activation<F: Real>(order: GateOrder, z: F) -> (F, F) {
+    match order {
+        GateOrder::AfterNorm | GateOrder::BeforeNorm => (silu(z), silu_grad(z)),
+        GateOrder::SigmoidAfterNorm => {
+            let s = sigmoid(z);
+            (s, s * (F::one() - s))
+        }
+    }
+}
+
 pub fn rms_norm<F: Real>(
     x: &[F],
     w: &[F],
@@ -105,10 +117,10 @@ pub fn rms_norm<F: Real>(
                     *y = x * r * w;
                 }
             }
-            Some((GateOrder::AfterNorm, z)) => {
+            Some((order @ (GateOrder::AfterNorm | GateOrder::SigmoidAfterNorm), z)) => {
                 let (r, _) = rms(x, eps, place);
                 for (((y, &x), &w), &z) in y.iter_mut().zip(x).zip(w).zip(&z[range]) {
-                    *y = x * r * w * silu(z);
+                    *y = x * r * w * activation(order, z).0;
                 }
             }
             Some((GateOrder::BeforeNorm, z)) => {
@@ -175,15 +187,15 @@ pub fn rms_norm_backward<F: Real>(
             let range = (first + i) * n..(first + i + 1) * n;
             let (x, z, dy) = (&x[range.clone()], &z[range.clone()], &dy[range]);
             match order {
-                GateOrder::AfterNorm => {
-                    // The norm sees dy silu(z); the gate sees dy w x̂.
+                GateOrder::AfterNorm | GateOrder::SigmoidAfterNorm => {
+                    // The norm sees dy times the gate; the gate sees dy w x̂.
                     for ((row, &z), &dy) in row.iter_mut().zip(z).zip(dy) {
-                        *row = dy * silu(z);
+                        *row = dy * activation(order, z).0;
                     }
                     rms_row_backward(x, w, &row, eps, place, dx, &mut dw);
                     let (r, _) = rms(x, eps, place);
                     for ((((dz, &z), &x), &w), &dy) in dz.iter_mut().zip(z).zip(x).zip(w).zip(dy) {
-                        *dz = dy * w * x * r * silu_grad(z);
+                        *dz = dy * w * x * r * activation(order, z).1;
                     }
                 }
                 GateOrder::BeforeNorm => {

@@ -126,6 +126,18 @@ impl Grid {
     }
 }
 
+/// For a kernel of `kernels/heads.cuh`: rows of `width` channels for each of `tokens` tokens and each head. Each of
+/// the grid's first dimension is a slab of tokens for a sum; their number is a function of the shape alone.
+pub fn head_rows(op: &str, tokens: usize, heads: usize, width: usize) -> Result<Launch> {
+    /// Tokens of a slab, at least: eight for each of its warps.
+    const LEAST: usize = 64;
+    if width > 128 {
+        candle_core::bail!("{op} on a GPU: head dims up to 128, got {width}")
+    }
+    let slabs = tokens.div_ceil(LEAST).min((2 * SUM_BLOCKS).div_ceil(heads.max(1)));
+    Ok(Launch::grid(slabs, heads, 1, THREADS as u32))
+}
+
 /// For a kernel over `n` elements of a plain array in vectors of `vector`.
 pub fn elements(gpu: &Gpu, n: usize, vector: usize) -> Launch {
     Launch::new(n.div_ceil(THREADS * vector).min(32 * gpu.multiprocessors()), THREADS as u32)
