@@ -186,9 +186,9 @@ fn refuses_texts() {
         ("3", "c.yaml: the configuration is 3; it must be a mapping"),
         (
             "model: mamba2",
-            "c.yaml: model is `mamba2`; it must be a mapping with the keys name, layers, width, state, heads, dropout, \
-             conv, householders, rope_base, window, decay, output_gate, short_conv, negative_eigenvalues, as in \
-             `model: {name: …}`",
+            "c.yaml: model is `mamba2`; it must be a mapping with the keys name, block, layers, width, state, heads, \
+             dropout, conv, householders, rope_base, window, decay, output_gate, short_conv, negative_eigenvalues, \
+             delta_rule, qk_norm, as in `model: {name: …}`",
         ),
         (
             "task:\n  gap: 0.1",
