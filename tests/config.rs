@@ -489,12 +489,12 @@ fn the_sweep_over_ablations_is_of_runs() {
     let plan = Plan::open(&configs().join("sweeps/ablations.yaml"), &[], None, |_| Ok(false)).unwrap();
     assert_eq!(plan.left_out, []);
     for (name, runs) in
-        [("mamba", 16), ("mamba2", 16), ("gla", 16), ("gated_delta_net", 32), ("gated_delta_product", 32)]
+        [("mamba", 16), ("mamba2", 16), ("gla", 16), ("gated_delta_net", 48), ("gated_delta_product", 48)]
     {
         let of_model = plan.runs.iter().filter(|run| run.config.model.name == name).count();
         assert_eq!(of_model, runs, "{name}");
     }
-    assert_eq!(plan.runs.len(), 112);
+    assert_eq!(plan.runs.len(), 144);
 }
 
 #[test]
@@ -596,6 +596,7 @@ fn lists_of_models_tasks_and_devices() {
             "gated_delta_product",
             "retnet",
             "mesa_net",
+            "fox",
             "transformer",
             "gru",
             "s4"
@@ -607,7 +608,7 @@ fn lists_of_models_tasks_and_devices() {
     );
     assert_eq!(models[2]["recurrence"], "S = S + k^T v");
     assert_eq!(models[4]["transition"], "Householder");
-    assert!(models[8]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no"));
+    assert!(models[9]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no"));
     let models = json(&["models", "--json", "--set", "model.negative_eigenvalues=on"]);
     assert_eq!(names(&models)[..3], ["delta_net", "gated_delta_net", "gated_delta_product"]);
     assert_eq!(models[0]["eigenvalues"], serde_json::json!([-1.0, 1.0]));

@@ -37,6 +37,7 @@ const BF16_EXCEPTIONS: &[(&str, f64)] = &[
     (".k_conv1d.weight", 0.15),
     // One number a head or channel, summed over all steps.
     (".A_log", 0.1),
+    (".f_proj.", 0.1),
     (".dt_bias", 0.1),
     (".dt_proj.bias", 0.1),
     (".a_proj.weight", 0.1),

@@ -175,7 +175,7 @@ impl Node for SigmoidGate {
                 .with_min_len(BLOCK)
                 .map(|((&a, &b), &dy)| {
                     let open = sigmoid(b);
-                    (dy * open, dy * open * a * (F::one() - open))
+                    (dy * open, dy * open * a * (1.0 - open))
                 })
                 .unzip();
             let tensor = |data: Vec<F>| Tensor::from_vec(data, a.shape(), &Device::Cpu).map(Some);
