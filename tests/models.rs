@@ -185,7 +185,13 @@ fn settings(model: &Model) -> Vec<ModelConfig> {
 fn shown(config: &ModelConfig) -> String {
     let mut config = config.clone();
     let switches = SWITCHES.map(|(name, _, field)| format!("{name} {}", *field(&mut config)));
-    format!("{} with {}, window {:?}, block {:?}", config.name, switches.join(", "), config.window, config.block)
+    format!(
+        "{} with {}, window {:?}, block {:?}",
+        config.name,
+        switches.join(", "),
+        config.window,
+        config.block
+    )
 }
 
 /// One layer in f64.
@@ -362,7 +368,10 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
         assert_eq!(decays, taxonomy.decay.is_some(), "{what}");
         // A fit has weights too, and the sum rule write strengths.
         assert_eq!(has("b_proj"), config.name.contains("delta") || config.name == "mesa_net", "{what}");
-        assert_eq!((taxonomy.householders > 0, dims.parts.delta_rule), (taxonomy.delta_rule, taxonomy.delta_rule));
+        assert_eq!(
+            (taxonomy.householders > 0, dims.parts.delta_rule),
+            (taxonomy.delta_rule, taxonomy.delta_rule)
+        );
         assert_eq!(has("q_norm"), dims.parts.qk_norm, "{what}");
         assert_eq!(has("mlp.gate_proj"), config.block == Block::Layered, "{what}");
 
@@ -582,7 +591,8 @@ fn every_parameter_gets_a_gradient() -> Result<()> {
 fn pieces_give_what_the_whole_gives() -> Result<()> {
     let (batch, steps) = (2, 61);
     // A window of the current step alone asks nothing of queries and keys.
-    let narrow = ["transformer", "fox"].map(|name| ModelConfig { window: Auto::Value(1), ..config(name, 16, 2, 8) });
+    let narrow =
+        ["transformer", "fox"].map(|name| ModelConfig { window: Auto::Value(1), ..config(name, 16, 2, 8) });
     for config in MODELS.iter().flat_map(settings).chain(narrow) {
         let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
         let ids = symbols(batch, steps, 7)?;
@@ -684,7 +694,8 @@ fn without_the_delta_rule_writes_are_added() -> Result<()> {
             let y = linear(&x, weight(&format!("{name}_proj.weight")), None)?;
             Ok(causal_conv1d_silu(&y, weight(&format!("{name}_conv1d.weight")), None, None)?.0)
         };
-        let unit = |x: Tensor| x.broadcast_div(&(x.sqr()?.sum_keepdim(candle_core::D::Minus1)? + 1e-6)?.sqrt()?);
+        let unit =
+            |x: Tensor| x.broadcast_div(&(x.sqr()?.sum_keepdim(candle_core::D::Minus1)? + 1e-6)?.sqrt()?);
         let q = unit(short("q")?.reshape((batch, steps, heads, k))?)?;
         let keys = unit(short("k")?.reshape((batch, steps, n, heads, k))?)?;
         let values = short("v")?.reshape((batch, steps, n, heads, v))?;
@@ -742,13 +753,15 @@ fn parts_of_the_forgetting_transformer() -> Result<()> {
         no_grad(|| mixer.forward(&x, &mut Call::new(None, None)))
     };
     let same = |_: &str, value: &Tensor| Ok(value.clone());
-    let longer = |name: &str, value: &Tensor| if name == "q_proj.weight" { value * 3e3 } else { Ok(value.clone()) };
+    let longer =
+        |name: &str, value: &Tensor| if name == "q_proj.weight" { value * 3e3 } else { Ok(value.clone()) };
     let normed = ModelConfig { qk_norm: Switch::On, ..plain.clone() };
     // As far as the norm's epsilon does.
     assert!(relative_rms(&run(&normed, &longer)?, &run(&normed, &same)?) < 1e-2);
     assert!(relative_rms(&run(&plain, &longer)?, &run(&plain, &same)?) > 0.1);
     let gated = ModelConfig { output_gate: Switch::On, ..plain.clone() };
-    let half = |name: &str, value: &Tensor| if name == "g_proj.weight" { value * 0.0 } else { Ok(value.clone()) };
+    let half =
+        |name: &str, value: &Tensor| if name == "g_proj.weight" { value * 0.0 } else { Ok(value.clone()) };
     assert!(relative_rms(&(run(&gated, &half)? * 2.0)?, &run(&plain, &same)?) < 1e-12);
     Ok(())
 }

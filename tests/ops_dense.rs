@@ -720,8 +720,7 @@ mod attention {
             let seen = s - t + t_ + 1;
             let first = seen.saturating_sub(window.unwrap_or(seen));
             let forgotten = |j: usize| (j + 1..seen).map(|l| g[(b * s + l) * h + h_]).sum::<f64>();
-            let weights: Vec<f64> =
-                (first..seen).map(|j| (scale * score(j) + forgotten(j)).exp()).collect();
+            let weights: Vec<f64> = (first..seen).map(|j| (scale * score(j) + forgotten(j)).exp()).collect();
             let total: f64 = weights.iter().sum();
             for (j, weight) in (first..).zip(&weights) {
                 for c in 0..e {
@@ -809,7 +808,8 @@ mod attention {
                 check_gradients("attention", &inputs, run);
                 let mut inputs = inputs.to_vec();
                 inputs.push(log_gates((b, s, h)));
-                let run = |x: &[Tensor]| Ok(vec![forgetting_attention(&x[0], &x[1], &x[2], &x[3], 0.5, window)?]);
+                let run =
+                    |x: &[Tensor]| Ok(vec![forgetting_attention(&x[0], &x[1], &x[2], &x[3], 0.5, window)?]);
                 check_gradients("forgetting attention", &inputs, run);
             }
         }

@@ -362,11 +362,14 @@ pub const OPS: &[Op] = &[
         matrices: true,
         activations: true,
         quick: || {
-            let sizes = headed(&[(2, 70, 2, 64, 128), (1, 3, 1, 81, 96), (1, 1, 2, 120, 72), (1, 200, 1, 128, 256)]);
+            let sizes =
+                headed(&[(2, 70, 2, 64, 128), (1, 3, 1, 81, 96), (1, 1, 2, 120, 72), (1, 200, 1, 128, 256)]);
             let subs = [1, 4, 2, 1];
             both(sizes.into_iter().zip(subs).map(|(size, sub)| Size { sub, ..size }))
         },
-        thorough: || both(odd_heads().into_iter().enumerate().map(|(i, size)| Size { sub: 1 + i % 3, ..size })),
+        thorough: || {
+            both(odd_heads().into_iter().enumerate().map(|(i, size)| Size { sub: 1 + i % 3, ..size }))
+        },
         measured: |scale| vec![scale.size()],
         build: |size| delta_case(size, "gated_sum_rule", true, false),
     },

@@ -75,9 +75,8 @@ struct Forget {
 impl Fox {
     fn new(dims: &Dims, builder: &Builder) -> Self {
         let (width, heads, head_dim) = (dims.width, dims.heads, dims.head_dim());
-        let weight = |name: &str, rows: usize| {
-            builder.push(name).param("weight", &[rows, width], Init::linear(width))
-        };
+        let weight =
+            |name: &str, rows: usize| builder.push(name).param("weight", &[rows, width], Init::linear(width));
         let norm = |name: &str| builder.push(name).param("weight", &[head_dim], Init::Const(1.0));
         Self {
             heads,
@@ -140,9 +139,7 @@ impl Mixer for Fox {
         let o = view(&o, (batch, steps, width));
         let Some(gate) = &self.gate else { return linear(o, &self.out, None) };
         let gate = linear(x, gate, None)?;
-        call.note(&OUTPUT_GATE, steps, [&gate], |[gate]| {
-            softplus(&gate.neg()?)?.neg()?.exp()?.unsqueeze(2)
-        })?;
+        call.note(&OUTPUT_GATE, steps, [&gate], |[gate]| softplus(&gate.neg()?)?.neg()?.exp()?.unsqueeze(2))?;
         linear(&sigmoid_gate(o, &gate)?, &self.out, None)
     }
 }

@@ -123,6 +123,7 @@ pub struct Dims {
     pub rope_base: f64,
     /// Latest timesteps that attention sees; `None`: all of them.
     pub window: Option<usize>,
+    /// What stands around the mixer.
     pub block: Block,
     pub parts: Parts,
 }

@@ -122,7 +122,8 @@ impl RecNet {
         device: &Device,
     ) -> anyhow::Result<Self> {
         let builder = Builder::new();
-        let Declared { encoder, layers, norm, decoder } = declare(model, config, features, classes, &builder)?;
+        let Declared { encoder, layers, norm, decoder } =
+            declare(model, config, features, classes, &builder)?;
         let params = builder.finish(seed, dtype, device)?;
         Ok(Self { config: config.clone(), features, classes, encoder, layers, norm, decoder, params })
     }

@@ -96,8 +96,7 @@ pub fn backward(node: &GatedRule, run: &Run, grads: &[Option<Tensor>]) -> Result
         None => gpu.zeros((batch, steps, heads, value), plan.dtype)?.into_tensor(),
     };
     let d_o = plan.moved(&d_o, true)?;
-    let mut inner =
-        gla::cuda::backward(dims, &attended, node.scale, &d_o, grads[1].as_ref())?.into_iter();
+    let mut inner = gla::cuda::backward(dims, &attended, node.scale, &d_o, grads[1].as_ref())?.into_iter();
     let mut next = || inner.next().expect("five gradients");
     let [dq, d_keys, dv, d_decay, d_state] = [next(), next(), next(), next(), next()];
     let dq = plan.moved(&dq, false)?;
