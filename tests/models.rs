@@ -676,6 +676,48 @@ fn layered_blocks_are_those_of_language_models() -> Result<()> {
     Ok(())
 }
 
+/// The slope of a loss along a direction in the space of all parameters is what its gradient says, in f64.
+#[test]
+fn gradients_of_new_parts_equal_finite_differences() -> Result<()> {
+    let sum = |x: &Tensor| x.sum_all()?.to_scalar::<f64>();
+    for config in ["gla", "gated_delta_net", "gated_delta_product", "fox"].iter().flat_map(|name| {
+        let plain = ModelConfig { householders: 2, ..config(name, 16, 2, 8) };
+        let layered = ModelConfig { block: Block::Layered, ..plain.clone() };
+        let other = match *name {
+            "gla" => vec![],
+            "fox" => {
+                vec![ModelConfig { output_gate: Switch::On, qk_norm: Switch::On, ..plain.clone() }, plain]
+            }
+            _ => vec![ModelConfig { delta_rule: Switch::Off, ..plain }],
+        };
+        other.into_iter().chain([layered])
+    }) {
+        let net = RecNet::new(&config, 7, 13, 5, DType::F64, &Device::Cpu).unwrap();
+        let ids = symbols(2, 30, 7)?;
+        let weight = Tensor::randn(0f64, 1.0, (2, 30, 13), &Device::Cpu)?;
+        let dropout = Some(DropoutKey { p: 0.2, key: [1, 2], first: 0 });
+        let loss = || -> Result<Tensor> {
+            let mut context = Context { dropout, ..Context::default() };
+            (net.logits(Input::Ids(&ids), &mut context)? * &weight)?.sum_all()
+        };
+        loss()?.backward()?;
+        let (value, gradient) = (net.params().value(), net.params().gradient());
+        let direction = Tensor::randn(0f64, 1.0, value.shape(), &Device::Cpu)?;
+        let at = value.copy()?;
+        let step = |by: f64| -> Result<f64> {
+            value.slice_set(&(&at + (&direction * by)?)?, 0, 0)?;
+            no_grad(loss)?.to_scalar::<f64>()
+        };
+        // Fourth-order differences.
+        let h = 1e-4;
+        let want = (8.0 * (step(h)? - step(-h)?) - (step(2.0 * h)? - step(-2.0 * h)?)) / (12.0 * h);
+        let got = sum(&(gradient * &direction)?)?;
+        let size = sum(&gradient.sqr()?)?.sqrt();
+        assert!((got - want).abs() < 1e-7 * size, "{}: {got}, by differences {want}", shown(&config));
+    }
+    Ok(())
+}
+
 /// Without the delta rule: linear attention of keys times write strengths, as gated linear attention computes it.
 #[test]
 fn without_the_delta_rule_writes_are_added() -> Result<()> {

@@ -69,12 +69,9 @@ const STEPS: usize = 70;
 /// Models that differ from those of the registry by fields of the configuration, which stand behind the name.
 pub const VARIANTS: &[&str] = &[
     "gla model.block=layered",
-    "delta_net model.block=layered",
     "gated_delta_net model.block=layered",
-    "fox model.block=layered",
-    "fox model.output_gate=on model.qk_norm=on",
-    "gated_delta_net model.delta_rule=off",
     "gated_delta_product model.delta_rule=off",
+    "fox model.block=layered model.output_gate=on model.qk_norm=on",
 ];
 
 /// The model of a variant.
