@@ -3,11 +3,12 @@
 //   gelu  y = x Φ(x), Φ by the error function    dx = dy (Φ(x) + x φ(x))
 //   glu   y = a σ(b) with a, b the halves of a row of x [rows, 2 n]; y [rows, n]
 //         da = dy σ(b),  db = dy a σ(b) (1 − σ(b))
+//   sigmoid_gate  the same of a and b that are tensors of their own
 //   tanh, logistic  y = tanh(x), y = σ(x); from y and dy: dx = dy (1 - y²), dx = dy y (1 - y)
 // Sources: Hendrycks and Gimpel, "Gaussian error linear units", 2016; Dauphin et al., "Language modeling with
 // gated convolutional networks", 2016.
 //
-// gelu_*, tanh_*, logistic_*: any one-dimensional grid, 256 threads. glu_*: a block of 256 threads is 2^log_width vectors of
+// gelu_*, tanh_*, logistic_*: any one-dimensional grid, 256 threads. The others: a block of 256 threads is 2^log_width vectors of
 // columns by 256 / 2^log_width rows; grid (tiles of columns, any): the blocks take rows in turn.
 #include "rows.cuh"
 
@@ -78,32 +79,35 @@ __device__ __forceinline__ void for_rows(int rows, int n, int log_width, F f) {
         f(r, c);
 }
 
+// y = a σ(b); a row of a and of b begins every `ld` elements, one of y every n.
 template <class T, int VEC>
-__device__ __forceinline__ void glu_forward(const T* x, T* y, int rows, int n, int log_width) {
+__device__ __forceinline__ void gate_forward(const T* a, const T* b, long long ld, T* y, int rows, int n,
+                                             int log_width) {
     for_rows<VEC>(rows, n, log_width, [&](long long r, int c) {
-        float a[VEC], b[VEC];
-        load_vec<VEC>(x + 2 * r * n + c, a);
-        load_vec<VEC>(x + (2 * r + 1) * n + c, b);
+        float u[VEC], g[VEC];
+        load_vec<VEC>(a + r * ld + c, u);
+        load_vec<VEC>(b + r * ld + c, g);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) a[i] *= sigmoid(b[i]);
-        store_vec<VEC>(y + r * n + c, a);
+        for (int i = 0; i < VEC; i++) u[i] *= sigmoid(g[i]);
+        store_vec<VEC>(y + r * n + c, u);
     });
 }
 template <class T, int VEC>
-__device__ __forceinline__ void glu_backward(const T* x, const T* dy, T* dx, int rows, int n, int log_width) {
+__device__ __forceinline__ void gate_backward(const T* a, const T* b, const T* dy, T* da, T* db, long long ld, int rows,
+                                              int n, int log_width) {
     for_rows<VEC>(rows, n, log_width, [&](long long r, int c) {
-        float a[VEC], b[VEC], g[VEC];
-        load_vec<VEC>(x + 2 * r * n + c, a);
-        load_vec<VEC>(x + (2 * r + 1) * n + c, b);
+        float u[VEC], z[VEC], g[VEC];
+        load_vec<VEC>(a + r * ld + c, u);
+        load_vec<VEC>(b + r * ld + c, z);
         load_vec<VEC>(dy + r * n + c, g);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            const float open = sigmoid(b[i]);
+            const float open = sigmoid(z[i]);
             g[i] *= open;
-            b[i] = g[i] * a[i] * (1.f - open);
+            z[i] = g[i] * u[i] * (1.f - open);
         }
-        store_vec<VEC>(dx + 2 * r * n + c, g);
-        store_vec<VEC>(dx + (2 * r + 1) * n + c, b);
+        store_vec<VEC>(da + r * ld + c, g);
+        store_vec<VEC>(db + r * ld + c, z);
     });
 }
 
@@ -135,11 +139,19 @@ SQUASH(logistic, Logistic, bf16, bf16)
 #define GLU(NAME, T, VEC)                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
         glu_forward_##NAME(const T* x, T* y, int rows, int n, int log_width) {                                     \
-        glu_forward<T, VEC>(x, y, rows, n, log_width);                                                             \
+        gate_forward<T, VEC>(x, x + n, 2ll * n, y, rows, n, log_width);                                            \
     }                                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
         glu_backward_##NAME(const T* x, const T* dy, T* dx, int rows, int n, int log_width) {                      \
-        glu_backward<T, VEC>(x, dy, dx, rows, n, log_width);                                                       \
+        gate_backward<T, VEC>(x, x + n, dy, dx, dx + n, 2ll * n, rows, n, log_width);                              \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        sigmoid_gate_forward_##NAME(const T* a, const T* b, T* y, int rows, int n, int log_width) {                \
+        gate_forward<T, VEC>(a, b, n, y, rows, n, log_width);                                                      \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) sigmoid_gate_backward_##NAME(                            \
+        const T* a, const T* b, const T* dy, T* da, T* db, int rows, int n, int log_width) {                       \
+        gate_backward<T, VEC>(a, b, dy, da, db, n, rows, n, log_width);                                            \
     }
 GLU(f32, float, VECTOR<float>)
 GLU(bf16, bf16, VECTOR<bf16>)

@@ -8,6 +8,15 @@
 //
 // Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 //
+// With log forget gates g [B, S, H] a score also has what was forgotten since its key, the sum of g behind it. Source:
+// Lin et al., "Forgetting transformer: softmax attention with a forget gate", 2025. With c the sums of log₂ f up to a
+// timestep this is c_i − c_j. c reaches thousands where its differences must be right to 1e-6: it is summed in f64 and
+// held as two floats, hi + lo, of which a warp takes the difference to its first row before it takes that of a pair.
+// What is lost there is relative to the difference itself: it shows where the pair counts for nothing. Gradients:
+// dc_i = Σ_j ds_ij − Σ_j ds_ji, and dg_t is the sum of dc from t on.
+//   sums [B, H, 2, N4]: hi, then lo, of the N queries (T) or keys (S); rows [B, H, T4], columns [B, H, S4]: Σ_j ds of a
+//   query, Σ_i ds of a key. S4 is S rounded up as T is.
+//
 // attention_forward  a block has one head of a tile of queries and walks over the tiles of keys that they see: scores,
 //                    running maximum m and sum l, o ← o·2^(m−m') + p v. Exponentials are powers of two of scores
 //                    times scale · log₂ e.
@@ -21,9 +30,13 @@
 // one warp in one order, at the price of forming the scores twice. Head dims are padded with zeros to DP, in shared
 // memory only. Tiles of keys or queries stream through two buffers by cp.async.
 //
+// attention_forget_sums      c of the queries and of the keys, from g. A block has a head.
+// attention_forget_gradient  dg from the sums of ds, in f64 too.
+//
 // attention_sm90a.cu has the same for bf16 on Hopper, where head dims are close to 64 or 128.
 //
-// Entry points: attention_<forward|dq|dkdv>_<DP>_<bf16|tf32|f32>; grid.x = tiles · B·H, block 32·warps.
+// Entry points: attention_<forward|dq|dkdv>_<DP>_<bf16|tf32|f32>; grid.x = tiles · B·H, block 32·warps. And with forget
+// gates forgetting_<forward|dq|dkdv>_.. of the same grids.
 #include "mma.cuh"
 
 // Waits for the other warp of a pair.
@@ -184,6 +197,58 @@ __device__ __forceinline__ bool aligned(const T* x, int dim) {
     return dim * sizeof(T) % 16 == 0 && (reinterpret_cast<size_t>(x) & 15) == 0;
 }
 
+// What forget gates add to a kernel; all null without.
+struct Forget {
+    const float *queries, *keys;  // sums
+    float *rows, *columns;
+};
+
+// The sums of one head.
+struct Sums {
+    const float *hi, *lo;
+    __device__ __forceinline__ Sums(const float* sums, int bh, int n)
+        : hi(sums + (long long)bh * 2 * (ceil_div(n, 4) * 4)), lo(hi + ceil_div(n, 4) * 4) {}
+};
+
+// A timestep that others are seen from.
+struct From {
+    float hi, lo;
+    __device__ __forceinline__ From(const Sums& sums, int at) : hi(sums.hi[at]), lo(sums.lo[at]) {}
+    __device__ __forceinline__ float to(float other_hi, float other_lo) const {
+        return (other_hi - hi) + (other_lo - lo);
+    }
+    __device__ __forceinline__ float to(const Sums& sums, int at) const { return to(sums.hi[at], sums.lo[at]); }
+    // The elements at..at+1 of a tile in shared memory: N of hi, then N of lo.
+    template <int N>
+    __device__ __forceinline__ void to_tile(const float* tile, int at, float (&out)[2]) const {
+        float highs[2], lows[2];
+        load_vec<2>(tile + at, highs);
+        load_vec<2>(tile + N + at, lows);
+        out[0] = to(highs[0], lows[0]), out[1] = to(highs[1], lows[1]);
+    }
+};
+
+// Starts copying the sums of N timesteps from `first` on to such a tile.
+template <int N>
+__device__ __forceinline__ void copy_sums(float* tile, const Sums& sums, int first, int count) {
+    copy_floats<N>(tile, sums.hi, first, count);
+    copy_floats<N>(tile + N, sums.lo, first, count);
+}
+
+// Writes the sums over columns of a warp's 16·MT rows, of which a lane has a part, to those that lie in 0..count.
+template <int MT>
+__device__ __forceinline__ void store_sums(float* to, int first, int count, float (&sums)[MT][2]) {
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            sums[i][half] += __shfl_xor_sync(FULL, sums[i][half], 1);
+            sums[i][half] += __shfl_xor_sync(FULL, sums[i][half], 2);
+            const int row = first + acc_row(i, 2 * half);
+            if (lane_id() % 4 == 0 && row >= 0 && row < count) to[row] = sums[i][half];
+        }
+}
+
 struct Sizes {
     int steps, keys, heads, dim, values, window;
     // The first tile of BN keys that a query from `q` on sees.
@@ -200,10 +265,10 @@ struct Sizes {
 
 // ---- forward
 
-template <class R, int DP, class Tile>
+template <class R, int DP, class Tile, bool FORGETS>
 __device__ __forceinline__ void forward(const typename R::elem* q, const typename R::elem* k,
-                                        const typename R::elem* v, typename R::elem* o, float* lse, Sizes n,
-                                        float scale) {
+                                        const typename R::elem* v, typename R::elem* o, float* lse, Forget forget,
+                                        Sizes n, float scale) {
     using T = typename R::elem;
     constexpr int LD = DP + Pad<R>::K, LDV = DP + Pad<R>::MN, MT = Tile::MT, BM = Tile::OWN, BN = Tile::OTHER;
     constexpr int NT = BN / 8, THREADS = Tile::THREADS;
@@ -211,6 +276,7 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
     T* const qs = reinterpret_cast<T*>(shared);  // [BM, LDV]; the output passes through it
     T* const ks = qs + BM * LDV;                 // two of [BN, LD]
     T* const vs = ks + 2 * BN * LD;              // two of [BN, LDV]
+    float* const sums = reinterpret_cast<float*>(vs + 2 * BN * LDV);  // two of [2, BN], with forget gates
 
     // Tiles are counted from the end, the longest first: the ragged one is the one that sees the fewest keys.
     const int tiles = ceil_div(n.steps, BM), bh = blockIdx.x / tiles;
@@ -223,9 +289,11 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
     const int first = n.first_block(q0, BN);
     Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, first * BN, n.keys, n.dim);
     Copy<T, DP, LDV, BN, THREADS> copy_v(v, ldv, first * BN, n.keys, n.values);
+    const Sums of_queries(forget.queries, bh, n.steps), of_keys(forget.keys, bh, n.keys);
     const auto copy = [&](int block) {
         copy_k(ks + block % 2 * BN * LD);
         copy_v(vs + block % 2 * BN * LDV);
+        if constexpr (FORGETS) copy_sums<BN>(sums + block % 2 * 2 * BN, of_keys, block * BN, n.keys);
         cp_async_commit();
     };
     Copy<T, DP, LD, BM, THREADS>(q, ld, q0, n.steps, n.dim)(qs);
@@ -241,10 +309,23 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
 #pragma unroll
         for (int half = 0; half < 2; half++) max[i][half] = -INFINITY, sum[i][half] = 0.f;
 
-    const float c = scale * LOG2E;
+    const float log2_scale = scale * LOG2E, c = FORGETS ? 1.f : log2_scale;
     const int end = w0 + 16 * MT > 0 ? past + w0 + 16 * MT : 0;  // keys that the warp's last query sees
     const int blocks = ceil_div(past + q0 + BM, BN);
     const int low = past + w0 - n.window;  // the last key that the warp's first query does not see any more
+    // Of the warp's queries, seen from the first.
+    float row_sum[MT][2];
+    const int row0 = w0 > 0 ? w0 : 0;
+    if constexpr (FORGETS) {
+        const From from(of_queries, row0);
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = w0 + acc_row(i, 2 * half);
+                row_sum[i][half] = from.to(of_queries, row > 0 ? row : 0);
+            }
+    }
     for (int block = first; block < blocks; block++) {
         cp_async_wait<0>();
         __syncthreads();  // the block's keys are here, and nobody reads the other buffer any more
@@ -255,6 +336,19 @@ __device__ __forceinline__ void forward(const typename R::elem* q, const typenam
         float s[MT][NT][4];
         zero(s);
         rows.times(s, ks + block % 2 * BN * LD);
+        if constexpr (FORGETS) {
+            const From from(of_queries, row0);
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                float key_sum[2];
+                from.template to_tile<BN>(sums + block % 2 * 2 * BN, acc_col(j, 0), key_sum);
+#pragma unroll
+                for (int i = 0; i < MT; i++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        s[i][j][e] = fmaf(s[i][j][e], log2_scale, row_sum[i][e / 2] - key_sum[e % 2]);
+            }
+        }
         if (k0 + BN > past + w0 + 1 || k0 < low + 16 * MT) {
 #pragma unroll
             for (int i = 0; i < MT; i++)
@@ -346,11 +440,11 @@ __device__ __forceinline__ void row_deltas(float* delta, const T* dos, const T* 
     __syncwarp();
 }
 
-template <class R, int DP, class Tile>
+template <class R, int DP, class Tile, bool FORGETS>
 __device__ __forceinline__ void backward_q(const typename R::elem* q, const typename R::elem* k,
                                            const typename R::elem* v, const typename R::elem* o, const float* lse,
-                                           const typename R::elem* dout, float* delta, typename R::elem* dq, Sizes n,
-                                           float scale) {
+                                           const typename R::elem* dout, float* delta, typename R::elem* dq,
+                                           Forget forget, Sizes n, float scale) {
     using T = typename R::elem;
     constexpr int LD = DP + Pad<R>::K, MT = Tile::MT, BM = Tile::OWN, BN = Tile::OTHER;
     constexpr int NT = BN / 8, THREADS = Tile::THREADS;
@@ -360,6 +454,7 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
     T* const ks = dos + BM * LD;                                       // two of [BN, LD]
     T* const vs = ks + 2 * BN * LD;                                    // two of [BN, LD]
     float* const deltas = reinterpret_cast<float*>(vs + 2 * BN * LD);  // [BM]
+    float* const sums = deltas + BM;                                   // two of [2, BN], with forget gates
 
     const int tiles = ceil_div(n.steps, BM), bh = blockIdx.x / tiles;
     const int q0 = n.steps - BM * (int)(blockIdx.x % tiles + 1), past = n.keys - n.steps;
@@ -372,9 +467,11 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
 
     const int first = n.first_block(q0, BN);
     Copy<T, DP, LD, BN, THREADS> copy_k(k, ld, first * BN, n.keys, n.dim), copy_v(v, ldv, first * BN, n.keys, n.values);
+    const Sums of_queries(forget.queries, bh, n.steps), of_keys(forget.keys, bh, n.keys);
     const auto copy = [&](int block) {
         copy_k(ks + block % 2 * BN * LD);
         copy_v(vs + block % 2 * BN * LD);
+        if constexpr (FORGETS) copy_sums<BN>(sums + block % 2 * 2 * BN, of_keys, block * BN, n.keys);
         cp_async_commit();
     };
     Copy<T, DP, LD, BM, THREADS>(dout, ldv, q0, n.steps, n.values)(dos);
@@ -397,6 +494,20 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
             row_lse[i][half] = w0 + r >= 0 ? lse[w0 + r] : 0.f;
             row_delta[i][half] = deltas[own + r];
         }
+    // Of the warp's queries, seen from the first, and less lse; what ds sums up to.
+    float row_sum[MT][2], row_ds[MT][2];
+    const int row0 = max(w0, 0);
+    if constexpr (FORGETS) {
+        const From from(of_queries, row0);
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = max(w0 + acc_row(i, 2 * half), 0);
+                row_sum[i][half] = from.to(of_queries, row) - row_lse[i][half];
+                row_ds[i][half] = 0.f;
+            }
+    }
     cp_async_wait<0>();
     __syncthreads();
     const Rows<R, DP, LD, MT, DP * MT <= 64> q_rows(qs + own * LD), do_rows(dos + own * LD);
@@ -432,27 +543,46 @@ __device__ __forceinline__ void backward_q(const typename R::elem* q, const type
                         if (key > past + w0 + row || key <= low + row || w0 + row < 0) s[i][j][e] = -INFINITY;
                     }
         }
+        if constexpr (FORGETS) {
+            const From from(of_queries, row0);
 #pragma unroll
-        for (int i = 0; i < MT; i++)
+            for (int j = 0; j < NT; j++) {
+                float key_sum[2];
+                from.template to_tile<BN>(sums + block % 2 * 2 * BN, acc_col(j, 0), key_sum);
 #pragma unroll
-            for (int j = 0; j < NT; j++)
+                for (int i = 0; i < MT; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, -row_lse[i][e / 2])) *
-                                 (ds[i][j][e] - row_delta[i][e / 2]);
+                    for (int e = 0; e < 4; e++) {
+                        s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, row_sum[i][e / 2] - key_sum[e % 2])) *
+                                     (ds[i][j][e] - row_delta[i][e / 2]);
+                        row_ds[i][e / 2] += s[i][j][e];
+                    }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        s[i][j][e] = exp2_fast(fmaf(s[i][j][e], c, -row_lse[i][e / 2])) *
+                                     (ds[i][j][e] - row_delta[i][e / 2]);
+        }
         warp_gemm_acc<R, AlongMN>(acc, s, kt, LD);
     }
+    if constexpr (FORGETS)
+        store_sums(forget.rows + (long long)bh * ceil_div(n.steps, 4) * 4, w0, n.steps, row_ds);
     float scales[MT][2];
 #pragma unroll
     for (int i = 0; i < MT; i++) scales[i][0] = scales[i][1] = scale;
     store_rows<T, LD>(qs + own * LD, dq, ld, w0, n.steps, n.dim, aligned(dq, n.dim), acc, scales);
 }
 
-template <class R, int DP, class Tile>
+template <class R, int DP, class Tile, bool FORGETS>
 __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typename R::elem* k,
                                             const typename R::elem* v, const float* lse, const typename R::elem* dout,
-                                            const float* delta, typename R::elem* dk, typename R::elem* dv, Sizes n,
-                                            float scale) {
+                                            const float* delta, typename R::elem* dk, typename R::elem* dv,
+                                            Forget forget, Sizes n, float scale) {
     using T = typename R::elem;
     constexpr int LD = DP + Pad<R>::K, MT = Tile::MT, BN = Tile::OWN, BM = Tile::OTHER;
     constexpr int NT = BM / 8, THREADS = Tile::THREADS;
@@ -463,6 +593,7 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
     T* const dos = qs + 2 * BM * LD;                                 // two of [BM, LD]
     float* const lses = reinterpret_cast<float*>(dos + 2 * BM * LD);  // two of [BM]
     float* const deltas = lses + 2 * BM;                             // two of [BM]
+    float* const sums = deltas + 2 * BM;                             // two of [2, BM], with forget gates
 
     const int tiles = ceil_div(n.keys, BN), bh = blockIdx.x / tiles;
     const int k0 = BN * (int)(blockIdx.x % tiles), past = n.keys - n.steps;
@@ -477,12 +608,14 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
     const int first = (k0 > past ? k0 - past : 0) / BM, blocks = n.end_block(k0 + BN, BM);
     Copy<T, DP, LD, BM, THREADS> copy_q(q, ld, first * BM, n.steps, n.dim);
     Copy<T, DP, LD, BM, THREADS> copy_do(dout, ldv, first * BM, n.steps, n.values);
+    const Sums of_queries(forget.queries, bh, n.steps), of_keys(forget.keys, bh, n.keys);
     const auto copy = [&](int block) {
         const int buffer = block % 2;
         copy_q(qs + buffer * BM * LD);
         copy_do(dos + buffer * BM * LD);
         copy_floats<BM>(lses + buffer * BM, lse, block * BM, n.steps);
         copy_floats<BM>(deltas + buffer * BM, delta, block * BM, n.steps);
+        if constexpr (FORGETS) copy_sums<BM>(sums + buffer * 2 * BM, of_queries, block * BM, n.steps);
         cp_async_commit();
     };
     Copy<T, DP, LD, BN, THREADS>(k, ld, k0, n.keys, n.dim)(ks);
@@ -496,6 +629,19 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
     zero(acc_k);
     zero(acc_v);
     const float c = scale * LOG2E;
+    // Of the warp's keys, seen from the first; what their ds sums up to.
+    float row_sum[MT][2], row_ds[MT][2];
+    const int row0 = min(w0, n.keys - 1);
+    if constexpr (FORGETS) {
+        const From from(of_keys, row0);
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                row_sum[i][half] = from.to(of_keys, min(w0 + acc_row(i, 2 * half), n.keys - 1));
+                row_ds[i][half] = 0.f;
+            }
+    }
     for (int block = first; block < blocks; block++) {
         cp_async_wait<0>();
         __syncthreads();
@@ -529,17 +675,25 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
             float of_lse[2], of_delta[2];
             load_vec<2>(tile_lse + acc_col(j, 0), of_lse);
             load_vec<2>(tile_delta + acc_col(j, 0), of_delta);
+            float of_sum[2];
+            if constexpr (FORGETS) {
+                From(of_keys, row0).template to_tile<BM>(sums + block % 2 * 2 * BM, acc_col(j, 0), of_sum);
+                of_sum[0] -= of_lse[0], of_sum[1] -= of_lse[1];
+            }
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    p[i][j][e] = exp2_fast(fmaf(p[i][j][e], c, -of_lse[e % 2]));
+                    const float rest = FORGETS ? of_sum[e % 2] - row_sum[i][e / 2] : -of_lse[e % 2];
+                    p[i][j][e] = exp2_fast(fmaf(p[i][j][e], c, rest));
                     ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - of_delta[e % 2]);
+                    if constexpr (FORGETS) row_ds[i][e / 2] += ds[i][j][e];
                 }
         }
         warp_gemm_acc<R, AlongMN>(acc_v, p, dot, LD);
         warp_gemm_acc<R, AlongMN>(acc_k, ds, qt, LD);
     }
+    if constexpr (FORGETS) store_sums(forget.columns + (long long)bh * ceil_div(n.keys, 4) * 4, w0, n.keys, row_ds);
     float scales[MT][2], ones[MT][2];
 #pragma unroll
     for (int i = 0; i < MT; i++) scales[i][0] = scales[i][1] = scale, ones[i][0] = ones[i][1] = 1.f;
@@ -550,10 +704,10 @@ __device__ __forceinline__ void backward_kv(const typename R::elem* q, const typ
 // attention_dkdv for wide heads in bf16. A warp's dk and dv of 32 keys do not fit in registers, and with 16 keys a warp
 // reads shared memory more than it multiplies. So two warps share 32 keys: each forms the scores of half of the queries,
 // gives them to the other as bf16, and owns half of the columns of dk and dv.
-template <int DP, class Tile>
+template <int DP, class Tile, bool FORGETS>
 __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                                  const bf16* dout, const float* delta, bf16* dk, bf16* dv, Sizes n,
-                                                  float scale) {
+                                                  const bf16* dout, const float* delta, bf16* dk, bf16* dv,
+                                                  Forget forget, Sizes n, float scale) {
     constexpr int LD = DP + Pad<Bf16>::K, MT = 2, BN = Tile::OWN, BM = Tile::OTHER, THREADS = Tile::THREADS;
     constexpr int HALF = BM / 2, NT = HALF / 8, COLUMNS = DP / 2;
     static_assert(Tile::MT == 1 && HALF == 32 && COLUMNS % 16 == 0);
@@ -564,7 +718,8 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
     bf16* const dos = qs + 2 * BM * LD;                               // two of [BM, LD]
     float* const lses = reinterpret_cast<float*>(dos + 2 * BM * LD);  // two of [BM]
     float* const deltas = lses + 2 * BM;                              // two of [BM]
-    bf16* const given = reinterpret_cast<bf16*>(deltas + 2 * BM);     // per warp [32, HALF], swizzled
+    float* const sums = deltas + 2 * BM;                              // two of [2, BM], with forget gates
+    bf16* const given = reinterpret_cast<bf16*>(sums + (FORGETS ? 4 * BM : 0));  // per warp [32, HALF], swizzled
 
     const int tiles = ceil_div(n.keys, BN), bh = blockIdx.x / tiles;
     const int k0 = BN * (int)(blockIdx.x % tiles), past = n.keys - n.steps;
@@ -578,12 +733,14 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
     const int first = (k0 > past ? k0 - past : 0) / BM, blocks = n.end_block(k0 + BN, BM);
     Copy<bf16, DP, LD, BM, THREADS> copy_q(q, ld, first * BM, n.steps, n.dim);
     Copy<bf16, DP, LD, BM, THREADS> copy_do(dout, ldv, first * BM, n.steps, n.values);
+    const Sums of_queries(forget.queries, bh, n.steps), of_keys(forget.keys, bh, n.keys);
     const auto copy = [&](int block) {
         const int buffer = block % 2;
         copy_q(qs + buffer * BM * LD);
         copy_do(dos + buffer * BM * LD);
         copy_floats<BM>(lses + buffer * BM, lse, block * BM, n.steps);
         copy_floats<BM>(deltas + buffer * BM, delta, block * BM, n.steps);
+        if constexpr (FORGETS) copy_sums<BM>(sums + buffer * 2 * BM, of_queries, block * BM, n.steps);
         cp_async_commit();
     };
     Copy<bf16, DP, LD, BN, THREADS>(k, ld, k0, n.keys, n.dim)(ks);
@@ -640,6 +797,19 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
     };
 
     const float c = scale * LOG2E;
+    // Of the warp's keys, seen from the first; what their ds sums up to.
+    float row_sum[MT][2], row_ds[MT][2];
+    const int row0 = min(w0, n.keys - 1);
+    if constexpr (FORGETS) {
+        const From from(of_keys, row0);
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                row_sum[i][half] = from.to(of_keys, min(w0 + acc_row(i, 2 * half), n.keys - 1));
+                row_ds[i][half] = 0.f;
+            }
+    }
     for (int block = first; block < blocks; block++) {
         cp_async_wait<0>();
         __syncthreads();
@@ -671,12 +841,19 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
             float of_lse[2], of_delta[2];
             load_vec<2>(lses + buffer * BM + side * HALF + acc_col(j, 0), of_lse);
             load_vec<2>(deltas + buffer * BM + side * HALF + acc_col(j, 0), of_delta);
+            float of_sum[2];
+            if constexpr (FORGETS) {
+                From(of_keys, row0).template to_tile<BM>(sums + block % 2 * 2 * BM, side * HALF + acc_col(j, 0), of_sum);
+                of_sum[0] -= of_lse[0], of_sum[1] -= of_lse[1];
+            }
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    p[i][j][e] = exp2_fast(fmaf(p[i][j][e], c, -of_lse[e % 2]));
+                    const float rest = FORGETS ? of_sum[e % 2] - row_sum[i][e / 2] : -of_lse[e % 2];
+                    p[i][j][e] = exp2_fast(fmaf(p[i][j][e], c, rest));
                     ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - of_delta[e % 2]);
+                    if constexpr (FORGETS) row_ds[i][e / 2] += ds[i][j][e];
                 }
         }
         multiply(acc_v, p, dot);
@@ -684,6 +861,18 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
         multiply(acc_k, ds, qt);
     }
     __syncthreads();  // the other warp reads the same keys
+    if constexpr (FORGETS) {
+        // Each warp of a pair has the sums of half of the queries: the second gives them to the first.
+        if (side == 1) store_sums(lses, own, own + 32, row_ds);
+        pair_barrier(pair);
+        if (side == 0) {
+            store_sums(deltas, own, own + 32, row_ds);
+            __syncwarp();
+            const int row = own + lane_id();
+            if (k0 + row < n.keys)
+                forget.columns[(long long)bh * ceil_div(n.keys, 4) * 4 + k0 + row] = deltas[row] + lses[row];
+        }
+    }
     const float scales[MT][2] = {{scale, scale}, {scale, scale}}, ones[MT][2] = {{1.f, 1.f}, {1.f, 1.f}};
     const int at = side * COLUMNS;
     store_rows<bf16, LD>(ks + own * LD + at, dk + at, ld, w0, n.keys, min(n.dim - at, COLUMNS), aligned(dk, n.dim), acc_k,
@@ -692,35 +881,117 @@ __device__ __forceinline__ void backward_kv_pairs(const bf16* q, const bf16* k, 
                          acc_v, ones);
 }
 
-template <class R, int DP, class Tile>
+template <class R, int DP, class Tile, bool FORGETS>
 __device__ __forceinline__ void choose_kv(const typename R::elem* q, const typename R::elem* k,
                                           const typename R::elem* v, const float* lse, const typename R::elem* dout,
-                                          const float* delta, typename R::elem* dk, typename R::elem* dv, Sizes n,
-                                          float scale) {
+                                          const float* delta, typename R::elem* dk, typename R::elem* dv,
+                                          Forget forget, Sizes n, float scale) {
     if constexpr (__is_same(R, Bf16) && DP >= 96) {
-        backward_kv_pairs<DP, Tile>(q, k, v, lse, dout, delta, dk, dv, n, scale);
+        backward_kv_pairs<DP, Tile, FORGETS>(q, k, v, lse, dout, delta, dk, dv, forget, n, scale);
     } else {
-        backward_kv<R, DP, Tile>(q, k, v, lse, dout, delta, dk, dv, n, scale);
+        backward_kv<R, DP, Tile, FORGETS>(q, k, v, lse, dout, delta, dk, dv, forget, n, scale);
     }
 }
 
+// ---- forget gates
+
+// put(i, x(0) + .. + x(i)) for all i below n, by one block of THREADS threads with ITEMS in a row each, in f64.
+template <int THREADS, int ITEMS, class X, class Put>
+__device__ __forceinline__ void sum_up(int n, X x, Put put) {
+    __shared__ double warps[THREADS / WARP];
+    double before = 0.;
+    for (int first = 0; first < n; first += THREADS * ITEMS) {
+        const int at = first + ITEMS * threadIdx.x;
+        double own[ITEMS], total = 0.;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) own[i] = total += at + i < n ? x(at + i) : 0.;
+        double through = total;
+#pragma unroll
+        for (int offset = 1; offset < WARP; offset *= 2) {
+            const double lower = __shfl_up_sync(FULL, through, offset);
+            if (lane_id() >= offset) through += lower;
+        }
+        if (lane_id() == WARP - 1) warps[warp_id()] = through;
+        __syncthreads();
+        double start = before + (through - total);
+        for (int w = 0; w < THREADS / WARP; w++) {
+            if (w < warp_id()) start += warps[w];
+            before += warps[w];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (at + i < n) put(at + i, start + own[i]);
+    }
+}
+
+constexpr int SUM_THREADS = 256, SUM_ITEMS = 4;
+
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+attention_forget_sums(const float* g, float* of_queries, float* of_keys, int steps, int keys, int heads) {
+    const int bh = blockIdx.x, past = keys - steps, steps4 = ceil_div(steps, 4) * 4, keys4 = ceil_div(keys, 4) * 4;
+    g += (long long)(bh / heads) * keys * heads + bh % heads;
+    of_queries += (long long)bh * 2 * steps4, of_keys += (long long)bh * 2 * keys4;
+    const auto x = [&](int s) { return g[(long long)s * heads] * 1.4426950408889634; };
+    sum_up<SUM_THREADS, SUM_ITEMS>(keys, x, [&](int s, double sum) {
+        const float hi = (float)sum, lo = (float)(sum - hi);
+        of_keys[s] = hi, of_keys[keys4 + s] = lo;
+        if (s >= past) of_queries[s - past] = hi, of_queries[steps4 + s - past] = lo;
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+attention_forget_gradient(const float* rows, const float* columns, float* dg, int steps, int keys, int heads) {
+    const int bh = blockIdx.x, past = keys - steps;
+    rows += (long long)bh * ceil_div(steps, 4) * 4, columns += (long long)bh * ceil_div(keys, 4) * 4;
+    dg += (long long)(bh / heads) * keys * heads + bh % heads;
+    const auto x = [&](int i) {
+        const int s = keys - 1 - i;
+        return (s >= past ? (double)rows[s - past] : 0.) - columns[s];
+    };
+    sum_up<SUM_THREADS, SUM_ITEMS>(
+        keys, x, [&](int i, double sum) { dg[(long long)(keys - 1 - i) * heads] = (float)sum; });
+}
+
 // The tiles of src/ops/attention/cuda.rs.
-#define ENTRIES(DP, R, NAME, FORWARD, FORWARD_BLOCKS, DQ, DQ_BLOCKS, DKDV, DKDV_BLOCKS)                                 \
-    extern "C" __global__ void __launch_bounds__(FORWARD::THREADS, FORWARD_BLOCKS) attention_forward_##DP##_##NAME(     \
-        const R::elem* q, const R::elem* k, const R::elem* v, R::elem* o, float* lse, int steps, int keys, int heads,   \
+#define ENTRIES(DP, R, NAME, FORWARD, FORWARD_BLOCKS, DQ, DQ_BLOCKS, DKDV, DKDV_BLOCKS)                                \
+    extern "C" __global__ void __launch_bounds__(FORWARD::THREADS, FORWARD_BLOCKS) attention_forward_##DP##_##NAME(    \
+        const R::elem* q, const R::elem* k, const R::elem* v, R::elem* o, float* lse, int steps, int keys, int heads,  \
         int dim, int values, int window, float scale) {                                                                \
-        forward<R, DP, FORWARD>(q, k, v, o, lse, {steps, keys, heads, dim, values, window}, scale);                     \
+        forward<R, DP, FORWARD, false>(q, k, v, o, lse, {}, {steps, keys, heads, dim, values, window}, scale);         \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(DQ::THREADS, DQ_BLOCKS) attention_dq_##DP##_##NAME(                    \
-        const R::elem* q, const R::elem* k, const R::elem* v, const R::elem* o, const float* lse, const R::elem* dout,  \
-        float* delta, R::elem* dq, int steps, int keys, int heads, int dim, int values, int window, float scale) {      \
-        backward_q<R, DP, DQ>(q, k, v, o, lse, dout, delta, dq, {steps, keys, heads, dim, values, window}, scale);      \
+    extern "C" __global__ void __launch_bounds__(DQ::THREADS, DQ_BLOCKS) attention_dq_##DP##_##NAME(                   \
+        const R::elem* q, const R::elem* k, const R::elem* v, const R::elem* o, const float* lse, const R::elem* dout, \
+        float* delta, R::elem* dq, int steps, int keys, int heads, int dim, int values, int window, float scale) {     \
+        backward_q<R, DP, DQ, false>(q, k, v, o, lse, dout, delta, dq, {},                                             \
+                                     {steps, keys, heads, dim, values, window}, scale);                                \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(DKDV::THREADS, DKDV_BLOCKS) attention_dkdv_##DP##_##NAME(              \
-        const R::elem* q, const R::elem* k, const R::elem* v, const float* lse, const R::elem* dout,                    \
-        const float* delta, R::elem* dk, R::elem* dv, int steps, int keys, int heads, int dim, int values, int window,  \
+    extern "C" __global__ void __launch_bounds__(DKDV::THREADS, DKDV_BLOCKS) attention_dkdv_##DP##_##NAME(             \
+        const R::elem* q, const R::elem* k, const R::elem* v, const float* lse, const R::elem* dout,                   \
+        const float* delta, R::elem* dk, R::elem* dv, int steps, int keys, int heads, int dim, int values, int window, \
         float scale) {                                                                                                 \
-        choose_kv<R, DP, DKDV>(q, k, v, lse, dout, delta, dk, dv, {steps, keys, heads, dim, values, window}, scale);    \
+        choose_kv<R, DP, DKDV, false>(q, k, v, lse, dout, delta, dk, dv, {},                                           \
+                                      {steps, keys, heads, dim, values, window}, scale);                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(FORWARD::THREADS, FORWARD_BLOCKS) forgetting_forward_##DP##_##NAME(   \
+        const R::elem* q, const R::elem* k, const R::elem* v, R::elem* o, float* lse, const float* of_queries,         \
+        const float* of_keys, int steps, int keys, int heads, int dim, int values, int window, float scale) {          \
+        forward<R, DP, FORWARD, true>(q, k, v, o, lse, {of_queries, of_keys, nullptr, nullptr},                        \
+                                      {steps, keys, heads, dim, values, window}, scale);                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(DQ::THREADS, DQ_BLOCKS) forgetting_dq_##DP##_##NAME(                  \
+        const R::elem* q, const R::elem* k, const R::elem* v, const R::elem* o, const float* lse, const R::elem* dout, \
+        float* delta, R::elem* dq, const float* of_queries, const float* of_keys, float* rows, int steps, int keys,    \
+        int heads, int dim, int values, int window, float scale) {                                                     \
+        backward_q<R, DP, DQ, true>(q, k, v, o, lse, dout, delta, dq, {of_queries, of_keys, rows, nullptr},            \
+                                    {steps, keys, heads, dim, values, window}, scale);                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(DKDV::THREADS, DKDV_BLOCKS) forgetting_dkdv_##DP##_##NAME(            \
+        const R::elem* q, const R::elem* k, const R::elem* v, const float* lse, const R::elem* dout,                   \
+        const float* delta, R::elem* dk, R::elem* dv, const float* of_queries, const float* of_keys, float* columns,   \
+        int steps, int keys, int heads, int dim, int values, int window, float scale) {                                \
+        choose_kv<R, DP, DKDV, true>(q, k, v, lse, dout, delta, dk, dv, {of_queries, of_keys, nullptr, columns},       \
+                                     {steps, keys, heads, dim, values, window}, scale);                                \
     }
 
 using Wide = Tile<2, 4, 64>;     // 128 rows, 64 of the other side

@@ -186,9 +186,9 @@ fn refuses_texts() {
         ("3", "c.yaml: the configuration is 3; it must be a mapping"),
         (
             "model: mamba2",
-            "c.yaml: model is `mamba2`; it must be a mapping with the keys name, layers, width, state, heads, dropout, \
-             conv, householders, rope_base, window, decay, output_gate, short_conv, negative_eigenvalues, as in \
-             `model: {name: …}`",
+            "c.yaml: model is `mamba2`; it must be a mapping with the keys name, block, layers, width, state, heads, \
+             dropout, conv, householders, rope_base, window, decay, output_gate, short_conv, negative_eigenvalues, \
+             delta_rule, qk_norm, as in `model: {name: …}`",
         ),
         (
             "task:\n  gap: 0.1",
@@ -489,12 +489,12 @@ fn the_sweep_over_ablations_is_of_runs() {
     let plan = Plan::open(&configs().join("sweeps/ablations.yaml"), &[], None, |_| Ok(false)).unwrap();
     assert_eq!(plan.left_out, []);
     for (name, runs) in
-        [("mamba", 16), ("mamba2", 16), ("gla", 16), ("gated_delta_net", 32), ("gated_delta_product", 32)]
+        [("mamba", 16), ("mamba2", 16), ("gla", 16), ("gated_delta_net", 48), ("gated_delta_product", 48)]
     {
         let of_model = plan.runs.iter().filter(|run| run.config.model.name == name).count();
         assert_eq!(of_model, runs, "{name}");
     }
-    assert_eq!(plan.runs.len(), 112);
+    assert_eq!(plan.runs.len(), 144);
 }
 
 #[test]
@@ -599,6 +599,7 @@ fn lists_of_models_tasks_and_devices() {
             "kda",
             "rwkv7",
             "mlstm",
+            "fox",
             "transformer",
             "gru",
             "s4"
@@ -611,7 +612,7 @@ fn lists_of_models_tasks_and_devices() {
     assert_eq!(models[2]["recurrence"], "S = S + k^T v");
     assert_eq!(models[4]["transition"], "Householder");
     assert!(
-        models[11]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no")
+        models[12]["refused"].as_str().unwrap().starts_with("model.decay is off, but transformer has no")
     );
     let models = json(&["models", "--json", "--set", "model.negative_eigenvalues=on"]);
     assert_eq!(names(&models)[..3], ["delta_net", "gated_delta_net", "gated_delta_product"]);

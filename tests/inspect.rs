@@ -162,6 +162,12 @@ fn layers_tell_what_their_weights_say() {
         w.times("layers.0.g_proj.weight", 0..2 * WIDTH, &x[t]).iter().map(silu).collect()
     });
 
+    let (told, x, w) = weights_of("fox");
+    check("fox", &told, "decay", |t| {
+        let f = w.times("layers.0.f_proj.weight", 0..HEADS, &x[t]);
+        f.iter().zip(w.vector("layers.0.f_proj.bias")).map(|(f, bias)| sigmoid(f + bias)).collect()
+    });
+
     let (told, x, w) = weights_of("mamba2");
     let (inner, heads, states) = (2 * WIDTH, 2 * HEADS, 8);
     let dt = |t: usize| -> Vec<f64> {
@@ -216,6 +222,26 @@ fn attention_without_queries_is_even() {
     check("transformer", &told, "attention", |t| {
         let mut shares = vec![0.0; 16];
         (0..=t).for_each(|back| shares[age(back)] += 1.0 / (t + 1) as f64);
+        shares
+    });
+}
+
+/// Queries of zero see of everything what the gates behind it have left.
+#[test]
+fn forgetting_attention_without_queries_follows_its_gates() {
+    let net = net("fox");
+    let name = |name: &str| name == "layers.0.q_proj.weight";
+    let param = net.params().named().find(|param| name(param.name())).unwrap();
+    param.value().slice_set(&param.value().zeros_like().unwrap(), 0, 0).unwrap();
+    let told = told(&net, 0..SYMBOLS.len(), SYMBOLS.len());
+    let gates = told.iter().find(|q| q.layer == 0 && q.kind.name == "decay").unwrap();
+    check("fox", &told, "attention", |t| {
+        let mut shares = vec![0.0; 16];
+        for head in 0..4 {
+            let left = |s: usize| (s + 1..=t).map(|l| f64::from(gates.at(l, head)[0])).product::<f64>();
+            let total: f64 = (0..=t).map(left).sum();
+            (0..=t).for_each(|s| shares[age(t - s)] += left(s) / total / 4.0);
+        }
         shares
     });
 }

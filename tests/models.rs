@@ -13,18 +13,19 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use common::{Golden, relative_rms};
 use selectivbench::config::load::defaults;
-use selectivbench::config::{Auto, ModelConfig, Switch};
+use selectivbench::config::{Auto, Block, ModelConfig, Switch};
 use selectivbench::model::{
     Builder, Call, Context, Dims, DropoutKey, Grain, Input, MODELS, Mixer, Model, Notes, ParamStore, Part,
     RecNet, Transition, count_parameters, find, width_for_budget,
 };
 use selectivbench::ops::attention::rope;
 use selectivbench::ops::causal_conv1d::causal_conv1d_silu;
+use selectivbench::ops::dropout::Dropout;
 use selectivbench::ops::gla::gla;
 use selectivbench::ops::head::{Targets, head_cross_entropy};
 use selectivbench::ops::linear::linear;
 use selectivbench::ops::no_grad;
-use selectivbench::ops::norms::{GateOrder, gated_rms_norm};
+use selectivbench::ops::norms::{GateOrder, RmsEps, gated_rms_norm, rms_norm};
 
 fn config(name: &str, width: usize, layers: usize, state: usize) -> ModelConfig {
     ModelConfig {
@@ -142,14 +143,17 @@ type Owns = fn(&Model) -> Part;
 type Field = fn(&mut ModelConfig) -> &mut Switch;
 
 /// The switches by name: whether a model has the part, and where a configuration sets it.
-const SWITCHES: [(&str, Owns, Field); 4] = [
+const SWITCHES: [(&str, Owns, Field); 6] = [
     ("decay", |model| model.decay, |config| &mut config.decay),
     ("output_gate", |model| model.output_gate, |config| &mut config.output_gate),
     ("short_conv", |model| model.short_conv, |config| &mut config.short_conv),
     ("negative_eigenvalues", |model| model.negative_eigenvalues, |config| &mut config.negative_eigenvalues),
+    ("delta_rule", |model| model.delta_rule, |config| &mut config.delta_rule),
+    ("qk_norm", |model| model.qk_norm, |config| &mut config.qk_norm),
 ];
 
-/// A small configuration of the model, by itself and with every combination of its switches.
+/// A small configuration of the model, by itself and with every combination of its switches; with the blocks of
+/// language models, where it can have them.
 fn settings(model: &Model) -> Vec<ModelConfig> {
     let mut all = vec![ModelConfig { householders: 2, ..config(model.name, 16, 2, 8) }];
     if model.transition == Transition::Attention {
@@ -169,6 +173,11 @@ fn settings(model: &Model) -> Vec<ModelConfig> {
             all.push(switched);
         }
     }
+    // Without the delta rule nothing is erased, and no eigenvalue is negative.
+    all.retain(|config| config.negative_eigenvalues != Switch::On || config.delta_rule != Switch::Off);
+    if model.name != "transformer" {
+        all.push(ModelConfig { block: Block::Layered, ..all[0].clone() });
+    }
     all
 }
 
@@ -176,7 +185,13 @@ fn settings(model: &Model) -> Vec<ModelConfig> {
 fn shown(config: &ModelConfig) -> String {
     let mut config = config.clone();
     let switches = SWITCHES.map(|(name, _, field)| format!("{name} {}", *field(&mut config)));
-    format!("{} with {}, window {:?}", config.name, switches.join(", "), config.window)
+    format!(
+        "{} with {}, window {:?}, block {:?}",
+        config.name,
+        switches.join(", "),
+        config.window,
+        config.block
+    )
 }
 
 /// One layer in f64.
@@ -226,6 +241,8 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
                     ("decay", "gla", "gk_proj.1.bias") => Some(value.affine(0.0, 1e6)?),
                     ("decay", "gla", "gk_proj.0.weight" | "gk_proj.1.weight") => None,
                     ("decay", "mesa_net", "a_proj.bias") => Some(value.affine(0.0, 1e6)?),
+                    ("decay", "fox", "f_proj.bias") => Some(value.affine(0.0, 1e6)?),
+                    ("decay", "fox", "f_proj.weight") => None,
                     ("decay", _, "dt_bias") if model.name.contains("delta") => Some(value.affine(0.0, -1e6)?),
                     ("decay", "kda", "dt_bias") => Some(value.affine(0.0, -1e6)?),
                     ("decay", "kda", "f_proj.0.weight" | "f_proj.1.weight") => None,
@@ -253,6 +270,8 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
                         Some(Tensor::cat(&[value.narrow(1, 0, 1)?.ones_like()?, rest], 1)?)
                     }
                     ("output_gate", "mlstm", "g_proj.weight") => Some(bias(inner, 1e6)?),
+                    // A sigmoid, which is 1 far out.
+                    ("output_gate", "fox", "g_proj.weight") => Some(bias(width, 1e6)?),
                     ("output_gate", _, "g_proj.weight") => Some(bias(inner, NEUTRAL)?),
                     ("output_gate", _, "g_norm_swish_gate.weight") => {
                         kept.insert("g_norm.weight".into(), value.clone());
@@ -283,7 +302,7 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
             compared += 1;
         }
     }
-    assert_eq!(compared, 30);
+    assert_eq!(compared, 33);
     Ok(())
 }
 
@@ -360,13 +379,19 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
             "gru" | "s4" => true,
             "mesa_net" => has("a_proj"),
             "rwkv7" => has("w_lora"),
-            "mlstm" => has("f_proj"),
+            "mlstm" | "fox" => has("f_proj"),
             _ => has("A_log") || has("gk_proj"),
         };
         assert_eq!(decays, taxonomy.decay.is_some(), "{what}");
-        // A fit has weights too; learning rates come through a low rank.
-        let weighs = taxonomy.delta_rule && config.name != "rwkv7" || config.name == "mesa_net";
+        // A fit has weights too, and the sum rule write strengths; learning rates come through a low rank.
+        let weighs = config.name.contains("delta") || ["mesa_net", "kda"].contains(&config.name.as_str());
         assert_eq!(has("b_proj"), weighs, "{what}");
+        assert_eq!(
+            (taxonomy.householders > 0, dims.parts.delta_rule),
+            (taxonomy.delta_rule, taxonomy.delta_rule)
+        );
+        assert_eq!(has("q_norm"), dims.parts.qk_norm, "{what}");
+        assert_eq!(has("mlp.gate_proj"), config.block == Block::Layered, "{what}");
 
         let mut notes = Notes::new(0..steps);
         no_grad(|| net.inspect(Input::Ids(&ids), &mut Context::default(), &mut notes))?;
@@ -374,9 +399,9 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
         let told = |names: &[&str]| notes.iter().any(|note| names.contains(&note.kind.name));
         assert_eq!(told(&["decay", "alpha"]), taxonomy.decay.is_some(), "{what}");
         assert_eq!(told(&["output_gate"]), taxonomy.output_gate, "{what}");
-        assert_eq!(told(&["beta"]), taxonomy.delta_rule, "{what}");
+        assert_eq!(told(&["beta"]), config.name.contains("delta"), "{what}");
         let Some([low, high]) = taxonomy.eigenvalues else {
-            assert!(["transformer", "gru"].contains(&config.name.as_str()), "{what}");
+            assert!(["transformer", "gru", "fox"].contains(&config.name.as_str()), "{what}");
             continue;
         };
         assert_eq!(high, 1.0, "{what}");
@@ -389,7 +414,10 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
         if config.name == "s4" {
             continue;
         }
-        // 1 − β is the eigenvalue along a key.
+        // 1 − β is the eigenvalue along a key, where it is erased.
+        if config.name.contains("delta") && !taxonomy.delta_rule {
+            continue;
+        }
         let most = |beta: f32| {
             notes.iter().filter(|n| n.kind.name == "beta").all(|n| n.values.iter().all(|b| *b <= beta))
         };
@@ -470,6 +498,7 @@ fn the_taxonomy_is_that_of_the_literature() {
             Some(64 * 16),
         ),
         ("mlstm", "scalar", Some(Grain::Head), false, true, Some([0.0, 1.0]), Some(64 * 32 + 64 + 4)),
+        ("fox", "decaying key-value cache", Some(Grain::Head), false, false, None, None),
     ] {
         let taxonomy = of(name);
         assert_eq!((taxonomy.transition.as_str(), taxonomy.decay), (transition, decay), "{name}");
@@ -521,11 +550,25 @@ fn a_switch_without_a_part_is_refused() {
 #[test]
 fn a_window_bounds_what_is_seen() -> Result<()> {
     let (steps, window) = (40, 5);
-    let config = ModelConfig { window: Auto::Value(window), ..config("transformer", 16, 2, 8) };
-    let model = find("transformer").unwrap();
-    let taxonomy = model.taxonomy(&Dims::new(model, &config).unwrap());
-    assert_eq!(taxonomy.state_per_layer, Some(2 * 16 * window));
-    let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
+    for (name, each) in [("transformer", 2 * 16), ("fox", 2 * 16 + 4)] {
+        let config = ModelConfig { window: Auto::Value(window), ..config(name, 16, 2, 8) };
+        let model = find(name).unwrap();
+        let taxonomy = model.taxonomy(&Dims::new(model, &config).unwrap());
+        assert_eq!(taxonomy.state_per_layer, Some(each * window));
+        reach_of(&config, steps, window)?;
+    }
+
+    let wrong = ModelConfig { window: Auto::Value(4), ..self::config("gla", 16, 1, 8) };
+    assert_eq!(
+        count_parameters(&wrong, 7, 13).unwrap_err().to_string(),
+        "model.window is 4, but gla has no attention; leave it at auto, or use transformer or fox"
+    );
+    Ok(())
+}
+
+/// What two layers with this window see of a step that changes.
+fn reach_of(config: &ModelConfig, steps: usize, window: usize) -> Result<()> {
+    let net = RecNet::new(config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
     let logits = |ids: Vec<u32>| -> Result<Vec<Vec<f32>>> {
         let ids = Tensor::from_vec(ids, (1, steps), &Device::Cpu)?;
         no_grad(|| net.logits(Input::Ids(&ids), &mut Context::default()))?.squeeze(0)?.to_vec2()
@@ -538,12 +581,6 @@ fn a_window_bounds_what_is_seen() -> Result<()> {
     for (t, (a, b)) in whole.iter().zip(logits(other)?).enumerate() {
         assert_eq!(*a != b, reach.contains(&t), "step {t}");
     }
-
-    let wrong = ModelConfig { window: Auto::Value(4), ..self::config("gla", 16, 1, 8) };
-    assert_eq!(
-        count_parameters(&wrong, 7, 13).unwrap_err().to_string(),
-        "model.window is 4, but gla has no attention; leave it at auto, or use transformer"
-    );
     Ok(())
 }
 
@@ -609,8 +646,9 @@ fn a_layer_computed_again_gives_the_same_gradients() -> Result<()> {
 fn pieces_give_what_the_whole_gives() -> Result<()> {
     let (batch, steps) = (2, 61);
     // A window of the current step alone asks nothing of queries and keys.
-    let narrow = ModelConfig { window: Auto::Value(1), ..config("transformer", 16, 2, 8) };
-    for config in MODELS.iter().flat_map(settings).chain([narrow]) {
+    let narrow =
+        ["transformer", "fox"].map(|name| ModelConfig { window: Auto::Value(1), ..config(name, 16, 2, 8) });
+    for config in MODELS.iter().flat_map(settings).chain(narrow) {
         let net = RecNet::new(&config, 7, 13, 5, DType::F32, &Device::Cpu).unwrap();
         let ids = symbols(batch, steps, 7)?;
         let whole = no_grad(|| net.logits(Input::Ids(&ids), &mut Context::default()))?;
@@ -626,6 +664,202 @@ fn pieces_give_what_the_whole_gives() -> Result<()> {
         let error = relative_rms(&Tensor::cat(&pieces, 1)?, &whole.to_dtype(DType::F64)?);
         assert!(error < 1e-6, "{}: pieces differ from the whole by {error:.1e}", shown(&config));
     }
+    Ok(())
+}
+
+/// Layered blocks are those of language models, written out with plain operations; dropout on both branches.
+#[test]
+fn layered_blocks_are_those_of_language_models() -> Result<()> {
+    let (width, inner) = (16, 256);
+    for name in ["gla", "delta_net", "gated_delta_net", "fox", "mamba2", "gru"] {
+        let config = ModelConfig { block: Block::Layered, ..config(name, width, 2, 8) };
+        let net = RecNet::new(&config, 7, 13, 5, DType::F64, &Device::Cpu).unwrap();
+        let weights = values_of(net.params())?;
+        let post = ModelConfig { block: Block::PostNorm, layers: 1, ..config.clone() };
+        let rms = |x: &Tensor, name: &str| -> Result<Tensor> {
+            let size = (x.sqr()?.mean_keepdim(2)? + 1e-6)?.sqrt()?;
+            x.broadcast_div(&size)?.broadcast_mul(&weights[name])
+        };
+        let times = |x: &Tensor, name: &str| x.broadcast_matmul(&weights[name].t()?);
+        let ids = symbols(2, 30, 7)?;
+        let key = DropoutKey { p: 0.3, key: [1, 2], first: 0 };
+        for dropout in [None, Some(key)] {
+            let drop = |x: &Tensor, site: u32| match dropout {
+                None => Ok(x.clone()),
+                Some(DropoutKey { p, key, first }) => {
+                    selectivbench::ops::dropout::dropout(x, &Dropout { p, key, site, first, tied: false })
+                }
+            };
+            let mut seen = HashMap::new();
+            let mut context = Context { dropout, ..Context::default() };
+            let hidden = no_grad(|| {
+                net.watch(Input::Ids(&ids), &mut context, |name, x| {
+                    seen.insert(name.to_string(), x.clone());
+                    Ok(())
+                })
+            })?;
+            let mut x = seen["encoder"].clone();
+            for l in 0..2 {
+                let at = |name: &str| format!("layers.{l}.{name}");
+                let (mixer, store) = layer(&post)?;
+                let prefix = at("attn.");
+                let own = weights.iter().filter_map(|(name, value)| {
+                    Some((name.strip_prefix(&prefix)?.to_string(), value.clone()))
+                });
+                store.load(&own.collect()).unwrap();
+                let h = rms(&x, &at("attn_norm.weight"))?;
+                let y = no_grad(|| mixer.forward(&h, &mut Call::new(None, None)))?;
+                assert!(relative_rms(&seen[&at("attn")], &y) < 1e-12, "{name}");
+                x = (&x + drop(&y, 2 * l + 1)?)?;
+                let h = rms(&x, &at("mlp_norm.weight"))?;
+                let gate = times(&h, &at("mlp.gate_proj.weight"))?.silu()?;
+                assert_eq!(gate.dim(2)?, inner);
+                let y = times(&(gate * times(&h, &at("mlp.up_proj.weight"))?)?, &at("mlp.down_proj.weight"))?;
+                x = (&x + drop(&y, 4 + l)?)?;
+            }
+            let error = relative_rms(&hidden, &rms(&x, "norm.weight")?);
+            assert!(error < 1e-12, "{name}: off by {error:.1e}");
+        }
+    }
+    let refused = ModelConfig { block: Block::Layered, ..config("transformer", 16, 1, 8) };
+    let error = count_parameters(&refused, 7, 13).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "model.block is layered, but the transformer has residuals and an MLP of its own; leave it at post_norm"
+    );
+    assert_eq!(selectivbench::error::exit_code(&error), 2);
+    Ok(())
+}
+
+/// The slope of a loss along a direction in the space of all parameters is what its gradient says, in f64.
+#[test]
+fn gradients_of_new_parts_equal_finite_differences() -> Result<()> {
+    let sum = |x: &Tensor| x.sum_all()?.to_scalar::<f64>();
+    for config in ["gla", "gated_delta_net", "gated_delta_product", "fox"].iter().flat_map(|name| {
+        let plain = ModelConfig { householders: 2, ..config(name, 16, 2, 8) };
+        let layered = ModelConfig { block: Block::Layered, ..plain.clone() };
+        let other = match *name {
+            "gla" => vec![],
+            "fox" => {
+                vec![ModelConfig { output_gate: Switch::On, qk_norm: Switch::On, ..plain.clone() }, plain]
+            }
+            _ => vec![ModelConfig { delta_rule: Switch::Off, ..plain }],
+        };
+        other.into_iter().chain([layered])
+    }) {
+        let net = RecNet::new(&config, 7, 13, 5, DType::F64, &Device::Cpu).unwrap();
+        let ids = symbols(2, 30, 7)?;
+        let weight = Tensor::randn(0f64, 1.0, (2, 30, 13), &Device::Cpu)?;
+        let dropout = Some(DropoutKey { p: 0.2, key: [1, 2], first: 0 });
+        let loss = || -> Result<Tensor> {
+            let mut context = Context { dropout, ..Context::default() };
+            (net.logits(Input::Ids(&ids), &mut context)? * &weight)?.sum_all()
+        };
+        loss()?.backward()?;
+        let (value, gradient) = (net.params().value(), net.params().gradient());
+        let direction = Tensor::randn(0f64, 1.0, value.shape(), &Device::Cpu)?;
+        let at = value.copy()?;
+        let step = |by: f64| -> Result<f64> {
+            value.slice_set(&(&at + (&direction * by)?)?, 0, 0)?;
+            no_grad(loss)?.to_scalar::<f64>()
+        };
+        // Fourth-order differences.
+        let h = 1e-4;
+        let want = (8.0 * (step(h)? - step(-h)?) - (step(2.0 * h)? - step(-2.0 * h)?)) / (12.0 * h);
+        let got = sum(&(gradient * &direction)?)?;
+        let size = sum(&gradient.sqr()?)?.sqrt();
+        assert!((got - want).abs() < 1e-7 * size, "{}: {got}, by differences {want}", shown(&config));
+    }
+    Ok(())
+}
+
+/// Without the delta rule: linear attention of keys times write strengths, as gated linear attention computes it.
+#[test]
+fn without_the_delta_rule_writes_are_added() -> Result<()> {
+    for (name, n) in [("delta_net", 1), ("gated_delta_net", 1), ("gated_delta_product", 4)] {
+        let golden = Golden::open(&format!("layer_{name}"));
+        let weights = params_of(&golden);
+        let config = ModelConfig { delta_rule: Switch::Off, ..config(name, 64, 1, 16) };
+        let (mixer, store) = layer(&config)?;
+        store.load(&weights).unwrap();
+        let x = golden.f64("x");
+        let got = no_grad(|| mixer.forward(&x, &mut Call::new(None, None)))?;
+
+        let weight = |name: &str| &weights[name];
+        let (batch, steps, heads, k, v) = (2, 70, 4, 16, 32);
+        let short = |name: &str| -> Result<Tensor> {
+            let y = linear(&x, weight(&format!("{name}_proj.weight")), None)?;
+            Ok(causal_conv1d_silu(&y, weight(&format!("{name}_conv1d.weight")), None, None)?.0)
+        };
+        let unit =
+            |x: Tensor| x.broadcast_div(&(x.sqr()?.sum_keepdim(candle_core::D::Minus1)? + 1e-6)?.sqrt()?);
+        let q = unit(short("q")?.reshape((batch, steps, heads, k))?)?;
+        let keys = unit(short("k")?.reshape((batch, steps, n, heads, k))?)?;
+        let values = short("v")?.reshape((batch, steps, n, heads, v))?;
+        let logits = linear(&x, weight("b_proj.weight"), None)?.reshape((batch, steps, n, heads))?;
+        let beta = ((logits.neg()?.exp()? + 1.0)?).recip()?.unsqueeze(4)?;
+        // One decay for all channels of a head; the writes of a token are as many heads that share it.
+        let g = match name {
+            "delta_net" => Tensor::zeros((batch, steps, heads), DType::F64, &Device::Cpu)?,
+            _ => {
+                let a = linear(&x, weight("a_proj.weight"), None)?.broadcast_add(weight("dt_bias"))?;
+                (a.exp()? + 1.0)?.log()?.broadcast_mul(&weight("A_log").exp()?.neg()?)?
+            }
+        };
+        let many = (batch, steps, n, heads, k);
+        let all = (batch, steps, n * heads, k);
+        let q = q.unsqueeze(2)?.broadcast_as(many)?.reshape(all)?;
+        let g = g.reshape((batch, steps, 1, heads, 1))?.broadcast_as(many)?.reshape(all)?;
+        let keys = keys.broadcast_mul(&beta)?.reshape(all)?;
+        let values = values.reshape((batch, steps, n * heads, v))?;
+        let (o, _) = gla(&q, &keys, &values, &g, 0.25, None)?;
+        let o = o.reshape((batch, steps, n, heads * v))?.sum(2)?;
+        let o = match name {
+            "delta_net" => rms_norm(&o, weight("o_norm.weight"), 1e-5, RmsEps::Inside)?,
+            _ => {
+                let gate = linear(&x, weight("g_proj.weight"), None)?;
+                gated_rms_norm(&o, &gate, weight("o_norm.weight"), 1e-5, GateOrder::AfterNorm)?
+            }
+        };
+        let error = relative_rms(&got, &linear(&o, weight("o_proj.weight"), None)?);
+        assert!(error < 1e-12, "{name}: off by {error:.1e}");
+    }
+    let both = ModelConfig {
+        delta_rule: Switch::Off,
+        negative_eigenvalues: Switch::On,
+        ..config("gated_delta_net", 16, 1, 8)
+    };
+    assert_eq!(
+        count_parameters(&both, 7, 13).unwrap_err().to_string(),
+        "model.negative_eigenvalues is on, but without the delta rule (model.delta_rule off) nothing is erased; leave \
+         it at auto"
+    );
+    Ok(())
+}
+
+/// Normed queries and keys do not see how long they are; the gate is a sigmoid.
+#[test]
+fn parts_of_the_forgetting_transformer() -> Result<()> {
+    let x = Tensor::randn(0f64, 1.0, (2, 9, 16), &Device::Cpu)?;
+    let plain = config("fox", 16, 1, 8);
+    let run = |config: &ModelConfig, change: &dyn Fn(&str, &Tensor) -> Result<Tensor>| -> Result<Tensor> {
+        let (mixer, store) = layer(config)?;
+        let values = values_of(&store)?;
+        let changed = values.iter().map(|(name, value)| Ok((name.clone(), change(name, value)?)));
+        store.load(&changed.collect::<Result<_>>()?).unwrap();
+        no_grad(|| mixer.forward(&x, &mut Call::new(None, None)))
+    };
+    let same = |_: &str, value: &Tensor| Ok(value.clone());
+    let longer =
+        |name: &str, value: &Tensor| if name == "q_proj.weight" { value * 3e3 } else { Ok(value.clone()) };
+    let normed = ModelConfig { qk_norm: Switch::On, ..plain.clone() };
+    // As far as the norm's epsilon does.
+    assert!(relative_rms(&run(&normed, &longer)?, &run(&normed, &same)?) < 1e-2);
+    assert!(relative_rms(&run(&plain, &longer)?, &run(&plain, &same)?) > 0.1);
+    let gated = ModelConfig { output_gate: Switch::On, ..plain.clone() };
+    let half =
+        |name: &str, value: &Tensor| if name == "g_proj.weight" { value * 0.0 } else { Ok(value.clone()) };
+    assert!(relative_rms(&(run(&gated, &half)? * 2.0)?, &run(&plain, &same)?) < 1e-12);
     Ok(())
 }
 

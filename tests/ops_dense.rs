@@ -373,13 +373,17 @@ mod norms {
 
     #[test]
     fn gated_rms_norm_value_and_gradient() {
-        for order in [GateOrder::AfterNorm, GateOrder::BeforeNorm] {
+        for order in [GateOrder::AfterNorm, GateOrder::BeforeNorm, GateOrder::SigmoidAfterNorm] {
             for (t, groups, n) in [(1, 1, 5), (2, 3, 9), (3, 1, 81), (65, 2, 3)] {
                 let m = groups * n;
                 let (x, z, w) = (random((2, t, m), 1), random((2, t, m), 2), w_of(n));
-                let gate = z.silu().unwrap();
+                let gate = match order {
+                    GateOrder::SigmoidAfterNorm => ((z.neg().unwrap().exp().unwrap() + 1.0).unwrap()).recip(),
+                    _ => z.silu(),
+                };
+                let gate = gate.unwrap();
                 let want = match order {
-                    GateOrder::AfterNorm => {
+                    GateOrder::AfterNorm | GateOrder::SigmoidAfterNorm => {
                         (times_weight(&plain_rms(&x, n, 1e-5, RmsEps::Inside), &w) * gate).unwrap()
                     }
                     GateOrder::BeforeNorm => {
@@ -710,13 +714,14 @@ mod activations {
 
 mod attention {
     use super::*;
-    use selectivbench::ops::attention::{causal_attention, qk_norm_rope, rope};
+    use selectivbench::ops::attention::{causal_attention, forgetting_attention, qk_norm_rope, rope};
 
-    /// Scores of every pair, in f64.
-    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, window: Option<usize>) -> Tensor {
+    /// Scores of every pair, in f64; with log forget gates of [B, S, H].
+    fn plain([q, k, v]: [&Tensor; 3], g: Option<&Tensor>, scale: f64, window: Option<usize>) -> Tensor {
         let (b, t, h, d) = q.dims4().unwrap();
         let (_, s, _, e) = v.dims4().unwrap();
         let (q, k, v) = (values(q), values(k), values(v));
+        let g = g.map_or(vec![0.0; b * s * h], values);
         let mut out = vec![0.0; b * t * h * e];
         for (b, h_, t_) in (0..b * h * t).map(|i| (i / (h * t), i / t % h, i % t)) {
             let score = |j: usize| -> f64 {
@@ -724,7 +729,8 @@ mod attention {
             };
             let seen = s - t + t_ + 1;
             let first = seen.saturating_sub(window.unwrap_or(seen));
-            let weights: Vec<f64> = (first..seen).map(|j| (scale * score(j)).exp()).collect();
+            let forgotten = |j: usize| (j + 1..seen).map(|l| g[(b * s + l) * h + h_]).sum::<f64>();
+            let weights: Vec<f64> = (first..seen).map(|j| (scale * score(j) + forgotten(j)).exp()).collect();
             let total: f64 = weights.iter().sum();
             for (j, weight) in (first..).zip(&weights) {
                 for c in 0..e {
@@ -748,12 +754,51 @@ mod attention {
         ] {
             let (q, k, v) = (random((b, t, h, d), 1), random((b, s, h, d), 2), random((b, s, h, e), 3));
             for window in [None, Some(1), Some(2), Some(70), Some(1000)] {
-                let want = plain(&q, &k, &v, 0.7, window);
+                let want = plain([&q, &k, &v], None, 0.7, window);
                 assert!(rel_rms(&causal_attention(&q, &k, &v, 0.7, window).unwrap(), &want) < 1e-13);
                 let single = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
                 let got = causal_attention(&single(&q), &single(&k), &single(&v), 0.7, window).unwrap();
                 assert!(rel_rms(&got, &want) < 2e-6, "{t} of {s}, window {window:?}");
+
+                let g = log_gates((b, s, h));
+                let want = plain([&q, &k, &v], Some(&g), 0.7, window);
+                let got = forgetting_attention(&q, &k, &v, &g, 0.7, window).unwrap();
+                assert!(rel_rms(&got, &want) < 1e-13, "{t} of {s}, forgetting, window {window:?}");
+                let [q, k, v, g] = [&q, &k, &v, &g].map(single);
+                let got = forgetting_attention(&q, &k, &v, &g, 0.7, window).unwrap();
+                assert!(rel_rms(&got, &want) < 2e-6, "{t} of {s}, forgetting, window {window:?}");
             }
+        }
+    }
+
+    /// Some close to 0, some far below.
+    fn log_gates(shape: impl Into<candle_core::Shape>) -> Tensor {
+        let x = random(shape, 4).affine(3.0, 1.0).unwrap();
+        (x.neg().unwrap().exp().unwrap() + 1.0).unwrap().log().unwrap().neg().unwrap()
+    }
+
+    /// The sums of log gates reach thousands, where f32 knows no thousandths: differences must.
+    #[test]
+    fn long_sums_of_log_gates_stay_exact() {
+        let steps = 6000;
+        let inputs = [1, 2, 3].map(|salt| random((1, steps, 1, 4), salt));
+        let gates = log_gates((1, steps, 1));
+        assert!(values(&gates).iter().sum::<f64>() < -3000.0);
+        let run = |dtype: DType| {
+            let args = inputs.iter().chain([&gates]);
+            let vars: Vec<Var> =
+                args.map(|x| Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap()).collect();
+            let [q, k, v, g] = [0, 1, 2, 3].map(|i| vars[i].as_tensor());
+            let o = forgetting_attention(q, k, v, g, 0.5, None).unwrap();
+            let weight = random((1, steps, 1, 4), 9).to_dtype(dtype).unwrap();
+            let grads = (&o * weight).unwrap().sum_all().unwrap().backward().unwrap();
+            let grads = vars.iter().map(|var| grads.get(var).unwrap().clone());
+            std::iter::once(o.clone()).chain(grads).collect::<Vec<_>>()
+        };
+        let tolerances = [2e-6, 2e-6, 2e-6, 2e-6, 2e-5];
+        for (i, (got, want)) in run(DType::F32).iter().zip(run(DType::F64)).enumerate() {
+            let error = rel_rms(got, &want);
+            assert!(error < tolerances[i], "tensor {i} is off by {error:.1e}");
         }
     }
 
@@ -771,10 +816,21 @@ mod attention {
             for window in [None, Some(1), Some(3), Some(70)] {
                 let run = |x: &[Tensor]| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5, window)?]);
                 check_gradients("attention", &inputs, run);
+                let mut inputs = inputs.to_vec();
+                inputs.push(log_gates((b, s, h)));
+                let run =
+                    |x: &[Tensor]| Ok(vec![forgetting_attention(&x[0], &x[1], &x[2], &x[3], 0.5, window)?]);
+                check_gradients("forgetting attention", &inputs, run);
             }
         }
         let inputs = [1, 2, 3].map(|salt| random((2, 200, 3, 9), salt));
         check_threads("attention", &inputs, |x| Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.5, None)?]));
+        let gates = log_gates((2, 200, 3));
+        check_threads("forgetting attention", &[&inputs[..], &[gates]].concat(), |x| {
+            Ok(vec![forgetting_attention(&x[0], &x[1], &x[2], &x[3], 0.5, None)?])
+        });
+        let [q, k, v] = &inputs;
+        assert!(forgetting_attention(q, k, v, &random((2, 199, 3), 4), 1.0, None).is_err());
         assert!(
             causal_attention(&inputs[0], &random((2, 3, 3, 9), 1), &random((2, 3, 3, 9), 1), 1.0, None)
                 .is_err()

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
 use common::*;
-use selectivbench::ops::delta::gated_delta_rule;
+use selectivbench::ops::delta::{gated_delta_rule, gated_sum_rule};
 use selectivbench::ops::dplr::dplr;
 use selectivbench::ops::gates;
 use selectivbench::ops::gla::gla;
@@ -107,6 +107,10 @@ fn delta_inputs(n: usize, batch: usize, steps: usize, k: usize, v: usize) -> Vec
 
 fn run_delta(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
     gated_delta_rule(&x[0], &x[1], &x[2], &x[3], Some((&x[4]).into()), 0.7, Some((&x[5]).into()))
+}
+
+fn run_sum(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
+    gated_sum_rule(&x[0], &x[1], &x[2], &x[3], Some((&x[4]).into()), 0.7, Some((&x[5]).into()))
 }
 
 fn run_ssd(x: &[Tensor]) -> Result<(Tensor, Tensor)> {
@@ -276,6 +280,24 @@ fn cases() -> Vec<Case> {
             make: |b, t, k, v| delta_inputs(3, b, t, k, v),
             run: run_delta,
         },
+        Case {
+            name: "sum_rule",
+            inputs: vec!["q", "k", "v", "beta", "state"],
+            timed: vec![true, true, true, true, false],
+            make: |b, t, k, v| {
+                let mut inputs = delta_inputs(1, b, t, k, v);
+                inputs.remove(4);
+                inputs
+            },
+            run: |x| gated_sum_rule(&x[0], &x[1], &x[2], &x[3], None, 0.7, Some((&x[4]).into())),
+        },
+        Case {
+            name: "gated_sum_rule",
+            inputs: vec!["q", "k", "v", "beta", "g", "state"],
+            timed: vec![true, true, true, true, true, false],
+            make: |b, t, k, v| delta_inputs(3, b, t, k, v),
+            run: run_sum,
+        },
     ]
 }
 
@@ -341,6 +363,39 @@ fn simple_gla_golden() -> Result<()> {
 }
 
 const SHAPES: [(usize, usize, usize, usize); 4] = [(1, 1, 3, 2), (2, 4, 5, 9), (1, 67, 2, 3), (1, 3, 17, 40)];
+
+/// Which is also the sum rule with write strengths of 1.
+#[test]
+fn sum_rule_golden() -> Result<()> {
+    check_golden("op_simple_gla", &["q", "k", "v", "g", "h0"], as_is, |x| {
+        let beta = Tensor::ones(x[3].shape(), x[3].dtype(), x[3].device())?;
+        gated_sum_rule(&x[0], &x[1], &x[2], &beta, Some((&x[3]).into()), 0.25, Some((&x[4]).into()))
+    })
+}
+
+/// Several writes a token are gated linear attention of the keys β k, one write a step: the token's decay before the
+/// first, its query behind the last. So a GPU computes them.
+#[test]
+fn several_writes_are_gated_linear_attention() -> Result<()> {
+    let (batch, steps, n, k, v) = (2, 37, 3, 7, 5);
+    let x = delta_inputs(n, batch, steps, k, v);
+    let run = |x: &[Tensor]| -> Result<Vec<Tensor>> {
+        let decay = x[4].reshape((batch, steps, 1, HEADS))?;
+        let decay = decay.pad_with_zeros(2, 0, n - 1)?.reshape((batch, steps * n, HEADS, 1))?;
+        let decay = decay.broadcast_as((batch, steps * n, HEADS, k))?;
+        let q = x[0].unsqueeze(2)?.pad_with_zeros(2, n - 1, 0)?.reshape((batch, steps * n, HEADS, k))?;
+        let keys = x[1].broadcast_mul(&x[3].unsqueeze(3)?)?;
+        let (o, state) = gla(&q, &keys, &x[2], &decay, 0.7, Some((&x[5]).into()))?;
+        let o = o.reshape((batch, steps, n, HEADS, v))?.narrow(2, n - 1, 1)?.squeeze(2)?;
+        Ok(vec![o, state])
+    };
+    let (want, of_want) = run_with_grads(&x, run)?;
+    let (got, of_got) = run_with_grads(&x, |x| run_sum(x).map(both))?;
+    for (got, want) in got.iter().chain(&of_got).zip(want.iter().chain(&of_want)) {
+        assert_close("several writes", got, want, 1e-13);
+    }
+    Ok(())
+}
 
 #[test]
 fn gradients_equal_finite_differences() {

@@ -6,11 +6,11 @@ use rayon::prelude::*;
 use super::case::{Case, Input, Kind};
 use super::loss::Loss;
 use crate::ops::Arg;
-use crate::ops::activations::{gelu, glu, logistic, tanh};
+use crate::ops::activations::{gelu, glu, logistic, sigmoid_gate, tanh};
 use crate::ops::add::add;
-use crate::ops::attention::{causal_attention, qk_norm_rope, rope};
+use crate::ops::attention::{causal_attention, forgetting_attention, qk_norm_rope, rope};
 use crate::ops::causal_conv1d::{Split, causal_conv1d_silu, causal_conv1d_silu_split};
-use crate::ops::delta::gated_delta_rule;
+use crate::ops::delta::{gated_delta_rule, gated_sum_rule};
 use crate::ops::dplr::dplr;
 use crate::ops::dropout::{Dropout, dropout};
 use crate::ops::embedding::embedding;
@@ -223,7 +223,7 @@ pub const OPS: &[Op] = &[
             sizes
         },
         measured: |scale| vec![Size { value: scale.size().key, ..scale.size() }],
-        build: attention_case,
+        build: |size| attention_case(size, false),
     },
     Op {
         name: "causal_conv1d",
@@ -258,7 +258,7 @@ pub const OPS: &[Op] = &[
         },
         thorough: || both(odd_heads()),
         measured: |scale| vec![scale.size()],
-        build: |size| delta_case(size, "delta_rule", false),
+        build: |size| delta_case(size, "delta_rule", false, true),
     },
     Op {
         name: "dplr",
@@ -293,6 +293,35 @@ pub const OPS: &[Op] = &[
         build: embedding_case,
     },
     Op {
+        name: "forgetting_attention",
+        room: "attention",
+        matrices: true,
+        activations: true,
+        quick: || {
+            let mut sizes =
+                headed(&[(2, 70, 2, 64, 64), (1, 3, 1, 81, 81), (1, 1, 3, 120, 120), (1, 400, 1, 128, 128)]);
+            // Values wider than keys, keys of earlier steps, and windows.
+            sizes.extend(headed(&[(1, 130, 1, 72, 96), (1, 150, 2, 32, 32)]));
+            sizes.push(Size { sub: 33, ..headed(&[(2, 40, 2, 64, 64)])[0] });
+            sizes.push(Size { width: 50, ..headed(&[(2, 400, 2, 64, 64)])[0] });
+            sizes.push(Size { width: 5, sub: 200, ..headed(&[(1, 70, 2, 96, 96)])[0] });
+            sizes
+        },
+        thorough: || {
+            let mut sizes = odd_heads();
+            sizes.iter_mut().for_each(|size| size.value = size.key);
+            sizes.push(Size { sub: 300, ..headed(&[(1, 1, 4, 64, 64)])[0] });
+            for dim in [32, 64, 80, 96, 128] {
+                for (steps, window) in [(1, 3), (400, 63), (300, 33)] {
+                    sizes.push(Size { width: window, ..headed(&[(1, steps, 2, dim, dim)])[0] });
+                }
+            }
+            sizes
+        },
+        measured: |scale| vec![Size { value: scale.size().key, ..scale.size() }],
+        build: |size| attention_case(size, true),
+    },
+    Op {
         name: "gated_delta_product",
         room: "delta",
         matrices: true,
@@ -305,7 +334,7 @@ pub const OPS: &[Op] = &[
         },
         thorough: || both(odd_heads().into_iter().map(|size| Size { sub: 4, ..size })),
         measured: |scale| vec![Size { sub: 4, ..scale.size() }],
-        build: |size| delta_case(size, "gated_delta_product", true),
+        build: |size| delta_case(size, "gated_delta_product", true, true),
     },
     Op {
         name: "gated_delta_rule",
@@ -317,7 +346,7 @@ pub const OPS: &[Op] = &[
         },
         thorough: || both(odd_heads()),
         measured: |scale| vec![scale.size()],
-        build: |size| delta_case(size, "gated_delta_rule", true),
+        build: |size| delta_case(size, "gated_delta_rule", true, true),
     },
     Op {
         name: "gated_rms_norm_after",
@@ -356,6 +385,23 @@ pub const OPS: &[Op] = &[
         build: |size| {
             gated_norm_case(size, "gated_rms_norm_sigmoid", size.value, GateOrder::SigmoidAfterNorm)
         },
+    },
+    Op {
+        name: "gated_sum_rule",
+        room: "delta",
+        matrices: true,
+        activations: true,
+        quick: || {
+            let sizes =
+                headed(&[(2, 70, 2, 64, 128), (1, 3, 1, 81, 96), (1, 1, 2, 120, 72), (1, 200, 1, 128, 256)]);
+            let subs = [1, 4, 2, 1];
+            both(sizes.into_iter().zip(subs).map(|(size, sub)| Size { sub, ..size }))
+        },
+        thorough: || {
+            both(odd_heads().into_iter().enumerate().map(|(i, size)| Size { sub: 1 + i % 3, ..size }))
+        },
+        measured: |scale| vec![scale.size()],
+        build: |size| delta_case(size, "gated_sum_rule", true, false),
     },
     Op {
         name: "gelu",
@@ -674,6 +720,16 @@ pub const OPS: &[Op] = &[
         },
     },
     Op {
+        name: "sigmoid_gate",
+        room: "activations",
+        matrices: false,
+        activations: true,
+        quick: || rows(&[(2, 70, 256), (1, 3, 81), (1, 1, 1)]),
+        thorough: || rows(&[(2, 400, 120), (1, 2_200, 64), (3, 130, 1024)]),
+        measured: |scale| vec![scale.size()],
+        build: sigmoid_gate_case,
+    },
+    Op {
         name: "ssd",
         room: "ssd",
         matrices: true,
@@ -937,27 +993,50 @@ fn add_case(size: &Size) -> Case {
     }
 }
 
-/// With `sub` above 1: so many keys of earlier steps. With a width below its default: a window of so many.
-fn attention_case(size: &Size) -> Case {
+fn sigmoid_gate_case(size: &Size) -> Case {
+    let (shape, mut draw) = ([size.batch, size.steps, size.width], Draw::of(size));
+    Case {
+        inputs: vec![activation("a", draw.normal(&shape, 1.0)), activation("b", draw.normal(&shape, 2.0))],
+        operations: 5.0 * shape.iter().product::<usize>() as f64,
+        run: Box::new(|x| Ok(vec![sigmoid_gate(x[0].clone(), x[1].clone())?])),
+        ..base("sigmoid_gate", size, label(size, format_args!("D{}", size.width)))
+    }
+}
+
+/// With `sub` above 1: so many keys of earlier steps. With a width below its default: a window of so many. `forgets`:
+/// with log forget gates, as of a layer, and now and then down to −12.
+fn attention_case(size: &Size, forgets: bool) -> Case {
     let &Size { batch, steps, heads, key, value, sub, .. } = size;
     let keys = if sub > 1 { steps + sub } else { steps };
     let window = (size.width < Size::default().width).then_some(size.width);
     let mut draw = Draw::of(size);
     let scale = (key as f64).powf(-0.5);
     let (b, h, t, past) = (batch as f64, heads as f64, steps as f64, (keys - steps) as f64);
+    let mut inputs = vec![
+        activation("q", draw.normal(&[batch, steps, heads, key], 1.0)),
+        activation("k", draw.normal(&[batch, keys, heads, key], 1.0)),
+        activation("v", draw.normal(&[batch, keys, heads, value], 1.0)),
+    ];
+    if forgets {
+        let gate = |_, u: [f32; 4]| match u[2] {
+            kind if kind < 0.03 => -12.0 * u[3],
+            _ => -(1.0 + (-2.0 - 2.0 * normal(u)).exp()).ln(),
+        };
+        inputs.push(exact("g", draw.draw(&[batch, keys, heads], gate)));
+    }
     Case {
-        inputs: vec![
-            activation("q", draw.normal(&[batch, steps, heads, key], 1.0)),
-            activation("k", draw.normal(&[batch, keys, heads, key], 1.0)),
-            activation("v", draw.normal(&[batch, keys, heads, value], 1.0)),
-        ],
+        inputs,
         operations: b * h * (t * t + 2.0 * t * past) * (key + value) as f64,
         backward: 2.5,
         run: Box::new(move |x| {
-            Ok(vec![causal_attention(x[0].clone(), x[1].clone(), x[2].clone(), scale, window)?])
+            let (q, k, v) = (x[0].clone(), x[1].clone(), x[2].clone());
+            Ok(vec![match x.get(3) {
+                Some(g) => forgetting_attention(q, k, v, g.clone(), scale, window)?,
+                None => causal_attention(q, k, v, scale, window)?,
+            }])
         }),
         ..base(
-            "attention",
+            if forgets { "forgetting_attention" } else { "attention" },
             size,
             match keys - steps {
                 0 => label(size, format_args!("H{heads} K{key} V{value}")),
@@ -1046,7 +1125,7 @@ fn log_decay(u: [f32; 4]) -> f32 {
     }
 }
 
-fn delta_case(size: &Size, op: &'static str, gated: bool) -> Case {
+fn delta_case(size: &Size, op: &'static str, gated: bool, erases: bool) -> Case {
     let &Size { batch, steps, heads, key, value, sub, stateful, .. } = size;
     let mut draw = Draw::of(size);
     let rows = steps * sub;
@@ -1074,7 +1153,10 @@ fn delta_case(size: &Size, op: &'static str, gated: bool) -> Case {
             let g = gated.then(|| x[4].clone());
             let state = stateful.then(|| x[4 + usize::from(gated)].clone());
             let (q, k, v, beta) = (x[0].clone(), x[1].clone(), x[2].clone(), x[3].clone());
-            let (o, state) = gated_delta_rule(q, k, v, beta, g, scale, state)?;
+            let (o, state) = match erases {
+                true => gated_delta_rule(q, k, v, beta, g, scale, state)?,
+                false => gated_sum_rule(q, k, v, beta, g, scale, state)?,
+            };
             Ok(vec![o, state])
         }),
         ..base(

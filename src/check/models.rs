@@ -10,7 +10,7 @@ use super::case::{Named, Place, Results, Route};
 use super::loss::Loss;
 use super::{Checked, Compared, compare, differing, first_line, guarded};
 use crate::config::load::parse;
-use crate::config::{Auto, Config, ModelConfig};
+use crate::config::{Config, ModelConfig};
 use crate::model::{Context, DropoutKey, Input, MODELS, RecNet};
 use crate::ops::Arg;
 use crate::ops::head::{PAD, Targets};
@@ -37,6 +37,7 @@ const BF16_EXCEPTIONS: &[(&str, f64)] = &[
     (".k_conv1d.weight", 0.15),
     // One number a head or channel, summed over all steps.
     (".A_log", 0.1),
+    (".f_proj.", 0.1),
     (".dt_bias", 0.1),
     (".dt_proj.bias", 0.1),
     (".a_proj.weight", 0.1),
@@ -65,19 +66,28 @@ const CLASSES: usize = 30;
 const BATCH: usize = 2;
 const STEPS: usize = 70;
 
-fn model_config(name: &str) -> ModelConfig {
-    ModelConfig {
-        name: name.into(),
-        layers: 2,
-        width: 128,
-        state: 16,
-        // Heads of 64, for which there are kernels of their own.
-        heads: Auto::Value(2),
-        dropout: 0.2,
-        conv: 4,
-        householders: 2,
-        ..crate::config::load::defaults().model
-    }
+/// Models that differ from those of the registry by fields of the configuration, which stand behind the name.
+pub const VARIANTS: &[&str] = &[
+    "gla model.block=layered",
+    "gated_delta_net model.block=layered",
+    "gated_delta_product model.delta_rule=off",
+    "fox model.block=layered model.output_gate=on model.qk_norm=on",
+];
+
+/// The model of a variant.
+pub fn model_of(name: &str) -> &str {
+    name.split_once(' ').map_or(name, |(model, _)| model)
+}
+
+/// The fields that choose a model or a variant of one.
+fn sets(name: &str) -> Vec<String> {
+    format!("model.name={name}").split(' ').map(String::from).collect()
+}
+
+fn model_config(name: &str) -> anyhow::Result<ModelConfig> {
+    // Heads of 64, for which there are kernels of their own.
+    let text = "model: {layers: 2, width: 128, heads: 2, state: 16, dropout: 0.2, conv: 4, householders: 2}";
+    Ok(parse(text, "the check", &sets(name))?.model)
 }
 
 /// Weights by name, moved away from the zeros and ones that they begin with, as the route can hold them.
@@ -146,7 +156,7 @@ pub fn check_model(name: &str, device: &Device, route: Route) -> Checked {
     let mut checked = row(format!("model {name}"), size, route);
     let outcome = guarded(|| {
         Ok((|| -> anyhow::Result<(Vec<Compared>, Vec<String>)> {
-            let config = model_config(name);
+            let config = model_config(name)?;
             let weights = weights(&config, route)?;
             let want = run(&config, &weights, &Place::Reference(route))?;
             let place = Place::On(device.clone(), route);
@@ -180,7 +190,7 @@ pub fn check_model(name: &str, device: &Device, route: Route) -> Checked {
 /// Losses of `updates` updates on a device, and the weights behind them.
 fn train(name: &str, device: &Device, route: Route, updates: usize) -> anyhow::Result<(Vec<f64>, Tensor)> {
     const BATCH: usize = 16;
-    let set = [format!("model.name={name}"), format!("train.precision={}", route.name())];
+    let set = [sets(name), vec![format!("train.precision={}", route.name())]].concat();
     let (config, task) = small_task(&set)?;
     let mut trainer = Trainer::new(&config, task.features(), task.classes(), device)?;
     // As a run feeds it: packed samples to a GPU.
@@ -245,7 +255,7 @@ pub fn check_evaluation(name: &str, device: &Device, route: Route) -> Checked {
     let mut checked = row(format!("evaluation {name}"), "12 samples in pieces of 37 steps".into(), route);
     let outcome = guarded(|| {
         Ok((|| {
-            let (config, task) = small_task(&[format!("model.name={name}")])?;
+            let (config, task) = small_task(&sets(name))?;
             let run = |dtype, device: &Device| {
                 let net = RecNet::new(&config.model, task.features(), task.classes(), 1, dtype, device)?;
                 evaluate(&net, &task, &plan, |_| true)?.context("the evaluation ended early")

@@ -15,6 +15,7 @@ impl Config {
             task: TaskConfig::preset(preset),
             model: ModelConfig {
                 name: "mamba2".to_string(),
+                block: Block::PostNorm,
                 layers: 8,
                 width: 256,
                 state: if preset == TaskPreset::Task3 { 64 } else { 128 },
@@ -28,6 +29,8 @@ impl Config {
                 output_gate: Switch::Auto,
                 short_conv: Switch::Auto,
                 negative_eigenvalues: Switch::Auto,
+                delta_rule: Switch::Auto,
+                qk_norm: Switch::Auto,
             },
             train: TrainConfig::paper(),
         }

@@ -53,6 +53,16 @@ impl std::fmt::Display for Switch {
     }
 }
 
+/// What stands around every mixer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Block {
+    /// The authors': LayerNorm(x + mixer(x)).
+    PostNorm,
+    /// That of language models: norms before the mixer and before an MLP behind it, each with a residual.
+    Layered,
+}
+
 /// One run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -198,6 +208,7 @@ pub struct SampleCounts {
 pub struct ModelConfig {
     /// A name of the registry (`selectivbench models`).
     pub name: String,
+    pub block: Block,
     pub layers: usize,
     pub width: usize,
     /// State size N of mamba, mamba2 and s4.
@@ -221,6 +232,10 @@ pub struct ModelConfig {
     pub short_conv: Switch,
     /// Write strengths of the delta rule: up to 2 if on, up to 1 if off.
     pub negative_eigenvalues: Switch,
+    /// The delta rule, which erases what a key held before it writes; off: writes are added.
+    pub delta_rule: Switch,
+    /// Norms of queries and keys before softmax attention.
+    pub qk_norm: Switch,
 }
 
 impl ModelConfig {

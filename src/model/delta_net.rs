@@ -9,9 +9,11 @@ use super::{Grain, Model, Part, Transition};
 
 pub(super) const MODEL: Model = Model {
     name: "delta_net",
-    recurrence: |parts| match parts.decay {
-        true => "S = a (I - beta k^T k) S + beta k^T v",
-        false => "S = (I - beta k^T k) S + beta k^T v",
+    recurrence: |parts| match (parts.delta_rule, parts.decay) {
+        (true, true) => "S = a (I - beta k^T k) S + beta k^T v",
+        (true, false) => "S = (I - beta k^T k) S + beta k^T v",
+        (false, true) => "S = a S + beta k^T v",
+        (false, false) => "S = S + beta k^T v",
     },
     reference: "Yang et al. 2024, arXiv 2406.06484",
     build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, 1))),
@@ -24,4 +26,6 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::Off,
     short_conv: Part::On,
     negative_eigenvalues: Part::Off,
+    delta_rule: Part::On,
+    qk_norm: Part::Never,
 };

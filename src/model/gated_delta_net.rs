@@ -10,7 +10,7 @@ use super::output::{gate, norm_and_gate};
 use super::{
     Builder, Call, Dims, Grain, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, ShortConvs, Transition,
 };
-use crate::ops::delta::gated_delta_rule;
+use crate::ops::delta::{gated_delta_rule, gated_sum_rule};
 use crate::ops::gates::{decay_gate, sigmoid};
 use crate::ops::l2norm::l2norm;
 use crate::ops::linear::linear;
@@ -30,6 +30,8 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::On,
     short_conv: Part::On,
     negative_eigenvalues: Part::Off,
+    delta_rule: Part::On,
+    qk_norm: Part::Never,
 };
 
 const ALPHA: Kind =
@@ -49,6 +51,8 @@ pub(super) struct GatedDelta {
     steps: usize,
     /// beta is this times a sigmoid: 2 lets the transition have negative eigenvalues.
     beta_scale: f64,
+    /// The delta rule, or else the sum rule: linear attention with write strengths.
+    delta_rule: bool,
     /// With the projections of beta and of the decay.
     qkv: ShortConvs,
     decay: Option<Decay>,
@@ -73,6 +77,7 @@ impl GatedDelta {
             heads,
             head_dim: dims.head_dim(),
             steps,
+            delta_rule: dims.parts.delta_rule,
             beta_scale: if dims.parts.negative_eigenvalues { 2.0 } else { 1.0 },
             qkv: {
                 let beta = weight("b_proj", steps * heads, width);
@@ -111,7 +116,11 @@ impl Mixer for GatedDelta {
         };
         call.note(&BETA, t, [&beta], |[beta]| beta.reshape((batch, t, n, heads))?.transpose(2, 3))?;
         let scale = (k_dim as f64).powf(-0.5);
-        let (o, state) = gated_delta_rule(&q, &k, v, &beta, g.map(Arg::Tensor), scale, call.recall_arg(1))?;
+        let (g, state) = (g.map(Arg::Tensor), call.recall_arg(1));
+        let (o, state) = match self.delta_rule {
+            true => gated_delta_rule(&q, &k, v, &beta, g, scale, state)?,
+            false => gated_sum_rule(&q, &k, v, &beta, g, scale, state)?,
+        };
         call.keep(1, state);
         linear(&norm_and_gate(&o, x, &self.norm, self.gate.as_ref(), call)?, &self.out, None)
     }

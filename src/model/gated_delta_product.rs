@@ -9,9 +9,11 @@ use super::{Grain, Model, Part, Transition};
 
 pub(super) const MODEL: Model = Model {
     name: "gated_delta_product",
-    recurrence: |parts| match parts.decay {
-        true => "S = a prod_j (I - beta_j k_j^T k_j) S + ..",
-        false => "S = prod_j (I - beta_j k_j^T k_j) S + ..",
+    recurrence: |parts| match (parts.delta_rule, parts.decay) {
+        (true, true) => "S = a prod_j (I - beta_j k_j^T k_j) S + ..",
+        (true, false) => "S = prod_j (I - beta_j k_j^T k_j) S + ..",
+        (false, true) => "S = a S + sum_j beta_j k_j^T v_j",
+        (false, false) => "S = S + sum_j beta_j k_j^T v_j",
     },
     reference: "Siems et al. 2025, arXiv 2502.10297",
     build: |dims, builder| Ok(Box::new(GatedDelta::new(dims, builder, dims.householders))),
@@ -24,4 +26,6 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::On,
     short_conv: Part::On,
     negative_eigenvalues: Part::On,
+    delta_rule: Part::On,
+    qk_norm: Part::Never,
 };

@@ -36,6 +36,8 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::On,
     short_conv: Part::On,
     negative_eigenvalues: Part::Never,
+    delta_rule: Part::Never,
+    qk_norm: Part::Never,
 };
 
 const DECAY: Kind =

@@ -32,6 +32,8 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::On,
     short_conv: Part::On,
     negative_eigenvalues: Part::Never,
+    delta_rule: Part::Never,
+    qk_norm: Part::Never,
 };
 
 const DT: Kind = Kind { name: "dt", about: "step size of each head", scale: Scale::Log, rows: Rows::Head };

@@ -33,6 +33,8 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::Never,
     short_conv: Part::On,
     negative_eigenvalues: Part::Never,
+    delta_rule: Part::Never,
+    qk_norm: Part::Never,
 };
 
 const DECAY: Kind = Kind { name: "decay", about: "a of each head", scale: Scale::Decay, rows: Rows::Head };

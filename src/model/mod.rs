@@ -4,12 +4,14 @@
 //! made of ([`taxonomy`]). What is worth looking at inside of it (a decay, a gate) becomes a picture of
 //! `selectivbench inspect` with one [`Call::note`].
 
+mod block;
 pub mod notes;
 pub mod param;
 pub mod recnet;
 pub mod taxonomy;
 
 mod delta_net;
+mod fox;
 mod gated_delta_net;
 mod gated_delta_product;
 mod gla;
@@ -30,7 +32,7 @@ use std::collections::HashMap;
 
 use candle_core::{Result, Tensor};
 
-use crate::config::{Auto, ModelConfig};
+use crate::config::{Auto, Block, ModelConfig};
 use crate::error::nearest;
 use crate::ops::Arg;
 use crate::ops::dropout::Dropout;
@@ -54,6 +56,7 @@ pub const MODELS: &[Model] = &[
     gru::MODEL,
     s4::MODEL,
     mesa_net::MODEL,
+    fox::MODEL,
     kda::MODEL,
     rwkv7::MODEL,
     mlstm::MODEL,
@@ -94,6 +97,10 @@ pub struct Model {
     pub short_conv: Part,
     /// Write strengths of the delta rule up to 2.
     pub negative_eigenvalues: Part,
+    /// A write erases what its key held; without it writes are added.
+    pub delta_rule: Part,
+    /// Norms of queries and keys before softmax attention.
+    pub qk_norm: Part,
 }
 
 /// One layer's way of letting timesteps speak to each other.
@@ -122,6 +129,8 @@ pub struct Dims {
     pub rope_base: f64,
     /// Latest timesteps that attention sees; `None`: all of them.
     pub window: Option<usize>,
+    /// What stands around the mixer.
+    pub block: Block,
     pub parts: Parts,
 }
 
@@ -166,6 +175,7 @@ impl Dims {
             householders: config.householders,
             rope_base: config.rope_base,
             window,
+            block: config.block,
             parts,
         })
     }

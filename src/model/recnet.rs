@@ -1,19 +1,20 @@
-//! The authors' stack: encoder, residual blocks with post-norm, decoder.
+//! The stack: encoder, layers, decoder.
 //!
-//! x = encoder(u); for each layer x = LayerNorm(x + dropout(mixer(x))); logits = decoder(x).
+//! The authors': x = encoder(u); for each layer x = LayerNorm(x + dropout(mixer(x))); logits = decoder(x). With
+//! `model.block: layered` the layers are those of language models, x = x + dropout(mixer(RMSNorm(x))) and then
+//! x = x + dropout(MLP(RMSNorm(x))), and the decoder takes RMSNorm(x).
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Builder, Call, Dims, Init, LayerState, Mixer, Model, Notes, Param, ParamStore, find};
+use super::block::{Dropouts, Layer, final_norm, normed};
+use super::{Builder, Call, Dims, Init, LayerState, Model, Notes, Param, ParamStore, find};
 use crate::config::ModelConfig;
 use crate::ops::dropout::Dropout;
 use crate::ops::tape::recompute;
-use crate::ops::{Arg, embedding, linear, residual_norm};
-
-const NORM_EPS: f64 = 1e-5;
+use crate::ops::{Arg, embedding, linear};
 
 /// What goes in.
 pub enum Input<'a> {
@@ -59,36 +60,14 @@ pub struct State {
     steps: usize,
 }
 
-/// A mixer, and what stands around it.
-#[derive(Clone)]
-struct Layer {
-    mixer: Arc<dyn Mixer>,
-    weight: Param,
-    bias: Param,
-}
-
-impl Layer {
-    /// LayerNorm(x + dropout(mixer(x))).
-    fn forward(
-        &self,
-        x: &Tensor,
-        call: &mut Call,
-        branch: Option<Dropout>,
-        see: impl FnOnce(&Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
-        let y = self.mixer.forward(x, call)?;
-        see(&y)?;
-        residual_norm::residual_dropout_layer_norm(&y, x, &self.weight, &self.bias, NORM_EPS, branch)
-    }
-}
-
 /// A stack of mixers with its parameters.
 pub struct RecNet {
     config: ModelConfig,
     features: usize,
     classes: usize,
     encoder: (Param, Param),
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
+    norm: Option<Param>,
     decoder: (Param, Param),
     params: ParamStore,
 }
@@ -96,7 +75,8 @@ pub struct RecNet {
 /// The parts of a stack, declared but without values.
 pub(super) struct Declared {
     encoder: (Param, Param),
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
+    norm: Option<Param>,
     decoder: (Param, Param),
 }
 
@@ -115,15 +95,11 @@ pub(super) fn declare(
         (weight, b.param("bias", &[rows], Init::linear(columns)))
     };
     let encoder = affine("encoder", width, features);
-    let mut layers = Vec::with_capacity(config.layers);
-    for l in 0..config.layers {
-        let mixer = (model.build)(&dims, &builder.push("layers").push(l))?.into();
-        let norm = builder.push("norms").push(l);
-        let weight = norm.param("weight", &[width], Init::Const(1.0));
-        layers.push(Layer { mixer, weight, bias: norm.param("bias", &[width], Init::Const(0.0)) });
-    }
+    let layers = (0..config.layers).map(|l| Layer::new(model, &dims, builder, l).map(Arc::new));
+    let layers = layers.collect::<anyhow::Result<Vec<_>>>()?;
+    let norm = final_norm(&dims, builder);
     let decoder = affine("decoder", classes, width);
-    Ok(Declared { encoder, layers, decoder })
+    Ok(Declared { encoder, layers, norm, decoder })
 }
 
 impl RecNet {
@@ -150,9 +126,10 @@ impl RecNet {
         device: &Device,
     ) -> anyhow::Result<Self> {
         let builder = Builder::new();
-        let Declared { encoder, layers, decoder } = declare(model, config, features, classes, &builder)?;
+        let Declared { encoder, layers, norm, decoder } =
+            declare(model, config, features, classes, &builder)?;
         let params = builder.finish(seed, dtype, device)?;
-        Ok(Self { config: config.clone(), features, classes, encoder, layers, decoder, params })
+        Ok(Self { config: config.clone(), features, classes, encoder, layers, norm, decoder, params })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -185,10 +162,10 @@ impl RecNet {
     /// Takes weights by name; every name and shape must match.
     pub fn load(&self, tensors: &HashMap<String, Tensor>) -> anyhow::Result<()> {
         self.params.load(tensors)?;
-        self.layers.iter().try_for_each(|layer| layer.mixer.check_weights())
+        self.layers.iter().try_for_each(|layer| layer.check_weights())
     }
 
-    /// The last layer's output, [B, T, width].
+    /// What the decoder takes, [B, T, width].
     pub fn hidden(&self, input: Input, context: &mut Context) -> Result<Tensor> {
         self.watch(input, context, |_, _| Ok(()))
     }
@@ -223,24 +200,32 @@ impl RecNet {
             state.steps += x.dim(1)?;
         }
         for (l, layer) in self.layers.iter().enumerate() {
-            // Two sites a layer: what the mixer drops inside, and what the residual branch drops.
             let dropout = |site: usize| {
                 let DropoutKey { p, key, first } = context.dropout?;
                 (p > 0.0).then_some(Dropout { p, key, site: site as u32, first, tied: false })
             };
-            let (inside, branch) = (dropout(2 * l), dropout(2 * l + 1));
+            // Two sites a layer: what the mixer drops inside, and what the residual branch drops; those of the MLPs
+            // stand behind all of them.
+            let inside = dropout(2 * l);
+            let drop = Dropouts { mixer: dropout(2 * l + 1), mlp: dropout(2 * self.layers.len() + l) };
             x = if context.recompute {
                 let layer = layer.clone();
-                recompute(&x, move |x| layer.forward(x, &mut Call::new(inside, None), branch, |_| Ok(())))?
+                let forward = move |x: &Tensor| {
+                    layer.forward(l, x, &mut Call::new(inside, None), &drop, &mut |_, _| Ok(()))
+                };
+                recompute(&x, forward)?
             } else {
                 let slots = context.state.as_mut().map(|state| &mut state.layers[l]);
                 if let Some(notes) = &mut notes {
                     notes.layer = l;
                 }
                 let mut call = Call::new(inside, slots).at(position).with_notes(notes.as_deref_mut());
-                layer.forward(&x, &mut call, branch, |y| see(&format!("layers.{l}"), y))?
+                layer.forward(l, &x, &mut call, &drop, &mut see)?
             };
-            see(&format!("norms.{l}"), &x)?;
+        }
+        if let Some(norm) = &self.norm {
+            x = normed(&x, norm)?;
+            see("norm", &x)?;
         }
         if let Some(notes) = notes {
             notes.end_piece(x.dims()[1]);

@@ -37,6 +37,8 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::On,
     short_conv: Part::Never,
     negative_eigenvalues: Part::Never,
+    delta_rule: Part::Always,
+    qk_norm: Part::Never,
 };
 
 const DECAY: Kind =

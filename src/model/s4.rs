@@ -29,6 +29,8 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::Never,
     short_conv: Part::Never,
     negative_eigenvalues: Part::Never,
+    delta_rule: Part::Never,
+    qk_norm: Part::Never,
 };
 
 const DECAY: Kind = Kind {

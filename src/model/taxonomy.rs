@@ -33,13 +33,17 @@ pub struct Parts {
     pub short_conv: bool,
     /// Write strengths up to 2, which let an erased key change its sign.
     pub negative_eigenvalues: bool,
+    /// A write erases what its key held.
+    pub delta_rule: bool,
+    /// Queries and keys of softmax attention are normed.
+    pub qk_norm: bool,
 }
 
 /// What has a decay of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Grain {
-    /// The matrix state of a head: a scalar transition.
+    /// The matrix state of a head: a scalar transition. Of attention: the weights of all that a head keeps.
     Head,
     /// A key channel of a head, which is a row of its state: a diagonal transition.
     KeyChannel,
@@ -109,22 +113,29 @@ impl Model {
             (part, Switch::Auto) => Ok(matches!(part, Part::On | Part::Always)),
             (_, switch) => Ok(switch == Switch::On),
         };
+        let delta_rule = part("delta_rule", |model| model.delta_rule, config.delta_rule)?;
+        let negative_eigenvalues =
+            part("negative_eigenvalues", |model| model.negative_eigenvalues, config.negative_eigenvalues)?;
+        if config.negative_eigenvalues == Switch::On && !delta_rule {
+            bail_input!(
+                "model.negative_eigenvalues is on, but without the delta rule (model.delta_rule off) nothing is erased; \
+                 leave it at auto"
+            )
+        }
         Ok(Parts {
             decay: part("decay", |model| model.decay, config.decay)?,
             output_gate: part("output_gate", |model| model.output_gate, config.output_gate)?,
             short_conv: part("short_conv", |model| model.short_conv, config.short_conv)?,
-            negative_eigenvalues: part(
-                "negative_eigenvalues",
-                |model| model.negative_eigenvalues,
-                config.negative_eigenvalues,
-            )?,
+            negative_eigenvalues: negative_eigenvalues && delta_rule,
+            delta_rule,
+            qk_norm: part("qk_norm", |model| model.qk_norm, config.qk_norm)?,
         })
     }
 
     /// What a layer of these sizes and parts is.
     pub fn taxonomy(&self, dims: &Dims) -> Taxonomy {
-        let Parts { decay, output_gate, short_conv, negative_eigenvalues } = dims.parts;
-        let householders = (self.householders)(dims);
+        let Parts { decay, output_gate, short_conv, negative_eigenvalues, delta_rule, .. } = dims.parts;
+        let householders = if delta_rule { (self.householders)(dims) } else { 0 };
         let state_per_layer = (self.state_size)(dims);
         let grain = if decay { self.grain } else { None };
         let kept = grain.map(|grain| if grain == Grain::Head { "scalar" } else { "diagonal" });
@@ -134,7 +145,8 @@ impl Model {
             n => Some(format!("{n} Householders")),
         };
         let (transition, eigenvalues) = match (self.transition, kept, erased) {
-            (Transition::Attention, ..) => ("key-value cache".into(), None),
+            (Transition::Attention, None, _) => ("key-value cache".into(), None),
+            (Transition::Attention, Some(_), _) => ("decaying key-value cache".into(), None),
             (Transition::Nonlinear, ..) => ("nonlinear".into(), None),
             (Transition::Complex, ..) => ("complex diagonal".into(), Some([-1.0, 1.0])),
             (Transition::LowRank { least_decay }, kept, _) => {
@@ -153,7 +165,7 @@ impl Model {
             decay: grain,
             input_dependent_decay: grain.is_some() && self.input_dependent_decay,
             channel_mixing: householders > 0 || self.transition == Transition::Nonlinear,
-            delta_rule: householders > 0,
+            delta_rule,
             householders,
             output_gate,
             short_conv,

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::notes::age;
 use super::{Builder, Call, Dims, Init, Kind, Mixer, Model, Param, Part, Rows, Scale, Transition};
 use crate::bail_input;
+use crate::config::Block;
 use crate::ops::add::add;
 use crate::ops::attention::{causal_attention, qk_norm_rope};
 use crate::ops::dropout::dropout;
@@ -32,6 +33,8 @@ pub(super) const MODEL: Model = Model {
     output_gate: Part::Never,
     short_conv: Part::Never,
     negative_eigenvalues: Part::Never,
+    delta_rule: Part::Never,
+    qk_norm: Part::Always,
 };
 
 const ATTENTION: Kind = Kind {
@@ -94,6 +97,11 @@ fn inverse_frequencies(base: f64, head_dim: usize) -> Vec<f64> {
 impl Transformer {
     fn new(dims: &Dims, builder: &Builder) -> anyhow::Result<Self> {
         let (width, head_dim) = (dims.width, dims.head_dim());
+        if dims.block == Block::Layered {
+            bail_input!(
+                "model.block is layered, but the transformer has residuals and an MLP of its own; leave it at post_norm"
+            )
+        }
         if !head_dim.is_multiple_of(2) {
             bail_input!(
                 "model.width is {width} with {} heads, a head dim of {head_dim}: the transformer's rotary \
@@ -123,12 +131,55 @@ impl Transformer {
     }
 }
 
-/// Of q [1, T, H, D] and k [1, S, H, D] in f32: the share of the attention at each age, [1, T, ages], mean over
-/// the heads, and its entropy [1, T, H].
-fn attention(q: &Tensor, k: &Tensor, scale: f64, window: Option<usize>) -> Result<(Tensor, Tensor)> {
-    let ((_, steps, heads, dim), keys) = (q.dims4()?, k.dim(1)?);
+/// Keys and values that the next piece of a sequence sees: its first timestep one less of what is here than its window
+/// has.
+pub(super) fn kept(window: Option<usize>, keys: usize) -> usize {
+    window.map_or(keys, |window| keys.min((window - 1).max(1)))
+}
+
+/// Tells where attention goes, and how widely. q [B, T, ..] and k [B, S, ..] have all heads one behind the other; g
+/// [B, S, H]: log forget gates.
+pub(super) fn tell(
+    call: &mut Call,
+    heads: usize,
+    [q, k]: [&Tensor; 2],
+    g: Option<&Tensor>,
+    scale: f64,
+    window: Option<usize>,
+) -> Result<()> {
+    let steps = q.dim(1)?;
+    for (i, kind) in [&ATTENTION, &ENTROPY].into_iter().enumerate() {
+        let part = |q: Tensor, k: Tensor, g: Option<Tensor>| {
+            let (shares, entropy) = attention(heads, &q, &k, g.as_ref(), scale, window)?;
+            Ok([shares, entropy][i].clone())
+        };
+        match g {
+            Some(g) => call.note(kind, steps, [q, k, g], |[q, k, g]| part(q, k, Some(g)))?,
+            None => call.note(kind, steps, [q, k], |[q, k]| part(q, k, None))?,
+        }
+    }
+    Ok(())
+}
+
+/// Of one sequence, in f32: the share of the attention at each age, [1, T, ages], mean over the heads, and its entropy
+/// [1, T, H].
+fn attention(
+    heads: usize,
+    q: &Tensor,
+    k: &Tensor,
+    g: Option<&Tensor>,
+    scale: f64,
+    window: Option<usize>,
+) -> Result<(Tensor, Tensor)> {
+    let (steps, keys) = (q.dim(1)?, k.dim(1)?);
+    let dim = q.elem_count() / (steps * heads);
     let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
     let (q, k) = (values(q)?, values(k)?);
+    // What was forgotten up to each step, of every head.
+    let mut sums = vec![0.0; keys * heads];
+    for (i, g) in g.map(values).transpose()?.unwrap_or_default().into_iter().enumerate() {
+        sums[i] = f64::from(g) + if i < heads { 0.0 } else { sums[i - heads] };
+    }
     let row = |t: usize, h: usize| (t * heads + h) * dim..(t * heads + h + 1) * dim;
     // So many that a long sequence in pieces has the same in each.
     const AGES: usize = 16;
@@ -142,7 +193,7 @@ fn attention(q: &Tensor, k: &Tensor, scale: f64, window: Option<usize>) -> Resul
                 let query = &q[row(t, h)];
                 let score = |s| {
                     let dot: f32 = query.iter().zip(&k[row(s, h)]).map(|(q, k)| q * k).sum();
-                    f64::from(dot) * scale
+                    f64::from(dot) * scale + sums[last * heads + h] - sums[s * heads + h]
                 };
                 let scores: Vec<f64> = (first..=last).map(score).collect();
                 let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -178,12 +229,10 @@ impl Mixer for Transformer {
             None => (k, v),
         };
         let scale = (self.head_dim as f64).powf(-0.5);
-        call.note(&ATTENTION, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale, self.window)?.0))?;
-        call.note(&ENTROPY, steps, [&q, &k], |[q, k]| Ok(attention(&q, &k, scale, self.window)?.1))?;
+        tell(call, self.heads, [&q, &k], None, scale, self.window)?;
         let o = causal_attention(&q, &k, view(&v, k.shape()), scale, self.window)?;
-        // The next timestep sees one less of what is here than its window has.
         let keys = k.dim(1)?;
-        let kept = self.window.map_or(keys, |window| keys.min((window - 1).max(1)));
+        let kept = kept(self.window, keys);
         call.keep(0, k.narrow(1, keys - kept, kept)?);
         call.keep(1, v.narrow(1, keys - kept, kept)?);
         let o = self.out.forward(view(&o, (batch, steps, width)))?;

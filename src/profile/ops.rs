@@ -223,7 +223,8 @@ fn for_cpu(op: &Op, size: &Size) -> Option<Size> {
     }
     // Long attention would take minutes to even build.
     let t = size.steps as f64;
-    if op.name == "attention" && t * t * (size.heads * (size.key + size.value)) as f64 > 20.0 * OPERATIONS {
+    let attention = ["attention", "forgetting_attention"].contains(&op.name);
+    if attention && t * t * (size.heads * (size.key + size.value)) as f64 > 20.0 * OPERATIONS {
         return None;
     }
     let one = (op.build)(&Size { batch: 1, ..*size });

@@ -54,3 +54,30 @@ pub fn glu_backward(x: &Tensor, dy: &Tensor) -> Result<Value> {
     gpu.launch(&kernels::ACTIVATIONS, &grid.name("glu_backward", dtype)?, grid.map(&gpu), &list)?;
     Ok(dx)
 }
+
+/// Rows and columns of what a gate of its own works on.
+fn rows_of(x: &Tensor) -> Result<(usize, usize)> {
+    let n = x.dim(D::Minus1)?;
+    Ok((x.elem_count() / n, n))
+}
+
+pub fn sigmoid_gate(a: &Tensor, b: &Tensor) -> Result<Value> {
+    let (gpu, dtype, (rows, n)) = (Gpu::of(a)?, a.dtype(), rows_of(a)?);
+    let y = gpu.empty(a.shape(), dtype)?;
+    let list = [gpu.ptr(a)?, gpu.ptr(b)?, gpu.of_value(&y)?];
+    let grid = Grid::new(rows, n, dtype, &list);
+    let list = [&list[..], &[rows.into(), n.into(), grid.log_width.into()]].concat();
+    gpu.launch(&kernels::ACTIVATIONS, &grid.name("sigmoid_gate_forward", dtype)?, grid.map(&gpu), &list)?;
+    Ok(y)
+}
+
+/// The gradients of a and b.
+pub fn sigmoid_gate_backward(a: &Tensor, b: &Tensor, dy: &Tensor) -> Result<[Tensor; 2]> {
+    let (gpu, dtype, (rows, n)) = (Gpu::of(a)?, a.dtype(), rows_of(a)?);
+    let (da, db) = (gpu.empty(a.shape(), dtype)?, gpu.empty(a.shape(), dtype)?);
+    let list = [gpu.ptr(a)?, gpu.ptr(b)?, gpu.ptr(dy)?, gpu.of_value(&da)?, gpu.of_value(&db)?];
+    let grid = Grid::new(rows, n, dtype, &list);
+    let list = [&list[..], &[rows.into(), n.into(), grid.log_width.into()]].concat();
+    gpu.launch(&kernels::ACTIVATIONS, &grid.name("sigmoid_gate_backward", dtype)?, grid.map(&gpu), &list)?;
+    Ok([da, db].map(Value::into_tensor))
+}

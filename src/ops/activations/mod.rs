@@ -1,4 +1,5 @@
-//! Activation functions that stand alone: the Gaussian error unit, the gated linear unit, and two that saturate.
+//! Activation functions that stand alone: the Gaussian error unit, the gated linear unit, a sigmoid gate, and two that
+//! saturate.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -43,6 +44,15 @@ pub fn tanh(x: impl Into<Arg>) -> Result<Tensor> {
 /// [`gates::sigmoid`](super::gates::sigmoid).
 pub fn logistic(x: impl Into<Arg>) -> Result<Tensor> {
     Ok(apply(Squash::Logistic, &[x.into()])?.remove(0))
+}
+
+/// a σ(b), a and b of one shape [.., n]: an output gate, as in flash-linear-attention's softmax attention.
+pub fn sigmoid_gate(a: impl Into<Arg>, b: impl Into<Arg>) -> Result<Tensor> {
+    let (a, b) = (a.into(), b.into());
+    if a.shape() != b.shape() || a.shape().elem_count() == 0 {
+        candle_core::bail!("sigmoid_gate: a has shape {:?}, its gate {:?}", a.shape(), b.shape())
+    }
+    Ok(apply(SigmoidGate, &[a, b])?.remove(0))
 }
 
 /// Φ(x), the share of a normal distribution below x.
@@ -194,6 +204,49 @@ impl Node for Glu {
                 }
             });
             Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
+        })
+    }
+}
+
+struct SigmoidGate;
+
+impl Node for SigmoidGate {
+    fn name(&self) -> &'static str {
+        "sigmoid_gate"
+    }
+
+    fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
+        let [a, b] = args else { candle_core::bail!("sigmoid_gate: two arguments") };
+        #[cfg(feature = "cuda")]
+        if a.device().is_cuda() {
+            return Ok(Forward { outputs: vec![cuda::sigmoid_gate(a, b)?], saved: vec![] });
+        }
+        let value = dispatch!(a.dtype(), F => {
+            slices!(F; a_data = a, b_data = b);
+            let y: Vec<F> =
+                a_data.par_iter().zip(b_data).with_min_len(BLOCK).map(|(&a, &b)| a * sigmoid(b)).collect();
+            Value::cpu(y, a.shape())
+        });
+        Ok(Forward { outputs: vec![value], saved: vec![] })
+    }
+
+    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let ([a, b], Some(dy)) = (&run.args[..], &grads[0]) else { return Ok(vec![None; 2]) };
+        #[cfg(feature = "cuda")]
+        if a.device().is_cuda() {
+            return Ok(cuda::sigmoid_gate_backward(a, b, dy)?.map(Some).into());
+        }
+        dispatch!(a.dtype(), F => {
+            slices!(F; a_data = a, b_data = b, dy = dy);
+            let (da, db): (Vec<F>, Vec<F>) = (a_data.par_iter().zip(b_data).zip(dy))
+                .with_min_len(BLOCK)
+                .map(|((&a, &b), &dy)| {
+                    let open = sigmoid(b);
+                    (dy * open, dy * open * a * (1.0 - open))
+                })
+                .unzip();
+            let tensor = |data: Vec<F>| Tensor::from_vec(data, a.shape(), &Device::Cpu).map(Some);
+            Ok(vec![tensor(da)?, tensor(db)?])
         })
     }
 }

@@ -18,6 +18,9 @@ struct Tile {
 /// Threads of every block.
 const THREADS: u32 = 128;
 
+/// Threads of the blocks that sum along time.
+const SUM_THREADS: u32 = 256;
+
 /// How a launch is instantiated: the entry points of `kernels/attention.cu` carry these numbers.
 struct Variant {
     /// The head dim that both of the call are padded to.
@@ -48,8 +51,10 @@ impl Variant {
         Ok(Self { dim, route, forward, dq, dkdv })
     }
 
-    fn name(&self, what: &str) -> String {
-        format!("attention_{what}_{}_{}", self.dim, self.route)
+    /// With or without forget gates.
+    fn name(&self, what: &str, forget: Option<&Forget>) -> String {
+        let kind = if forget.is_some() { "forgetting" } else { "attention" };
+        format!("{kind}_{what}_{}_{}", self.dim, self.route)
     }
 
     /// Whether the warps of dkdv work in pairs.
@@ -69,6 +74,47 @@ impl Variant {
     /// Shared memory of the backward kernels, but for their numbers per query.
     fn backward_tiles(&self, tile: &Tile) -> usize {
         self.rows(2 * tile.own + 4 * tile.other, true)
+    }
+}
+
+/// Forget gates as the kernels take them: the sums of log₂ f up to every query and every key, [B, H, 2, N], as two
+/// floats each, N rounded up as in [`per_query`]. And where the backward pass puts what the gradients of the scores sum
+/// up to, of every query and of every key.
+struct Forget {
+    queries: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+}
+
+impl Forget {
+    /// Of the log gates behind q, k and v, where there are some.
+    fn of(gpu: &Gpu, shape: Shape, args: &[Tensor]) -> Result<Option<Self>> {
+        let Some(g) = args.get(3) else { return Ok(None) };
+        if g.dtype() != DType::F32 {
+            candle_core::bail!("attention on a GPU: log forget gates in f32, got {:?}", g.dtype())
+        }
+        let Shape { batch, steps, keys, heads, .. } = shape;
+        let sums = |each: usize, n: usize| -> Result<Tensor> {
+            Ok(gpu.empty((batch, heads, each, n.next_multiple_of(4)), DType::F32)?.into_tensor())
+        };
+        let (queries, keys_sums) = (sums(2, steps)?, sums(2, keys)?);
+        let (rows, columns) = (sums(1, steps)?, sums(1, keys)?);
+        let forget = Self { queries, keys: keys_sums, rows, columns };
+        let [queries, keys_at] = forget.pointers(gpu)?;
+        let params = [gpu.ptr(g)?, queries, keys_at, steps.into(), keys.into(), heads.into()];
+        let launch = Launch::new(batch * heads, SUM_THREADS);
+        gpu.launch(&kernels::ATTENTION, "attention_forget_sums", launch, &params)?;
+        Ok(Some(forget))
+    }
+
+    fn pointers(&self, gpu: &Gpu) -> Result<[KernelArg; 2]> {
+        Ok([gpu.ptr(&self.queries)?, gpu.ptr(&self.keys)?])
+    }
+
+    /// Bytes of shared memory for the sums of two tiles.
+    fn tiles(forget: Option<&Self>, tile: &Tile) -> usize {
+        if forget.is_some() { 16 * tile.other } else { 0 }
     }
 }
 
@@ -100,36 +146,48 @@ pub fn forward(shape: Shape, args: &[Tensor], scale: f64, save: bool) -> Result<
     }
     let Shape { batch, steps, heads, values, .. } = shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
-    if let Some(hopper) = Hopper::new(&gpu, shape, dtype, scale) {
+    if args.len() == 3
+        && let Some(hopper) = Hopper::new(&gpu, shape, dtype, scale)
+    {
         return hopper.forward(args, save);
     }
     let variant = Variant::new(shape, dtype)?;
+    let forget = Forget::of(&gpu, shape, args)?;
+    let forget = forget.as_ref();
     let o = gpu.empty((batch, steps, heads, values), dtype)?;
     let lse = if save { Some(per_query(&gpu, shape)?) } else { None };
-    let Tile { own, other } = variant.forward;
-    let launch = Launch::new(steps.div_ceil(own) * batch * heads, THREADS)
-        .shared(variant.rows(own + 2 * other, false) + variant.rows(2 * other, true));
+    let tile = &variant.forward;
+    let tiles = variant.rows(tile.own + 2 * tile.other, false) + variant.rows(2 * tile.other, true);
+    let launch = Launch::new(steps.div_ceil(tile.own) * batch * heads, THREADS)
+        .shared(tiles + Forget::tiles(forget, tile));
     let mut params = vec![gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(&args[2])?, gpu.of_value(&o)?];
     params.push(gpu.ptr_or_null(lse.as_ref())?);
+    if let Some(forget) = forget {
+        params.extend(forget.pointers(&gpu)?);
+    }
     params.extend(sizes(shape, scale));
-    gpu.launch(&kernels::ATTENTION, &variant.name("forward"), launch, &params)?;
+    gpu.launch(&kernels::ATTENTION, &variant.name("forward", forget), launch, &params)?;
     Ok(Forward { outputs: vec![o], saved: lse.into_iter().collect() })
 }
 
-/// Gradients of q, k and v.
+/// Gradients of q, k and v, and of the log forget gates where there are some.
 pub fn backward(
     shape: Shape,
     args: &[Tensor],
     (o, lse): (&Tensor, &Tensor),
     dout: &Tensor,
     scale: f64,
-) -> Result<[Tensor; 3]> {
+) -> Result<Vec<Tensor>> {
     let Shape { batch, steps, keys, heads, .. } = shape;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
-    if let Some(hopper) = Hopper::new(&gpu, shape, dtype, scale) {
-        return hopper.backward(args, (o, lse), dout);
+    if args.len() == 3
+        && let Some(hopper) = Hopper::new(&gpu, shape, dtype, scale)
+    {
+        return hopper.backward(args, (o, lse), dout).map(Vec::from);
     }
     let variant = Variant::new(shape, dtype)?;
+    let forget = Forget::of(&gpu, shape, args)?;
+    let forget = forget.as_ref();
     let (dout, delta) = (dout.contiguous()?, per_query(&gpu, shape)?);
     let [dq, dk, dv] = [0, 1, 2].map(|i| gpu.empty(args[i].shape(), dtype).map(|value| value.into_tensor()));
     let (dq, dk, dv) = (dq?, dk?, dv?);
@@ -139,20 +197,37 @@ pub fn backward(
 
     let tile = &variant.dq;
     let launch = Launch::new(steps.div_ceil(tile.own) * batch * heads, THREADS)
-        .shared(variant.backward_tiles(tile) + 4 * tile.own);
+        .shared(variant.backward_tiles(tile) + 4 * tile.own + Forget::tiles(forget, tile));
     let mut params = vec![q, k, v, gpu.ptr(o)?, lse, dout, delta, gpu.ptr(&dq)?];
+    if let Some(forget) = forget {
+        params.extend(forget.pointers(&gpu)?);
+        params.push(gpu.ptr(&forget.rows)?);
+    }
     params.extend(sizes(shape, scale));
-    gpu.launch(&kernels::ATTENTION, &variant.name("dq"), launch, &params)?;
+    gpu.launch(&kernels::ATTENTION, &variant.name("dq", forget), launch, &params)?;
 
     // Two numbers per query, lse and delta, of two tiles in f32; warps in pairs give each other scores.
     let tile = &variant.dkdv;
     let given = if variant.pairs() { 2 * tile.own * tile.other } else { 0 };
     let launch = Launch::new(keys.div_ceil(tile.own) * batch * heads, THREADS)
-        .shared(variant.backward_tiles(tile) + 16 * tile.other + given);
+        .shared(variant.backward_tiles(tile) + 16 * tile.other + given + Forget::tiles(forget, tile));
     let mut params = vec![q, k, v, lse, dout, delta, gpu.ptr(&dk)?, gpu.ptr(&dv)?];
+    if let Some(forget) = forget {
+        params.extend(forget.pointers(&gpu)?);
+        params.push(gpu.ptr(&forget.columns)?);
+    }
     params.extend(sizes(shape, scale));
-    gpu.launch(&kernels::ATTENTION, &variant.name("dkdv"), launch, &params)?;
-    Ok([dq, dk, dv])
+    gpu.launch(&kernels::ATTENTION, &variant.name("dkdv", forget), launch, &params)?;
+    let mut grads = vec![dq, dk, dv];
+    if let Some(Forget { rows, columns, .. }) = forget {
+        let dg = gpu.empty(args[3].shape(), DType::F32)?;
+        let sums = [gpu.ptr(rows)?, gpu.ptr(columns)?, gpu.of_value(&dg)?];
+        let params = [&sums[..], &[steps.into(), keys.into(), heads.into()]].concat();
+        let launch = Launch::new(batch * heads, SUM_THREADS);
+        gpu.launch(&kernels::ATTENTION, "attention_forget_gradient", launch, &params)?;
+        grads.push(dg.into_tensor());
+    }
+    Ok(grads)
 }
 
 impl Turn {

@@ -51,8 +51,38 @@ impl Shape {
     }
 }
 
-/// The output [B, T, H, V] and the log of every query's sum of exponentials [B, T, H].
-pub fn forward<F: Real>(shape: Shape, q: &[F], k: &[F], v: &[F], scale: F) -> (Vec<F>, Vec<F>) {
+/// The sums of g [B, S, H] along time, up to each key and with it, as [B, H, S]. In f64: they reach thousands, and what
+/// counts are their differences.
+pub fn cumulative<F: Real>(shape: Shape, g: &[F]) -> Vec<f64> {
+    let Shape { batch, keys, heads, .. } = shape;
+    let mut sums = vec![0.0; batch * heads * keys];
+    for (head, sums) in sums.chunks_exact_mut(keys).enumerate() {
+        let (b, h) = (head / heads, head % heads);
+        let mut total = 0.0;
+        for (s, sum) in sums.iter_mut().enumerate() {
+            total += g[(b * keys + s) * heads + h].as_f64();
+            *sum = total;
+        }
+    }
+    sums
+}
+
+/// Adds to the scores of query `t` with the keys from `key` on what was forgotten since each of them; `sums` are those
+/// of one head.
+fn forget<F: Real>(shape: Shape, sums: &[f64], t: usize, key: usize, scores: &mut [F]) {
+    let own = sums[shape.seen(t) - 1];
+    for (score, sum) in scores.iter_mut().zip(&sums[key..]) {
+        *score += F::of(own - sum);
+    }
+}
+
+/// The output [B, T, H, V] and the log of every query's sum of exponentials [B, T, H]. `sums`: of the log forget gates.
+pub fn forward<F: Real>(
+    shape: Shape,
+    (q, k, v): (&[F], &[F], &[F]),
+    sums: Option<&[f64]>,
+    scale: F,
+) -> (Vec<F>, Vec<F>) {
     let Shape { batch, steps, heads, values, .. } = shape;
     let mut o = vec![F::zero(); batch * steps * heads * values];
     let mut lse = vec![F::zero(); batch * steps * heads];
@@ -68,7 +98,7 @@ pub fn forward<F: Real>(shape: Shape, q: &[F], k: &[F], v: &[F], scale: F) -> (V
                 .for_each(|(i, (o, lse))| {
                     let mut tile = Tile::new(shape);
                     for h in 0..heads {
-                        tile.queries(shape, (q, k, v), scale, (b, h, i * QUERIES), o, lse);
+                        tile.queries(shape, (q, k, v), sums, scale, (b, h, i * QUERIES), o, lse);
                     }
                 });
         });
@@ -94,10 +124,12 @@ impl<F: Real> Tile<F> {
     }
 
     /// One head of a tile of queries from `first` on; `o` and `lse` hold all heads of the tile.
+    #[allow(clippy::too_many_arguments)]
     fn queries(
         &mut self,
         shape: Shape,
         (q, k, v): (&[F], &[F], &[F]),
+        sums: Option<&[f64]>,
         scale: F,
         (b, h, first): (usize, usize, usize),
         o: &mut [F],
@@ -106,6 +138,7 @@ impl<F: Real> Tile<F> {
         let Shape { keys, heads, dim, values, .. } = shape;
         let count = lse.len() / heads;
         let queries = shape.rows(q, (b, h), (shape.steps, dim), first, count);
+        let sums = sums.map(|sums| &sums[(b * heads + h) * keys..][..keys]);
         let out = &mut self.out[..count * values];
         out.fill(F::zero());
         self.max.fill(F::neg_infinity());
@@ -123,7 +156,11 @@ impl<F: Real> Tile<F> {
                 if seen.is_empty() {
                     continue;
                 }
+                let start = key + seen.start;
                 let row = &mut row[seen];
+                if let Some(sums) = sums {
+                    forget(shape, sums, first + i, start, row);
+                }
                 let max = row.iter().fold(self.max[i], |a, &b| if b > a { b } else { a });
                 let old = if max > self.max[i] { (self.max[i] - max).exp_fast() } else { F::one() };
                 row.iter_mut().for_each(|x| *x = (*x - max).exp_fast());
@@ -145,19 +182,23 @@ impl<F: Real> Tile<F> {
     }
 }
 
-/// Gradients of q, k and v.
+/// Gradients of q, k and v, and of the log forget gates where there are `sums`.
 pub fn backward<F: Real>(
     shape: Shape,
     (q, k, v): (&[F], &[F], &[F]),
+    sums: Option<&[f64]>,
     (o, lse): (&[F], &[F]),
     dout: &[F],
     scale: F,
-) -> [Vec<F>; 3] {
+) -> [Vec<F>; 4] {
     let Shape { batch, steps, keys, heads, dim, values, .. } = shape;
     let parts = map_heads(batch, heads, |b, h| {
         let mut dq = vec![F::zero(); steps * dim];
         let mut dk = vec![F::zero(); keys * dim];
         let mut dv = vec![F::zero(); keys * values];
+        let sums = sums.map(|sums| &sums[(b * heads + h) * keys..][..keys]);
+        // Gradients of the sums: a score has that of its query in it, and less that of its key.
+        let mut d_sums = vec![0.0; if sums.is_some() { keys } else { 0 }];
         // do·o of every query: what the softmax takes off each score's gradient.
         let along: Vec<F> = (0..steps)
             .map(|t| {
@@ -186,10 +227,22 @@ pub fn backward<F: Real>(
                         x[..seen.start].fill(F::zero());
                         x[seen.end..].fill(F::zero());
                     }
-                    for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
-                        *p = (*p - lse).exp_fast();
-                        *ds = *p * (*ds - along) * scale;
+                    let start = key + seen.start;
+                    let (p, ds) = (&mut p[seen.clone()], &mut ds[seen]);
+                    if let Some(sums) = sums {
+                        forget(shape, sums, t, start, p);
                     }
+                    for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                        *p = (*p - lse).exp_fast();
+                        *ds = *p * (*ds - along);
+                    }
+                    if sums.is_some() {
+                        for (d, ds) in d_sums[start..].iter_mut().zip(&*ds) {
+                            *d -= ds.as_f64();
+                        }
+                        d_sums[shape.seen(t) - 1] += ds.iter().map(|ds| ds.as_f64()).sum::<f64>();
+                    }
+                    ds.iter_mut().for_each(|ds| *ds *= scale);
                 }
                 let (p, ds) = (Mat::new(p, count, n), Mat::new(ds, count, n));
                 let (one, dv) = (F::one(), &mut dv[key * values..(key + n) * values]);
@@ -200,11 +253,19 @@ pub fn backward<F: Real>(
                 gemm(MatMut::new(dq, count, dim), one, one, ds, k_tile);
             }
         }
-        [dq, dk, dv]
+        // A gate is in the sums of all that come after it.
+        let mut total = 0.0;
+        let mut dg = vec![F::zero(); d_sums.len()];
+        for (dg, d) in dg.iter_mut().zip(&d_sums).rev() {
+            total += d;
+            *dg = F::of(total);
+        }
+        [dq, dk, dv, dg]
     });
     let together = |i: usize, length: usize, d: usize| {
         let parts: Vec<&[F]> = parts.iter().map(|part| part[i].as_slice()).collect();
         scatter_heads(&parts, (length, heads, d))
     };
-    [together(0, steps, dim), together(1, keys, dim), together(2, keys, values)]
+    let dg = if sums.is_some() { together(3, keys, 1) } else { vec![] };
+    [together(0, steps, dim), together(1, keys, dim), together(2, keys, values), dg]
 }

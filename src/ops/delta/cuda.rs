@@ -3,9 +3,11 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::hopper::{self, Hopper};
-use super::{Dims, GatedDeltaRule, NAME};
+use super::{Dims, GatedRule};
 use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, route};
 use crate::ops::tape::{Forward, Run};
+
+const NAME: &str = "gated_delta_rule";
 
 /// Sub-steps of a chunk.
 pub const CHUNK: usize = 64;
@@ -30,7 +32,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(node: &GatedDeltaRule, args: &[Tensor]) -> Result<Self> {
+    fn new(node: &GatedRule, args: &[Tensor]) -> Result<Self> {
         let dims = node.dims(args)?;
         let dtype = args[0].dtype();
         for (i, arg) in args.iter().enumerate() {
@@ -106,7 +108,7 @@ impl Plan {
     }
 }
 
-pub fn forward(node: &GatedDeltaRule, args: &[Tensor], save: bool) -> Result<Forward> {
+pub fn forward(node: &GatedRule, args: &[Tensor], save: bool) -> Result<Forward> {
     let plan = Plan::new(node, args)?;
     let (gpu, dtype, heads, chunks) = (&plan.gpu, plan.dtype, plan.heads(), plan.chunks);
     let Dims { batch, steps, sub, key, value, .. } = plan.dims;
@@ -159,7 +161,7 @@ pub fn forward(node: &GatedDeltaRule, args: &[Tensor], save: bool) -> Result<For
     Ok(Forward { outputs: vec![o, last], saved })
 }
 
-pub fn backward(node: &GatedDeltaRule, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+pub fn backward(node: &GatedRule, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
     let args = &run.args;
     let plan = Plan::new(node, args)?;
     let (gpu, dtype) = (&plan.gpu, plan.dtype);

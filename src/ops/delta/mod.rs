@@ -1,11 +1,13 @@
 //! The delta rule, gated delta rule and gated delta product: a matrix state that is erased and rewritten
-//! along one key at a time.
+//! along one key at a time; and the sum rule, which erases nothing.
 
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
 mod hopper;
 pub mod reference;
+#[cfg(feature = "cuda")]
+mod sum_rule;
 
 use candle_core::{Device, Result, Tensor};
 
@@ -14,8 +16,6 @@ use super::real::Real;
 use super::scan::{expect_shape, grad_or_zeros, slice_of_option};
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
-
-const NAME: &str = "gated_delta_rule";
 
 /// Gated delta rule with `n` Householder steps per token.
 ///
@@ -55,24 +55,61 @@ pub fn gated_delta_rule(
     scale: f64,
     state: Option<Arg>,
 ) -> Result<(Tensor, Tensor)> {
-    let node = GatedDeltaRule { scale, gated: g.is_some(), stateful: state.is_some() };
-    let mut args = vec![q.into(), k.into(), v.into(), beta.into()];
-    args.extend(g);
-    args.extend(state);
+    run(true, [q.into(), k.into(), v.into(), beta.into()], g, scale, state)
+}
+
+/// The sum rule in place of the delta rule: linear attention with write strengths, `n` writes a token.
+///
+/// Arguments, outputs and errors are those of [`gated_delta_rule`]; the step of a token is
+///
+/// ```text
+/// S ← S + kᵀ β v                      n times, with the token's k, v, β in order
+/// ```
+///
+/// Schlag, Irie and Schmidhuber 2021, arXiv:2102.11174, section 4.2, where both rules have their names. On a GPU it
+/// is computed as gated linear attention ([`super::gla`]) of the keys β k.
+pub fn gated_sum_rule(
+    q: impl Into<Arg>,
+    k: impl Into<Arg>,
+    v: impl Into<Arg>,
+    beta: impl Into<Arg>,
+    g: Option<Arg>,
+    scale: f64,
+    state: Option<Arg>,
+) -> Result<(Tensor, Tensor)> {
+    run(false, [q.into(), k.into(), v.into(), beta.into()], g, scale, state)
+}
+
+fn run(
+    erases: bool,
+    args: [Arg; 4],
+    g: Option<Arg>,
+    scale: f64,
+    state: Option<Arg>,
+) -> Result<(Tensor, Tensor)> {
+    let node = GatedRule { erases, scale, gated: g.is_some(), stateful: state.is_some() };
+    let args: Vec<Arg> = args.into_iter().chain(g).chain(state).collect();
     let mut outputs = apply(node, &args)?.into_iter();
     match (outputs.next(), outputs.next()) {
         (Some(o), Some(state)) => Ok((o, state)),
-        _ => candle_core::bail!("{NAME}: expected two outputs"),
+        _ => candle_core::bail!("{}: expected two outputs", name(erases)),
     }
 }
 
-struct GatedDeltaRule {
+fn name(erases: bool) -> &'static str {
+    if erases { "gated_delta_rule" } else { "gated_sum_rule" }
+}
+
+struct GatedRule {
+    /// Whether a write erases what its key held.
+    erases: bool,
     scale: f64,
     gated: bool,
     stateful: bool,
 }
 
 /// Sizes, checked against every argument.
+#[derive(Clone, Copy)]
 struct Dims {
     batch: usize,
     steps: usize,
@@ -82,23 +119,24 @@ struct Dims {
     value: usize,
 }
 
-impl GatedDeltaRule {
+impl GatedRule {
     fn dims(&self, args: &[Tensor]) -> Result<Dims> {
+        let name = self.name();
         let (batch, steps, heads, key) = args[0].dims4()?;
         let (_, rows, _, value) = args[2].dims4()?;
         if steps == 0 || rows == 0 || rows % steps != 0 {
             candle_core::bail!(
-                "{NAME}: expected v with a multiple of the {steps} steps of q, got {rows} steps"
+                "{name}: expected v with a multiple of the {steps} steps of q, got {rows} steps"
             )
         }
-        expect_shape(NAME, "k", &args[1], &[batch, rows, heads, key])?;
-        expect_shape(NAME, "v", &args[2], &[batch, rows, heads, value])?;
-        expect_shape(NAME, "beta", &args[3], &[batch, rows, heads])?;
+        expect_shape(name, "k", &args[1], &[batch, rows, heads, key])?;
+        expect_shape(name, "v", &args[2], &[batch, rows, heads, value])?;
+        expect_shape(name, "beta", &args[3], &[batch, rows, heads])?;
         if let Some(g) = self.g(args) {
-            expect_shape(NAME, "g", g, &[batch, steps, heads])?;
+            expect_shape(name, "g", g, &[batch, steps, heads])?;
         }
         if let Some(state) = self.state(args) {
-            expect_shape(NAME, "state", state, &[batch, heads, key, value])?;
+            expect_shape(name, "state", state, &[batch, heads, key, value])?;
         }
         Ok(Dims { batch, steps, sub: rows / steps, heads, key, value })
     }
@@ -112,7 +150,7 @@ impl GatedDeltaRule {
     }
 }
 
-impl GatedDeltaRule {
+impl GatedRule {
     /// Runs `f` on the arguments as slices.
     fn with_slices<F: Real, R>(&self, args: &[Tensor], f: impl FnOnce(Delta<'_, F>) -> R) -> Result<R> {
         let Dims { batch, steps, sub, heads, key, value } = self.dims(args)?;
@@ -122,19 +160,23 @@ impl GatedDeltaRule {
         let state = state.map(Tensor::storage_and_layout);
         let (g, state) = (slice_of_option(&g)?, slice_of_option(&state)?);
         let scale = F::of(self.scale);
-        Ok(f(Delta { batch, steps, sub, heads, key, value, scale, q, k, v, beta, g, state }))
+        let erases = self.erases;
+        Ok(f(Delta { batch, steps, sub, heads, key, value, erases, scale, q, k, v, beta, g, state }))
     }
 }
 
-impl Node for GatedDeltaRule {
+impl Node for GatedRule {
     fn name(&self) -> &'static str {
-        NAME
+        name(self.erases)
     }
 
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward> {
         #[cfg(feature = "cuda")]
         if args[0].device().is_cuda() {
-            return cuda::forward(self, args, save);
+            return match self.erases {
+                true => cuda::forward(self, args, save),
+                false => sum_rule::forward(self, args),
+            };
         }
         let Dims { batch, steps, heads, key, value, .. } = self.dims(args)?;
         dispatch!(args[0].dtype(), F => {
@@ -156,7 +198,10 @@ impl Node for GatedDeltaRule {
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         #[cfg(feature = "cuda")]
         if run.args[0].device().is_cuda() {
-            return cuda::backward(self, run, grads);
+            return match self.erases {
+                true => cuda::backward(self, run, grads),
+                false => sum_rule::backward(self, run, grads),
+            };
         }
         let args = &run.args;
         let Dims { batch, steps, heads, key, value, .. } = self.dims(args)?;

@@ -17,6 +17,8 @@ pub struct Delta<'a, F> {
     pub heads: usize,
     pub key: usize,
     pub value: usize,
+    /// Whether a write erases what its key held: the delta rule, or else the sum rule.
+    pub erases: bool,
     pub scale: F,
     pub q: &'a [F],
     pub k: &'a [F],
@@ -88,11 +90,12 @@ struct Head<'a, F> {
     beta: Rows<'a, F>,
     g: Option<Rows<'a, F>>,
     sub: usize,
+    erases: bool,
 }
 
 impl<F: Real> Head<'_, F> {
     /// Takes the state of a panel through token `t`; returns q·S, and gives every sub-step's error
-    /// v − kS′ to `keep`.
+    /// v − kS′ to `keep`; without erasing it is v.
     #[inline(always)]
     fn token(&self, s: &mut [Lanes<F>], t: usize, column: usize, mut keep: impl FnMut(Lanes<F>)) -> Lanes<F> {
         let first = t * self.sub;
@@ -102,7 +105,7 @@ impl<F: Real> Head<'_, F> {
             let v: Lanes<F> = load(self.v.at(j), column);
             let beta = self.beta.one(j);
             // k(decay·S) = decay·(kS): the decayed state is never stored on its own.
-            let error: Lanes<F> = std::array::from_fn(|l| v[l] - decay * seen[l]);
+            let error = if self.erases { std::array::from_fn(|l| v[l] - decay * seen[l]) } else { v };
             keep(error);
             let u: Lanes<F> = error.map(|e| beta * e);
             let probe = if j + 1 < first + self.sub { self.k.at(j + 1) } else { self.q.at(t) };
@@ -127,6 +130,7 @@ impl<F: Real> Delta<'_, F> {
             beta: Rows::head(self.beta, (b, h), (n, heads, 1)),
             g: self.g.map(|g| Rows::head(g, (b, h), (t, heads, 1))),
             sub: self.sub,
+            erases: self.erases,
         }
     }
 
@@ -244,6 +248,8 @@ impl<F: Real> Delta<'_, F> {
                     let d_error = du.map(|x| beta * x);
                     grads.beta[j] += sum(std::array::from_fn::<F, LANES, _>(|l| du[l] * error[l]));
                     store(&d_error, &mut grads.v[j * self.value..][..self.value], column);
+                    // What was erased depends on the key and on the state; nothing, if nothing was.
+                    let d_error = if self.erases { d_error } else { [F::zero(); LANES] };
                     let dk = &mut grads.k[j * keys..][..keys];
                     if j > t * sub {
                         // Within a token nothing decays: the state before the write is found by undoing it.
