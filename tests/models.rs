@@ -11,7 +11,7 @@ mod common;
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use common::{Golden, relative_rms};
+use common::{Golden, noise, relative_rms};
 use selectivbench::config::load::defaults;
 use selectivbench::config::{Auto, Block, ModelConfig, Switch};
 use selectivbench::model::{
@@ -749,7 +749,7 @@ fn gradients_of_new_parts_equal_finite_differences() -> Result<()> {
     }) {
         let net = RecNet::new(&config, 7, 13, 5, DType::F64, &Device::Cpu).unwrap();
         let ids = symbols(2, 30, 7)?;
-        let weight = Tensor::randn(0f64, 1.0, (2, 30, 13), &Device::Cpu)?;
+        let weight = noise(1, &[2, 30, 13]);
         let dropout = Some(DropoutKey { p: 0.2, key: [1, 2], first: 0 });
         let loss = || -> Result<Tensor> {
             let mut context = Context { dropout, ..Context::default() };
@@ -757,14 +757,14 @@ fn gradients_of_new_parts_equal_finite_differences() -> Result<()> {
         };
         loss()?.backward()?;
         let (value, gradient) = (net.params().value(), net.params().gradient());
-        let direction = Tensor::randn(0f64, 1.0, value.shape(), &Device::Cpu)?;
+        let direction = noise(2, value.dims());
         let at = value.copy()?;
         let step = |by: f64| -> Result<f64> {
             value.slice_set(&(&at + (&direction * by)?)?, 0, 0)?;
             no_grad(loss)?.to_scalar::<f64>()
         };
         // Fourth-order differences.
-        let h = 1e-4;
+        let h = 1e-5;
         let want = (8.0 * (step(h)? - step(-h)?) - (step(2.0 * h)? - step(-2.0 * h)?)) / (12.0 * h);
         let got = sum(&(gradient * &direction)?)?;
         let size = sum(&gradient.sqr()?)?.sqrt();
