@@ -11,11 +11,15 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod table;
+
+use std::sync::Arc;
 
 use candle_core::Result;
 
 #[cfg(feature = "cuda")]
 pub use cuda::{DeviceBatch, DeviceSamples};
+pub use table::{Table, Values};
 
 /// What stands for no symbol, no element, no distractors.
 const NONE: u32 = u32::MAX;
@@ -34,15 +38,29 @@ pub enum Noise {
     Drawn(Box<dyn FnMut(usize) -> Vec<f32> + Send>),
 }
 
-/// A sample, as its parts lie in memory.
+/// What is shown for an item: a one-hot symbol at one step, or a recording at several.
+#[derive(Clone)]
+pub struct Show {
+    /// Steps of an item, F.
+    pub frames: usize,
+    /// Item i is rows i·F to (i + 1)·F of it; none: a one-hot symbol.
+    pub table: Option<Arc<Table>>,
+}
+
+impl Show {
+    /// One-hot symbols.
+    pub const ONE_HOT: Self = Self { frames: 1, table: None };
+}
+
+/// A sample, as its parts lie in memory. An item is a symbol or the number of a recording ([`Show`]).
 pub struct Sequence<'a> {
-    /// Symbol shown for each element.
+    /// Item shown for each element.
     pub symbols: &'a [u32],
     /// What the steps of each element should give.
     pub labels: &'a [u32],
-    /// Timesteps behind each element.
+    /// Blank timesteps, or distractors, behind each element.
     pub gaps: &'a [u32],
-    /// Symbols shown in the gaps, gap after gap; empty where gaps are blank.
+    /// Items shown in the gaps, gap after gap; empty where gaps are blank.
     pub distractors: &'a [u32],
     /// Key and index of noise by position.
     pub noise: ([u32; 2], u64),
@@ -61,11 +79,22 @@ pub struct Compact {
     features: usize,
     first: u64,
     noise: Noise,
+    show: Show,
 }
 
 impl Compact {
     /// Packs `samples`, the first with index `first`; `features` is the width of the input.
-    pub fn pack(samples: &[Sequence], features: usize, first: u64, noise: Noise) -> Result<Self> {
+    pub fn pack(
+        samples: &[Sequence],
+        features: usize,
+        first: u64,
+        noise: Noise,
+        show: Show,
+    ) -> Result<Self> {
+        let frames = show.frames as u64;
+        if frames == 0 || show.table.as_ref().is_some_and(|table| table.channels() != features) {
+            candle_core::bail!("expand: recordings of {frames} frames do not fit {features} features")
+        }
         let total = samples.iter().map(|sample| sample.symbols.len()).sum::<usize>();
         let elements = samples.iter().map(|sample| sample.symbols.len()).max().unwrap_or(0);
         let shown: usize = samples.iter().map(|sample| sample.distractors.len()).sum();
@@ -78,7 +107,8 @@ impl Compact {
         let (mut element, mut distractor) = (0, META * samples.len() + 3 * total);
         for sample in samples {
             let gaps: u64 = sample.gaps.iter().map(|&gap| u64::from(gap)).sum();
-            let Ok(length) = u32::try_from(sample.symbols.len() as u64 + gaps) else {
+            let behind = if sample.distractors.is_empty() { gaps } else { gaps * frames };
+            let Ok(length) = u32::try_from(sample.symbols.len() as u64 * frames + behind) else {
                 candle_core::bail!("expand: a sample is longer than {} timesteps", u32::MAX)
             };
             if sample.gaps.len() != sample.symbols.len()
@@ -98,17 +128,18 @@ impl Compact {
             distractor += sample.distractors.len();
         }
         for sample in samples {
-            let mut at = 0;
+            let (mut at, frames) = (0, show.frames as u32);
+            let step = if sample.distractors.is_empty() { 1 } else { frames };
             for gap in sample.gaps {
                 words.push(at);
                 // The last sum may be the length, which fits.
-                at += 1 + gap;
+                at += frames + gap * step;
             }
         }
         samples.iter().for_each(|sample| words.extend(sample.labels));
         samples.iter().for_each(|sample| words.extend(sample.symbols));
         samples.iter().for_each(|sample| words.extend(sample.distractors));
-        Ok(Self { words, total, elements, lengths, features, first, noise })
+        Ok(Self { words, total, elements, lengths, features, first, noise, show })
     }
 
     /// The buffer, as the kernels read it.
@@ -156,9 +187,9 @@ impl Compact {
         self.first
     }
 
-    /// Whether the input is more than symbols.
-    pub fn noisy(&self) -> bool {
-        !matches!(self.noise, Noise::None)
+    /// Whether the input is more than one-hot symbols.
+    pub fn is_dense(&self) -> bool {
+        self.show.table.is_some() || !matches!(self.noise, Noise::None)
     }
 }
 
