@@ -110,7 +110,7 @@ impl Plan {
                     config.train.precision.name()
                 )));
             }
-            let (features, classes) = (config.task.vocab(), config.task.classes());
+            let (features, classes) = (config.task.features().map_err(in_run)?, config.task.classes());
             let parameters = model::count_parameters(&config.model, features, classes).map_err(in_run)?;
             let id = identity(&config)?;
             match known.entry(id.clone()) {

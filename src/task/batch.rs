@@ -190,8 +190,9 @@ impl Sample {
 
     /// Draws the recording that each element shows, then that of each distractor, from those of `part`.
     pub fn record(&mut self, recordings: &Recordings, part: Part, rng: &mut Pcg64) {
-        let mut draw =
-            |symbols: &[u32]| symbols.iter().map(|&symbol| recordings.draw(part, symbol, rng)).collect();
+        let mut draw = |symbols: &[u32]| -> Vec<u32> {
+            symbols.iter().map(|&symbol| recordings.draw(part, symbol, rng)).collect()
+        };
         self.recordings = draw(&self.symbols);
         self.distractor_recordings = draw(&self.distractors);
         self.frames = recordings.frames() as u32;

@@ -276,7 +276,7 @@ mod tests {
     fn same(window: &DeviceBatch, expected: &Batch, name: &str) {
         let shape = (expected.batch, expected.steps);
         for (got, want) in [
-            (&window.ids, &expected.symbols),
+            (&window.ids, expected.indices()),
             (&window.labels, &expected.labels),
             (&window.element, &expected.element),
         ] {
@@ -285,7 +285,7 @@ mod tests {
         }
         assert_eq!(window.lengths, expected.lengths, "{name}");
         assert_eq!((window.elements, window.first), (expected.elements, expected.first), "{name}");
-        assert_eq!(window.dense.is_some(), expected.noise.is_some(), "{name}");
+        assert_eq!(window.dense.is_some(), expected.is_dense(), "{name}");
         if let Some(dense) = &window.dense {
             let want = Tensor::from_vec(expected.dense(), dense.shape(), &Device::Cpu).unwrap();
             let want = want.to_dtype(dense.dtype()).unwrap();
@@ -335,6 +335,9 @@ mod tests {
                 x.chunks(steps - 3).flat_map(|row| row.iter().copied().chain([with; 3])).collect()
             };
             batch.symbols = pad(&batch.symbols, BLANK);
+            if let Some(shown) = &mut batch.shown {
+                shown.rows = pad(&shown.rows, BLANK);
+            }
             batch.labels = pad(&batch.labels, 0);
             batch.element = pad(&batch.element, PAD);
             batch.noise = batch.noise.map(|noise| {

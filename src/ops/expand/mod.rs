@@ -197,27 +197,52 @@ impl Compact {
 mod tests {
     use super::*;
     use crate::config::load::parse;
+    use crate::task::recordings::Recordings;
     use crate::task::{BLANK, PAD, Part, Samples, Task};
 
-    /// Symbol, label and element of step `at` of sample `b`, found as the kernel finds them.
+    /// Symbol or row, label and element of step `at` of sample `b`, found as the kernel finds them.
     fn step(compact: &Compact, b: usize, at: usize) -> [u32; 3] {
         let (words, total, at) = (compact.words(), compact.total, at as u32);
+        let frames = compact.show.frames as u32;
         let [first, count, length, distractors] = words[META * b..][..4] else { unreachable!() };
         if at >= length {
             return [BLANK, 0, PAD];
         }
         let elements = &words[META * compact.batch() + first as usize..];
         let element = elements[..count as usize].partition_point(|&start| start <= at) - 1;
-        let symbol = match at - elements[element] {
-            0 => elements[2 * total + element],
+        let inside = at - elements[element];
+        let symbol = match inside {
+            _ if inside < frames => elements[2 * total + element] * frames + inside,
             _ if distractors == NONE => BLANK,
-            _ => words[distractors as usize + at as usize - element - 1],
+            _ => {
+                let item = words[distractors as usize + (at / frames) as usize - element - 1];
+                item * frames + at % frames
+            }
         };
-        [symbol, elements[total + element], element as u32]
+        let asked = inside + 1 >= frames;
+        [symbol, elements[total + element], if asked { element as u32 } else { PAD }]
     }
 
-    /// Samples with blanks and with distractors, with noise by position, in sequence, and without; and what
-    /// they were set up with.
+    /// Three recordings of each symbol in each part, of `frames` frames and 6 channels; every second one counts.
+    fn recordings(symbols: usize, frames: usize, counts: bool) -> Recordings {
+        let rows = 9 * symbols * frames;
+        let value = |i: usize| (i * 7 + i / 5) % 11;
+        let values = if counts {
+            let (mut starts, mut entries) = (vec![0], vec![]);
+            for row in 0..rows {
+                let of_row = (0..6).map(|channel| (channel, value(6 * row + channel as usize) as u32));
+                entries.extend(of_row.filter(|(_, count)| count % 3 == 1).map(|(c, count)| c << 16 | count));
+                starts.push(entries.len() as u32);
+            }
+            Values::Counts { starts, entries }
+        } else {
+            Values::Dense((0..6 * rows).map(|i| value(i) as f32 / 7.0 - 0.5).collect())
+        };
+        Recordings::new(frames, 6, std::array::from_fn(|_| vec![3; symbols]), values).unwrap()
+    }
+
+    /// Samples with blanks and with distractors, with noise by position, in sequence, and without, of one-hot symbols
+    /// and of recordings; and what they were set up with.
     pub(super) fn sets_of_samples() -> impl Iterator<Item = (&'static str, impl Fn() -> Samples)> {
         const TEXT: &str = "
 seed: 3
@@ -228,12 +253,22 @@ model: {name: gla, layers: 1, width: 16}";
             "task.preset=task3 task.gap.start=2 task.gap.probability=0.6 task.gap.high=0.3",
             "task.preset=task1_complexity task.split=as-released",
             "task.preset=task2 task.noise=0.2 task.split=as-released",
+            "task.preset=task2 task.noise=0 frames=4",
+            "task.preset=task2 task.noise=0.2 frames=3 counts",
+            "task.preset=task3 task.gap.start=2 task.gap.probability=0.6 task.gap.high=0.3 frames=3",
+            "task.preset=task3 task.gap.start=2 task.gap.high=0.2 task.noise=0.2 frames=1 counts",
         ]
         .into_iter()
         .map(|sets| {
-            let list: Vec<String> = sets.split(' ').map(String::from).collect();
+            let (list, shown) = sets.split_once(" frames=").unwrap_or((sets, ""));
+            let list: Vec<String> = list.split(' ').map(String::from).collect();
             let config = parse(TEXT, "test", &list).unwrap();
-            let task = Task::new(&config.task, config.seed).unwrap();
+            let mut task = Task::new(&config.task, config.seed).unwrap();
+            if let Some(frames) = shown.chars().next() {
+                let frames = frames.to_digit(10).unwrap() as usize;
+                let symbols = task.grammar().alphabet();
+                task = task.with(recordings(symbols, frames, shown.ends_with("counts"))).unwrap();
+            }
             (sets, move || task.samples(Part::Train, 5, 7, None).unwrap())
         })
     }
@@ -248,7 +283,7 @@ model: {name: gla, layers: 1, width: 16}";
             while let Some(window) = windows.next_window(9) {
                 for i in 0..window.batch * window.steps {
                     let (b, t) = (i / window.steps, i % window.steps);
-                    let shown = [window.symbols[i], window.labels[i], window.element[i]];
+                    let shown = [window.indices()[i], window.labels[i], window.element[i]];
                     assert_eq!(step(&compact, b, at + t), shown, "{sets:?}, sample {b}, step {}", at + t);
                     distractors += usize::from(window.distractor[i]);
                 }
