@@ -102,3 +102,28 @@ impl Table {
         Ok(sent.entry(number).or_insert(table).clone())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_added_and_bad_tables_refused() {
+        let counts = |starts: &[u32], entries: &[u32]| {
+            Table::new(3, Values::Counts { starts: starts.to_vec(), entries: entries.to_vec() })
+        };
+        let table = counts(&[0, 0, 2], &[7, 2 << 16 | 1]).unwrap();
+        let mut x = [0.5, 0.5, 0.5];
+        table.add_row(0, &mut x);
+        table.add_row(1, &mut x);
+        assert_eq!((table.rows(), x), (2, [7.5, 0.5, 1.5]));
+        assert!(counts(&[0, 2, 1], &[1, 1]).is_err(), "starts must ascend");
+        assert!(counts(&[0, 1], &[1, 1]).is_err(), "entries behind the last row");
+        assert!(counts(&[0, 1], &[3 << 16 | 1]).is_err(), "channel 3 of 3");
+        assert!(Table::new(3, Values::Dense(vec![0.0; 4])).is_err(), "rows of another width");
+        let table = Table::new(2, Values::Dense(vec![1.0, 2.0, 3.0, 4.0])).unwrap();
+        let mut x = [10.0, 10.0];
+        table.add_row(1, &mut x);
+        assert_eq!(x, [13.0, 14.0]);
+    }
+}
