@@ -247,15 +247,21 @@ fn steps_show_the_recordings_that_were_drawn() {
             assert_eq!(single.as_slice(), &list[1..2], "a sample depends on its index alone");
             let alone = symbols.samples(part, 2, 4, None).unwrap();
             for (own, alone) in list.iter().zip(alone.as_slice()) {
-                assert_eq!((&own.states, &own.gaps, &own.distractors), (&alone.states, &alone.gaps, &alone.distractors));
-                assert_eq!(own.steps(), alone.steps() + if sets[0].ends_with("shd") { 0 } else { own.steps() / 2 });
+                assert_eq!(
+                    (&own.states, &own.gaps, &own.distractors),
+                    (&alone.states, &alone.gaps, &alone.distractors)
+                );
+                let each = if own.distractors.is_empty() { 1 } else { frames };
+                let gaps = own.gaps.iter().sum::<u32>() as usize;
+                assert_eq!(own.steps(), own.states.len() * frames + gaps * each);
             }
             let mut whole = task.batch(part, 2, 4, None).unwrap();
             let noise = whole.noise.take();
             let dense = whole.dense();
             for (b, sample) in list.iter().enumerate() {
                 let of = |symbols: &[u32], drawn: &[u32]| {
-                    let own = |(&symbol, recording): (&u32, &u32)| recordings.of(part, symbol).contains(recording);
+                    let own =
+                        |(&symbol, recording): (&u32, &u32)| recordings.of(part, symbol).contains(recording);
                     symbols.len() == drawn.len() && symbols.iter().zip(drawn).all(own)
                 };
                 assert!(of(&sample.symbols, &sample.recordings));
@@ -298,8 +304,14 @@ fn steps_show_the_recordings_that_were_drawn() {
                 let x = window.dense();
                 for b in 0..4 {
                     let rows = b * whole.steps + at..b * whole.steps + at + window.steps;
-                    assert_eq!(window.element[b * window.steps..][..window.steps], whole.element[rows.clone()]);
-                    assert_eq!(window.symbols[b * window.steps..][..window.steps], whole.symbols[rows.clone()]);
+                    assert_eq!(
+                        window.element[b * window.steps..][..window.steps],
+                        whole.element[rows.clone()]
+                    );
+                    assert_eq!(
+                        window.symbols[b * window.steps..][..window.steps],
+                        whole.symbols[rows.clone()]
+                    );
                     let row = &dense[rows.start * channels..rows.end * channels];
                     assert!(x[b * window.steps * channels..][..row.len()] == *row);
                 }
@@ -375,9 +387,9 @@ fn every_encoding_runs_end_to_end() {
 
         // In one piece as in pieces.
         let test = |chunk: &str| {
-            let out = ok(vec!["eval".into(), name.to_string(), "--json".into(), "--chunk".into(), chunk.into()]);
-            let value: serde_json::Value = serde_json::from_str(&out).unwrap();
-            find(&value, "loss").unwrap_or_else(|| panic!("no loss in {out}"))
+            ok(["eval", name, "--json", "eval.json", "--chunk", chunk].map(String::from).into());
+            let text = fs::read_to_string(place.path("eval.json")).unwrap();
+            find(&serde_json::from_str(&text).unwrap(), "loss").unwrap_or_else(|| panic!("no loss in {text}"))
         };
         let (whole, pieces) = (test("100000"), test("11"));
         assert!((whole - pieces).abs() < 1e-5 * whole, "{name}: {whole} in one piece, {pieces} in pieces");
@@ -389,10 +401,20 @@ fn every_encoding_runs_end_to_end() {
         let stats = ok(with(&["data", "stats", "tiny.yaml", "--json"]));
         let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
         assert_eq!((&stats["features"], &stats["encoding"]), (&(*features).into(), &(*name).into()));
-        ok(with(&["data", "export", "tiny.yaml", "--format", "safetensors", "--out", &format!("data-{name}")]));
+        ok(with(&[
+            "data",
+            "export",
+            "tiny.yaml",
+            "--format",
+            "safetensors",
+            "--out",
+            &format!("data-{name}"),
+        ]));
         let x = common::noise(5, &[2, 9, *features]).to_dtype(DType::F32).unwrap();
         x.save_safetensors("x", place.path("x.safetensors")).unwrap();
-        ok(["predict", name, "--input", "x.safetensors", "--output", "y.safetensors"].map(String::from).into());
+        ok(["predict", name, "--input", "x.safetensors", "--output", "y.safetensors"]
+            .map(String::from)
+            .into());
 
         // Killed after an update, it ends with the same bits.
         ok(with(&["train", "tiny.yaml", "--out", &format!("{name}-again"), "--threads", "1"]));
@@ -401,10 +423,13 @@ fn every_encoding_runs_end_to_end() {
     assert!(ceilings.iter().all(|&ceiling| ceiling == ceilings[0]), "{ceilings:?}");
 
     // The next symbol too, in pieces that end within recordings, with its divergence from the ideal.
-    let sets = [encoding("vectors", &golden("vectors.safetensors")), vec!["task.objective=predict".into()]].concat();
+    let sets =
+        [encoding("vectors", &golden("vectors.safetensors")), vec!["task.objective=predict".into()]].concat();
     let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
     place.ok(&[&["train", "tiny.yaml", "--out", "predict", "--set", "train.eval_chunk=3"], &sets[..]].concat());
-    place.ok(&[&["train", "tiny.yaml", "--out", "at-once", "--set", "train.eval_chunk=9999"], &sets[..]].concat());
+    place
+        .ok(&[&["train", "tiny.yaml", "--out", "at-once", "--set", "train.eval_chunk=9999"], &sets[..]]
+            .concat());
     let [kl, whole] = ["predict", "at-once"].map(|run| summary(&place.path(run))["kl"].as_f64().unwrap());
     assert!((kl - whole).abs() < 1e-6 && kl >= 0.0, "{kl} in pieces, {whole} at once");
 }
@@ -412,9 +437,10 @@ fn every_encoding_runs_end_to_end() {
 /// The first number with that key, anywhere in a value.
 fn find(value: &serde_json::Value, key: &str) -> Option<f64> {
     match value {
-        serde_json::Value::Object(map) => {
-            map.get(key).and_then(serde_json::Value::as_f64).or_else(|| map.values().find_map(|value| find(value, key)))
-        }
+        serde_json::Value::Object(map) => map
+            .get(key)
+            .and_then(serde_json::Value::as_f64)
+            .or_else(|| map.values().find_map(|value| find(value, key))),
         serde_json::Value::Array(list) => list.iter().find_map(|value| find(value, key)),
         _ => None,
     }
@@ -441,13 +467,21 @@ fn bad_recordings_are_refused() {
     let path = |name: &str| dir.path().join(name);
     let shown = dir.path().display();
 
-    assert!(say(&encoding("gsc", &path("none"))).contains("which is no folder; it must be the one of the data set"));
+    assert!(
+        say(&encoding("gsc", &path("none")))
+            .contains("which is no folder; it must be the one of the data set")
+    );
     assert!(say(&encoding("gsc", dir.path())).contains("validation_list.txt, which says what is held out"));
     let words = speaking();
     fs::remove_dir_all(words.path().join("no")).unwrap();
-    assert!(say(&encoding("gsc", words.path())).contains("has no folder `no`; it must hold one for every word"));
+    assert!(
+        say(&encoding("gsc", words.path())).contains("has no folder `no`; it must hold one for every word")
+    );
     fs::create_dir(words.path().join("no")).unwrap();
-    assert!(say(&encoding("gsc", words.path())).contains("holds no train recording of the word `no`, which stands for the symbol A"));
+    assert!(
+        say(&encoding("gsc", words.path()))
+            .contains("holds no train recording of the word `no`, which stands for the symbol A")
+    );
     fs::write(words.path().join("yes/00000000_nohash_0.wav"), "RIFF").unwrap();
     let words = speaking();
     fs::write(words.path().join("yes/00000000_nohash_0.wav"), "RIFF").unwrap();
@@ -460,11 +494,16 @@ fn bad_recordings_are_refused() {
     };
     let wav = words.path().join("yes/00000000_nohash_0.wav");
     hound::WavWriter::create(&wav, spec).unwrap().finalize().unwrap();
-    assert!(say(&encoding("gsc", words.path())).contains("has 2 channels of 24 bits at 8000 Hz; it must have 1 of 16 bits"));
+    assert!(
+        say(&encoding("gsc", words.path()))
+            .contains("has 2 channels of 24 bits at 8000 Hz; it must have 1 of 16 bits")
+    );
 
     assert_eq!(
         say(&encoding("shd", dir.path())),
-        format!("{shown}/shd_train.h5 is missing; `selectivbench data fetch shd` says where to get it and how to unpack it")
+        format!(
+            "{shown}/shd_train.h5 is missing; `selectivbench data fetch shd` says where to get it and how to unpack it"
+        )
     );
     fs::write(path("shd_train.h5"), "no HDF5").unwrap();
     assert!(say(&encoding("shd", dir.path())).contains("shd_train.h5 is no whole HDF5 file"));
@@ -487,9 +526,15 @@ fn bad_recordings_are_refused() {
         Tensor::from_slice(values, shape, &Device::Cpu).unwrap().save_safetensors(name, &file).unwrap();
     };
     save("train", &[0.0; 4], &[2, 2]);
-    assert!(say(&encoding("vectors", &file)).contains("holds no tensor `validation`, nor one `vectors` for all parts"));
+    assert!(
+        say(&encoding("vectors", &file))
+            .contains("holds no tensor `validation`, nor one `vectors` for all parts")
+    );
     save("vectors", &[0.0; 4], &[4]);
-    assert!(say(&encoding("vectors", &file)).contains("has shape [4]; it must be (symbols, recordings, frames, channels)"));
+    assert!(
+        say(&encoding("vectors", &file))
+            .contains("has shape [4]; it must be (symbols, recordings, frames, channels)")
+    );
     save("vectors", &[0.0; 4], &[1, 4]);
     assert!(say(&encoding("vectors", &file)).contains("holds vectors of 1 symbols; the task has 2"));
     save("vectors", &[0.0, f32::NAN, 0.0, 0.0], &[2, 2]);
@@ -500,7 +545,10 @@ fn bad_recordings_are_refused() {
     assert!(say(&long).contains("recordings of 4 frames make sequences of up to 20000000 timesteps"));
 
     let place = Place::new(TWO);
-    place.refuses(&["train", "tiny.yaml", "--out", "run", "--set", "task.encoding=gsc"], "task.data is data/gsc, which");
+    place.refuses(
+        &["train", "tiny.yaml", "--out", "run", "--set", "task.encoding=gsc"],
+        "task.data is data/gsc, which",
+    );
     let as_released = parse(TWO, "test", &["task.encoding=gsc".into(), "task.split=as-released".into()]);
     assert!(as_released.unwrap_err().to_string().contains("as-released, which draws one_hot symbols only"));
 }
@@ -530,5 +578,8 @@ fn fetch_says_where_and_what_is_missing() {
     fs::remove_file(digits.path().join("shd_test.h5")).unwrap();
     place.refuses(&["data", "fetch", "shd", "--dir", &dir(&digits)], "shd_test.h5 is missing");
     fs::remove_file(words.path().join("cat/00000002_nohash_0.wav")).unwrap();
-    place.refuses(&["data", "fetch", "gsc", "--dir", &dir(&words)], "lacks cat/00000002_nohash_0.wav, which testing_list.txt names");
+    place.refuses(
+        &["data", "fetch", "gsc", "--dir", &dir(&words)],
+        "lacks cat/00000002_nohash_0.wav, which testing_list.txt names",
+    );
 }

@@ -396,9 +396,8 @@ impl<'a> Figure<'a> {
                 root.draw(&PathElement::new([(to, top), (to, top + VOTE)], WHITE))?;
             }
             let mut symbols = vec![(letter(grammar.symbol(element.state)), INK)];
-            symbols.extend(
-                shown.by_ref().take(gap as usize).map(|&class| (letter(class), DISTRACTOR_LETTER)),
-            );
+            symbols
+                .extend(shown.by_ref().take(gap as usize).map(|&class| (letter(class), DISTRACTOR_LETTER)));
             for (i, (symbol, colour)) in symbols.into_iter().enumerate() {
                 let x = self.x(element.first + i * *frames as usize);
                 if step >= 8.0 || (i == 0 && to - from >= 9) {

@@ -91,7 +91,17 @@ pub fn inspect(net: &RecNet, task: &Task, mut samples: Samples, window: Range<us
             let (steps, votes) = (sample.frames as usize + behind, 1 + behind);
             first += steps;
             let (answer, confidence, right_share) = (0, 0.0, 0.0);
-            Element { state, label, answer, confidence, right_share, place, first: first - steps, steps, votes }
+            Element {
+                state,
+                label,
+                answer,
+                confidence,
+                right_share,
+                place,
+                first: first - steps,
+                steps,
+                votes,
+            }
         })
         .collect();
     let empty = Inspection { sample, elements: elements.clone(), window, quantities: vec![] };

@@ -12,10 +12,10 @@ use rayon::prelude::*;
 use crate::config::GapKind;
 use crate::ops::expand::{self, Compact, Sequence, Show, Table};
 use crate::ops::philox::{philox4x32, unit_f32};
+use crate::task::Part;
 use crate::task::grammar::Grammar;
 use crate::task::recordings::Recordings;
 use crate::task::rng::{Mt19937, Pcg64};
-use crate::task::Part;
 
 /// Duration of one timestep, in the units of the gaps.
 pub const TIMESTEP: f64 = 0.1;
@@ -287,13 +287,7 @@ pub struct Samples {
 
 impl Samples {
     /// `samples`, the first with index `first`; `features` is the width of the input.
-    pub fn new(
-        samples: Vec<Sample>,
-        features: usize,
-        first: u64,
-        noise: Option<Noise>,
-        show: Show,
-    ) -> Self {
+    pub fn new(samples: Vec<Sample>, features: usize, first: u64, noise: Option<Noise>, show: Show) -> Self {
         let lengths = samples.iter().map(Sample::steps).collect();
         let cursors = vec![Cursor::default(); samples.len()];
         Self { samples, features, first, noise, show, lengths, cursors, at: 0 }

@@ -301,9 +301,7 @@ impl Task {
 
     fn show(&self) -> Show {
         match &self.recordings {
-            Some(recordings) => {
-                Show { frames: recordings.frames(), table: Some(recordings.table().clone()) }
-            }
+            Some(recordings) => Show { frames: recordings.frames(), table: Some(recordings.table().clone()) },
             None => Show { frames: self.config.encoding.frames(), table: None },
         }
     }

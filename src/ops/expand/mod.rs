@@ -84,13 +84,7 @@ pub struct Compact {
 
 impl Compact {
     /// Packs `samples`, the first with index `first`; `features` is the width of the input.
-    pub fn pack(
-        samples: &[Sequence],
-        features: usize,
-        first: u64,
-        noise: Noise,
-        show: Show,
-    ) -> Result<Self> {
+    pub fn pack(samples: &[Sequence], features: usize, first: u64, noise: Noise, show: Show) -> Result<Self> {
         let frames = show.frames as u64;
         if frames == 0 || show.table.as_ref().is_some_and(|table| table.channels() != features) {
             candle_core::bail!("expand: recordings of {frames} frames do not fit {features} features")

@@ -19,9 +19,9 @@ use crate::{bad_input, bail_input};
 
 /// The words, in the order of the labels that the authors' code gives them.
 pub const WORDS: [&str; 35] = [
-    "yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "zero", "one", "two", "three", "four",
-    "five", "six", "seven", "eight", "nine", "bed", "bird", "cat", "dog", "happy", "house", "marvin", "sheila",
-    "tree", "wow", "backward", "forward", "follow", "learn", "visual",
+    "yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "zero", "one", "two", "three",
+    "four", "five", "six", "seven", "eight", "nine", "bed", "bird", "cat", "dog", "happy", "house", "marvin",
+    "sheila", "tree", "wow", "backward", "forward", "follow", "learn", "visual",
 ];
 
 /// The files that name the recordings of a part, one a line as in `bed/0a7c2a8d_nohash_0.wav`.

@@ -9,7 +9,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use hdf5_reader::{ByteOrder, Datatype, Dataset, Hdf5File};
+use hdf5_reader::{ByteOrder, Dataset, Datatype, Hdf5File};
 use rayon::prelude::*;
 
 use super::{Found, Recordings, check_folder, choose};
@@ -54,6 +54,9 @@ pub const SSC: Set = Set {
 /// Of the training recordings of a label, the first of every so many is for validation where a set has none.
 const HELD_OUT: usize = 10;
 
+/// Recordings that are in memory twice while they are read.
+const AT_ONCE: usize = 4096;
+
 /// The recordings of the first `symbols` labels, at most `most` of each in each part.
 pub(super) fn load(set: &Set, dir: &Path, symbols: usize, most: usize) -> Result<Recordings> {
     check_folder(dir, set.name)?;
@@ -80,15 +83,17 @@ pub(super) fn load(set: &Set, dir: &Path, symbols: usize, most: usize) -> Result
         )
     })?;
     let each = |(file, row): &(&SpikeFile, usize)| file.frames(*row);
-    let frames: Vec<Vec<[u32; 2]>> = keys.par_iter().map(each).collect::<Result<_>>()?;
-    let (mut starts, mut entries) = (Vec::with_capacity(frames.len() * FRAMES + 1), Vec::new());
-    for recording in &frames {
-        let mut rest = &recording[..];
-        for frame in 0..FRAMES as u32 {
-            starts.push(u32::try_from(entries.len())?);
-            let (row, behind) = rest.split_at(rest.partition_point(|entry| entry[0] <= frame));
-            entries.extend(row.iter().map(|entry| entry[1]));
-            rest = behind;
+    let (mut starts, mut entries) = (Vec::with_capacity(keys.len() * FRAMES + 1), Vec::new());
+    for keys in keys.chunks(AT_ONCE) {
+        let recordings: Vec<Vec<[u32; 2]>> = keys.par_iter().map(each).collect::<Result<_>>()?;
+        for recording in &recordings {
+            let mut rest = &recording[..];
+            for frame in 0..FRAMES as u32 {
+                starts.push(u32::try_from(entries.len())?);
+                let (row, behind) = rest.split_at(rest.partition_point(|entry| entry[0] <= frame));
+                entries.extend(row.iter().map(|entry| entry[1]));
+                rest = behind;
+            }
         }
     }
     starts.push(u32::try_from(entries.len())?);
@@ -141,7 +146,9 @@ impl SpikeFile {
         let labels = file.dataset("labels").map_err(damaged)?;
         let numbers = numbers(labels.dtype(), &labels.read_raw_bytes().map_err(damaged)?);
         let Some(numbers) = numbers else { bail_input!("labels in {shown} does not hold numbers") };
-        if let Some(label) = numbers.iter().find(|x| x.fract() != 0.0 || !(0.0..set.labels as f64).contains(*x)) {
+        if let Some(label) =
+            numbers.iter().find(|x| x.fract() != 0.0 || !(0.0..set.labels as f64).contains(*x))
+        {
             bail_input!("{shown} holds the label {label}; labels of {} are 0 to {}", set.name, set.labels - 1)
         }
         let labels: Vec<usize> = numbers.iter().map(|&label| label as usize).collect();
@@ -217,8 +224,10 @@ fn numbers(dtype: &Datatype, bytes: &[u8]) -> Option<Vec<f64>> {
 
 /// Spikes (seconds, channel) counted: [frame, channel · 2¹⁶ + count], ascending.
 fn count_spikes(spikes: impl Iterator<Item = (f64, u32)>) -> Vec<[u32; 2]> {
-    let mut places: Vec<[u32; 2]> =
-        spikes.map(|(time, channel)| [frame(time) as u32, channel]).filter(|at| at[0] < FRAMES as u32).collect();
+    let mut places: Vec<[u32; 2]> = spikes
+        .map(|(time, channel)| [frame(time) as u32, channel])
+        .filter(|at| at[0] < FRAMES as u32)
+        .collect();
     places.sort_unstable();
     let count = |same: &[[u32; 2]]| [same[0][0], same[0][1] << 16 | same.len().min(0xffff) as u32];
     places.chunk_by(|a, b| a == b).map(count).collect()

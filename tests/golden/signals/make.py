@@ -78,7 +78,7 @@ for i, (t, u) in enumerate(recordings):
     np.add.at(counts[i], (steps[inside], u[inside]), 1)
 where = np.argwhere(counts)
 bins = np.concatenate([where, counts[tuple(where.T)][:, None]], axis=1)
-save_file({"bins": bins.astype(np.int32)}, "bins.safetensors")
+save_file({"bins": np.ascontiguousarray(bins, np.int32)}, "bins.safetensors")
 
 # ---- vectors: 6 symbols, 3 recordings of 2 frames and 4 channels to train on, 2 to test on
 
