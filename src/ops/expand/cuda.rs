@@ -277,8 +277,8 @@ mod tests {
         let shape = (expected.batch, expected.steps);
         for (got, want) in [
             (&window.ids, expected.indices()),
-            (&window.labels, &expected.labels),
-            (&window.element, &expected.element),
+            (&window.labels, &expected.labels[..]),
+            (&window.element, &expected.element[..]),
         ] {
             assert_eq!(got.dims2().unwrap(), shape, "{name}");
             assert_eq!(&got.flatten_all().unwrap().to_vec1::<u32>().unwrap(), want, "{name}");
