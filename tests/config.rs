@@ -718,6 +718,10 @@ prop_compose! {
     fn task_config()(
         preset in proptest::sample::select(TaskPreset::ALL.to_vec()),
         objective in proptest::sample::select(vec![Objective::Classify, Objective::Predict]),
+        encoding in proptest::sample::select(vec![
+            Encoding::OneHot, Encoding::Gsc, Encoding::Shd, Encoding::Ssc, Encoding::Vectors,
+        ]),
+        (data, recordings) in ("[a-z]{1,9}/[a-z ]{1,9}", 1..9usize),
         (ambiguities, extra, depth) in (0..=52usize, 1..10usize, 1..=100usize),
         density in 1e-6..2.0f64,
         start_states in 1..2usize,
@@ -733,6 +737,13 @@ prop_compose! {
         TaskConfig {
             preset,
             objective,
+            // No data set has a word for every symbol.
+            encoding: match encoding.of_set() {
+                Some((.., words)) if ambiguities + extra >= words => Encoding::Vectors,
+                _ => encoding,
+            },
+            data,
+            recordings: Auto::Value(recordings),
             vocab: Auto::Value(ambiguities + extra + 1),
             ambiguities,
             depth: Auto::Value(depth),
