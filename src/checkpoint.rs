@@ -108,7 +108,7 @@ impl Checkpoint {
     pub fn check_task(&self, path: &Path, task: &Task) -> anyhow::Result<()> {
         if (task.features(), task.classes()) != (self.features, self.classes) {
             bail_input!(
-                "{} takes {} input features and tells {} classes apart, but its task has {} symbols and {} \
+                "{} takes {} input features and tells {} classes apart, but its task has {} of them and {} \
                  classes: it was trained on another one",
                 path.display(),
                 self.features,

@@ -353,6 +353,17 @@ fn refuses_values() {
         ("task.gap.probability=-0.5", "task.gap.probability is -0.5; it must be between 0 and 1"),
         ("task.noise=-0.2", "task.noise is -0.2; it must be between 0 and 1000"),
         ("task.noise=.nan", "task.noise is NaN; it must be between 0 and 1000"),
+        ("task.recordings=0", "task.recordings is 0; it must be between 1 and 65536"),
+        (
+            "task.encoding=gsc",
+            "task.encoding is gsc, which has 35 words, but the task has 41 symbols, # included; set task.ambiguities to \
+             34 or less, and task.vocab to 35 or less or to auto",
+        ),
+        (
+            "task.encoding=vectors",
+            "task.encoding is vectors, but task.data is auto; set it to a safetensors file",
+        ),
+        ("task.encoding=mfcc", "task.encoding is mfcc; it must be one of one_hot, gsc, shd, ssc, vectors"),
         ("task.samples.train=0", "task.samples.train is 0; it must be between 1 and 1000000000000"),
         ("task.samples.validation=0", "task.samples.validation is 0; it must be between 1"),
         ("task.samples.test=0", "task.samples.test is 0; it must be between 1"),
@@ -713,6 +724,10 @@ prop_compose! {
     fn task_config()(
         preset in proptest::sample::select(TaskPreset::ALL.to_vec()),
         objective in proptest::sample::select(vec![Objective::Classify, Objective::Predict]),
+        encoding in proptest::sample::select(vec![
+            Encoding::OneHot, Encoding::Gsc, Encoding::Shd, Encoding::Ssc, Encoding::Vectors,
+        ]),
+        (data, recordings) in ("[a-z]{1,9}/[a-z ]{1,9}", 1..9usize),
         (ambiguities, extra, depth) in (0..=52usize, 1..10usize, 1..=100usize),
         density in 1e-6..2.0f64,
         start_states in 1..2usize,
@@ -728,6 +743,13 @@ prop_compose! {
         TaskConfig {
             preset,
             objective,
+            // No data set has a word for every symbol.
+            encoding: match encoding.of_set() {
+                Some((.., words)) if ambiguities + extra >= words => Encoding::Vectors,
+                _ => encoding,
+            },
+            data,
+            recordings: Auto::Value(recordings),
             vocab: Auto::Value(ambiguities + extra + 1),
             ambiguities,
             depth: Auto::Value(depth),

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use selectivbench::config::{
     Auto, Config, GapConfig, GapKind, GapLaw, Objective, Split, StringConfig, TaskConfig, TaskPreset,
 };
+use selectivbench::ops::expand::Show;
 use selectivbench::ops::head::{Targets, loss_and_votes};
 use selectivbench::task::batch::{Delay, GapRule, GapStream, Noise, NoiseStream};
 use selectivbench::task::grammar::{Grammar, GrammarConfig};
@@ -527,7 +528,7 @@ fn batches_are_the_authors() {
                 .map(|k| NoiseStream::AsReleased(Mt19937::from_u32((base + k) as u32)))
                 .collect(),
         });
-        let set = Samples::new(samples, grammar.vocab, indices[0], noise);
+        let set = Samples::new(samples, grammar.vocab, indices[0], noise, Show::ONE_HOT);
         let want = tensors(text(&entry["file"]));
         let states: Vec<Vec<u32>> = set.as_slice().iter().map(|sample| sample.states.clone()).collect();
         compare(name, &set.into_batch(), &want, &task, &states);
@@ -738,8 +739,11 @@ fn evaluation_is_the_authors() {
             Some(mut divergence) => {
                 // In pieces, as an evaluation does.
                 for from in (0..steps).step_by(7) {
-                    let piece = logits.narrow(1, from, 7.min(steps - from)).unwrap();
-                    divergence.add(&piece.flatten_all().unwrap().to_vec1().unwrap());
+                    let count = 7.min(steps - from);
+                    let piece = logits.narrow(1, from, count).unwrap();
+                    let element = targets.element.chunks(steps).flat_map(|row| &row[from..][..count]);
+                    let element: Vec<u32> = element.copied().collect();
+                    divergence.add(&piece.flatten_all().unwrap().to_vec1().unwrap(), &element);
                 }
                 let (sum, steps) = divergence.finish();
                 assert_eq!(steps, batch.valid_steps());

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use selectivbench::config::{Auto, Config, GapConfig, GapKind, Objective, Split, TaskConfig, TaskPreset};
 use selectivbench::task::next::{Divergence, Targets};
-use selectivbench::task::{Part, Task, oracle};
+use selectivbench::task::{PAD, Part, Task, oracle};
 use serde_json::Value;
 
 /// A paper grammar, as released; 200 test samples.
@@ -120,7 +120,11 @@ fn the_ideal_predicts_the_next_symbol() {
                 let padding = vec![0.0; (steps - of.steps()) * task.classes()];
                 rows.concat().into_iter().chain(padding).collect::<Vec<f32>>()
             });
-            divergence.add(&each.collect::<Vec<f32>>());
+            let element = samples
+                .as_slice()
+                .iter()
+                .flat_map(|sample| (0..steps).map(|step| if step < sample.steps() { 0 } else { PAD }));
+            divergence.add(&each.collect::<Vec<f32>>(), &element.collect::<Vec<u32>>());
             let (sum, count) = divergence.finish();
             assert_eq!(count, samples.valid_steps());
             sum / count as f64

@@ -290,11 +290,36 @@ pub fn check_evaluation(name: &str, device: &Device, route: Route) -> Checked {
     checked
 }
 
-/// Samples spread over timesteps on a GPU, window by window, against the CPU: symbols, labels, elements, noise.
+/// Recordings of a task's symbols, three in each part, of 5 frames and 19 channels.
+#[cfg(feature = "cuda")]
+fn recordings(task: &Task, counts: bool) -> anyhow::Result<crate::task::recordings::Recordings> {
+    use crate::ops::expand::Values;
+    const FRAMES: usize = 5;
+    const CHANNELS: usize = 19;
+    let symbols = task.grammar().alphabet();
+    let rows = 9 * symbols * FRAMES;
+    let random = |i: usize| philox4x32([i as u32, 0, 0, 0], [7, 3])[0];
+    let values = if counts {
+        let (mut starts, mut entries) = (vec![0], vec![]);
+        for row in 0..rows {
+            let channels = (0..CHANNELS).map(|channel| (channel as u32, random(row * CHANNELS + channel)));
+            entries.extend(channels.filter(|(_, x)| x % 4 == 0).map(|(c, x)| c << 16 | (x >> 8) % 9));
+            starts.push(entries.len() as u32);
+        }
+        Values::Counts { starts, entries }
+    } else {
+        Values::Dense((0..rows * CHANNELS).map(|i| 4.0 * unit_f32(random(i)) - 2.0).collect())
+    };
+    let counts = std::array::from_fn(|_| vec![3; symbols]);
+    crate::task::recordings::Recordings::new(FRAMES, CHANNELS, counts, values)
+}
+
+/// Samples spread over timesteps on a GPU, window by window, against the CPU: symbols or recordings, labels, elements,
+/// noise.
 #[cfg(feature = "cuda")]
 pub fn check_expansion(device: &Device) -> Vec<Checked> {
     use crate::ops::expand::DeviceSamples;
-    let settings: [(&str, &[&str]); 4] = [
+    let settings: [(&str, &[&str]); 7] = [
         ("gaps", &[]),
         ("gaps and noise", &["task.noise=0.7"]),
         ("distractors", &["task.gap.kind=distractor", "task.gap.high=2"]),
@@ -302,6 +327,9 @@ pub fn check_expansion(device: &Device) -> Vec<Checked> {
             "distractors and noise, as released",
             &["task.gap.kind=distractor", "task.gap.high=2", "task.noise=0.7", "task.split=as-released"],
         ),
+        ("recordings", &["task.noise=0"]),
+        ("counts and noise", &["task.noise=0.7"]),
+        ("recordings as distractors", &["task.gap.kind=distractor", "task.gap.high=0.4", "task.noise=0.7"]),
     ];
     let check = |(size, set): (&str, &[&str])| {
         let begin = Instant::now();
@@ -309,7 +337,11 @@ pub fn check_expansion(device: &Device) -> Vec<Checked> {
         let outcome = guarded(|| {
             Ok((|| {
                 let set: Vec<String> = set.iter().map(|set| set.to_string()).collect();
-                let (_, task) = small_task(&set)?;
+                let (_, mut task) = small_task(&set)?;
+                if size.starts_with("recordings") || size.starts_with("counts") {
+                    let recordings = recordings(&task, size.starts_with("counts"))?;
+                    task = task.with(recordings)?;
+                }
                 let samples = || task.samples(Part::Train, 3, 5, None);
                 let mut want = samples()?;
                 let mut got = DeviceSamples::upload(samples()?.compact()?, DType::F32, device)?;
@@ -334,9 +366,9 @@ pub fn check_expansion(device: &Device) -> Vec<Checked> {
                     };
                     let labels = got.labels.flatten_all()?.to_vec1::<u32>()?;
                     same("labels", &host(&kept(&labels))?, &host(&kept(&want.labels))?)?;
-                    if want.noise.is_some() {
+                    if want.is_dense() {
                         let shape = (want.batch, want.steps, want.features);
-                        let dense = got.dense.context("the GPU has no noise")?;
+                        let dense = got.dense.context("the GPU has no dense input")?;
                         same("input", &dense, &Tensor::from_vec(want.dense(), shape, &Device::Cpu)?)?;
                     }
                     window += 1;

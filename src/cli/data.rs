@@ -1,6 +1,7 @@
-//! `selectivbench data`: look at samples, write them to files, and see what a grammar is like.
+//! `selectivbench data`: look at samples, write them to files, see what a grammar is like, and find recordings.
 
 mod export;
+mod fetch;
 mod picture;
 mod show;
 mod stats;
@@ -11,12 +12,13 @@ use super::PartName;
 use crate::config::load::load;
 use crate::task::Task;
 
-/// Look at samples, write them to files, and see what a grammar is like.
+/// Look at samples, write them to files, see what a grammar is like, and find recordings.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   selectivbench data show configs/quickstart.yaml
   selectivbench data stats configs/quickstart.yaml --set seed=3
-  selectivbench data export configs/quickstart.yaml --out data/quickstart")]
+  selectivbench data export configs/quickstart.yaml --out data/quickstart
+  selectivbench data fetch gsc")]
 pub struct DataArgs {
     #[command(subcommand)]
     command: DataCommand,
@@ -27,6 +29,7 @@ enum DataCommand {
     Show(show::ShowArgs),
     Export(export::ExportArgs),
     Stats(stats::StatsArgs),
+    Fetch(fetch::FetchArgs),
 }
 
 pub fn run(args: DataArgs) -> anyhow::Result<()> {
@@ -34,6 +37,7 @@ pub fn run(args: DataArgs) -> anyhow::Result<()> {
         DataCommand::Show(args) => show::run(args),
         DataCommand::Export(args) => export::run(args),
         DataCommand::Stats(args) => stats::run(args),
+        DataCommand::Fetch(args) => fetch::run(args),
     }
 }
 
@@ -51,5 +55,11 @@ impl Source {
     fn task(&self) -> anyhow::Result<Task> {
         let config = load(&self.config, &self.set)?;
         Task::new(&config.task, config.seed)
+    }
+
+    /// The task without its recordings, for what is about symbols alone.
+    fn symbols(&self) -> anyhow::Result<Task> {
+        let config = load(&self.config, &self.set)?;
+        Task::of_symbols(&config.task, config.seed)
     }
 }

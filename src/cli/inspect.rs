@@ -139,8 +139,7 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
 fn samples(args: &InspectArgs, task: &Task) -> anyhow::Result<(Samples, String)> {
     if let Some(text) = &args.text {
         let sample = parse(task, text)?;
-        let samples = Samples::new(vec![sample], task.features(), 0, None);
-        return Ok((samples, "a sample of your own".into()));
+        return Ok((task.own(sample), "a sample of your own".into()));
     }
     let part = Part::from(args.part);
     let count = task.count(part);

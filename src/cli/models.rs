@@ -68,7 +68,7 @@ impl Row {
             Some(path) => load::load(path, &sets)?,
             None => load::parse("{}", "the defaults", &sets)?,
         };
-        let (features, classes) = (config.task.vocab(), config.task.classes());
+        let (features, classes) = (config.task.features()?, config.task.classes());
         if let Some(budget) = budget {
             // The number of heads that the width to come has.
             config.model.heads = crate::config::Auto::AUTO;

@@ -7,6 +7,7 @@ use crate::bail_input;
 use crate::model;
 use crate::task::batch::TIMESTEP;
 use crate::task::grammar::{LETTERS, MAX_DEPTH};
+use crate::task::recordings::vectors;
 
 /// Timesteps of the longest sequence.
 const MOST_STEPS: usize = 1 << 24;
@@ -29,7 +30,8 @@ impl Config {
     /// Fails on the first field that cannot be used. `train.precision` is left to the device.
     pub fn check(&self) -> anyhow::Result<()> {
         self.task.check()?;
-        self.model.check(self.task.vocab(), self.task.classes())?;
+        // Vectors are as wide as a file says that need not be here now; a model hardly grows with them.
+        self.model.check(self.task.features().unwrap_or(1), self.task.classes())?;
         self.train.check()?;
         if self.train.emulate == Emulate::Authors && self.task.split != Split::AsReleased {
             bail_input!(
@@ -56,12 +58,18 @@ impl Config {
         let task = &mut self.task;
         (task.vocab, task.depth) = (Auto::Value(task.vocab()), Auto::Value(task.depth()));
         task.string.max = Auto::Value(task.max_string());
+        if task.data == TaskConfig::AUTO && task.encoding.of_set().is_some() {
+            task.data = format!("data/{}", task.encoding.name());
+        }
         self.model.heads = Auto::Value(heads);
         self
     }
 }
 
 impl TaskConfig {
+    /// The value of `data` that follows from `encoding`.
+    pub const AUTO: &str = "auto";
+
     /// Letters of the grammar: the symbols without `#`, of which there are at most 52.
     pub fn letters(&self) -> usize {
         self.vocab().saturating_sub(1).min(LETTERS)
@@ -78,6 +86,43 @@ impl TaskConfig {
             Objective::Classify => self.states(),
             Objective::Predict => self.vocab(),
         }
+    }
+
+    /// Width of the input. Fails where that stands in a file that cannot be read.
+    pub fn features(&self) -> anyhow::Result<usize> {
+        match (self.encoding, self.encoding.of_set()) {
+            (_, Some((_, channels, _))) => Ok(channels),
+            (Encoding::Vectors, None) => vectors::channels(self.data.as_ref()),
+            (_, None) => Ok(self.vocab()),
+        }
+    }
+
+    /// Checks how symbols are shown.
+    fn check_encoding(&self) -> anyhow::Result<()> {
+        let name = self.encoding.name();
+        if self.encoding != Encoding::OneHot && self.split == Split::AsReleased {
+            bail_input!(
+                "task.encoding is {name}, but task.split is as-released, which draws one_hot symbols only; set \
+                 task.split to held-out"
+            )
+        }
+        if self.encoding == Encoding::Vectors && self.data == Self::AUTO {
+            bail_input!("task.encoding is vectors, but task.data is auto; set it to a safetensors file")
+        }
+        if let Auto::Value(recordings) = self.recordings {
+            count("task.recordings", recordings, 1..=MOST_SIZE)?;
+        }
+        let symbols = self.letters() + 1;
+        if let Some((.., words)) = self.encoding.of_set()
+            && symbols > words
+        {
+            bail_input!(
+                "task.encoding is {name}, which has {words} words, but the task has {symbols} symbols, # included; set \
+                 task.ambiguities to {} or less, and task.vocab to {words} or less or to auto",
+                words - 1
+            )
+        }
+        Ok(())
     }
 
     fn check(&self) -> anyhow::Result<()> {
@@ -101,6 +146,7 @@ impl TaskConfig {
         if *ambiguities > 0 {
             count("task.depth", self.depth(), 1..=MAX_DEPTH)?;
         }
+        self.check_encoding()?;
         number("task.density", self.density, self.density > 0.0, "greater than 0")?;
         // `#` is a state, but starts no string.
         count("task.start_states", self.start_states, 1..=self.states() - 1)?;
@@ -149,12 +195,35 @@ impl TaskConfig {
     /// A gap must be a duration that leaves a sequence with a length that can be held.
     pub fn check_gap(&self, field: &str, gap: f64) -> anyhow::Result<()> {
         number(field, gap, gap >= 0.0, "0 or more")?;
-        let steps = self.length as f64 * (1.0 + (gap / TIMESTEP).ceil());
+        let steps = self.steps_at(gap, self.encoding.frames());
         if steps > MOST_STEPS as f64 {
             bail_input!(
                 "{field} is {}, which makes sequences of up to {} timesteps with task.length {}; at most {MOST_STEPS} \
                  are possible",
                 plain(gap),
+                plain(steps),
+                self.length
+            )
+        }
+        Ok(())
+    }
+}
+
+impl TaskConfig {
+    /// Timesteps of a sample with this gap behind every element, whose symbols take `frames`.
+    fn steps_at(&self, gap: f64, frames: usize) -> f64 {
+        let each = if self.gap.kind == GapKind::Distractor { frames } else { 1 };
+        self.length as f64 * (frames as f64 + (gap / TIMESTEP).ceil() * each as f64)
+    }
+
+    /// Recordings, whose `frames` are only known when they are read, must leave sequences that can be held too.
+    pub fn check_frames(&self, frames: usize) -> anyhow::Result<()> {
+        let longest = [self.gap.high, self.test_gap].into_iter().chain(self.eval_gaps.iter().copied());
+        let steps = self.steps_at(longest.fold(0.0, f64::max), frames);
+        if steps > MOST_STEPS as f64 {
+            bail_input!(
+                "recordings of {frames} frames make sequences of up to {} timesteps with task.length {}; at most \
+                 {MOST_STEPS} are possible",
                 plain(steps),
                 self.length
             )

@@ -63,6 +63,9 @@ impl TaskConfig {
         let base = Self {
             preset,
             objective: Objective::Classify,
+            encoding: Encoding::OneHot,
+            data: TaskConfig::AUTO.into(),
+            recordings: Auto::AUTO,
             vocab: Auto::AUTO,
             ambiguities: 40,
             depth: Auto::AUTO,

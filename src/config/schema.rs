@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::task::recordings::{mfcc, speech, spikes};
+
 /// A number, or `auto` for the value that follows from the other fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -92,7 +94,13 @@ pub enum TaskPreset {
 pub struct TaskConfig {
     pub preset: TaskPreset,
     pub objective: Objective,
-    /// Symbols, `#` included; the width of the input. `auto`: ambiguities + 1.
+    pub encoding: Encoding,
+    /// Where the recordings of `encoding` are: a folder, or the file of `vectors`. `auto`: `data/gsc`, `data/shd` or
+    /// `data/ssc`.
+    pub data: String,
+    /// Recordings of a symbol in each part, at most. `auto`: all.
+    pub recordings: Auto,
+    /// Symbols, `#` included; the width of a one-hot input. `auto`: ambiguities + 1.
     pub vocab: Auto,
     /// Symbols that stand for several states.
     pub ambiguities: usize,
@@ -132,6 +140,50 @@ impl Objective {
             Objective::Classify => "classify",
             Objective::Predict => "predict",
         }
+    }
+}
+
+/// How a symbol is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Encoding {
+    /// As a one-hot vector, for one timestep.
+    OneHot,
+    /// As a spoken word of Google Speech Commands.
+    Gsc,
+    /// As a word of the Spiking Heidelberg Digits.
+    Shd,
+    /// As a word of the Spiking Speech Commands.
+    Ssc,
+    /// As vectors from a safetensors file.
+    Vectors,
+}
+
+impl Encoding {
+    /// The name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Encoding::OneHot => "one_hot",
+            Encoding::Gsc => "gsc",
+            Encoding::Shd => "shd",
+            Encoding::Ssc => "ssc",
+            Encoding::Vectors => "vectors",
+        }
+    }
+
+    /// Timesteps that a symbol is shown for, numbers in each, and words that there are, of a data set.
+    pub fn of_set(self) -> Option<(usize, usize, usize)> {
+        match self {
+            Encoding::OneHot | Encoding::Vectors => None,
+            Encoding::Gsc => Some((mfcc::FRAMES, mfcc::COEFFICIENTS, speech::WORDS.len())),
+            Encoding::Shd => Some((spikes::FRAMES, spikes::CHANNELS, spikes::SHD.labels)),
+            Encoding::Ssc => Some((spikes::FRAMES, spikes::CHANNELS, spikes::SSC.labels)),
+        }
+    }
+
+    /// Timesteps that a symbol is shown for, as far as is known before a file is read.
+    pub fn frames(self) -> usize {
+        self.of_set().map_or(1, |(frames, ..)| frames)
     }
 }
 

@@ -12,8 +12,8 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use super::Inspection;
 use crate::model::notes::{Kind, Quantity, Rows, Scale};
 use crate::plot::{COLOURS, Drawn, INK, Picture, centred, font};
-use crate::task::Task;
 use crate::task::grammar::letter;
+use crate::task::{Sample, Task};
 
 const SYMBOL: RGBColor = COLOURS[0];
 const DISTRACTOR: RGBColor = COLOURS[4];
@@ -160,8 +160,9 @@ impl<'a> Figure<'a> {
     /// Gaps shaded, behind lines.
     fn background<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>, panel: Range<i32>) -> Drawn<B> {
         for element in &self.inspection.elements[self.inspection.window.clone()] {
-            if element.steps > 1 {
-                let (from, to) = (self.x(element.first + 1), self.x(element.first + element.steps));
+            let frames = self.inspection.sample.frames as usize;
+            if element.steps > frames {
+                let (from, to) = (self.x(element.first + frames), self.x(element.first + element.steps));
                 let colour = if element.place.distractor { DISTRACTOR.mix(0.2) } else { GAP.to_rgba() };
                 root.draw(&Rectangle::new([(from, panel.start), (to, panel.end)], colour.filled()))?;
             }
@@ -375,12 +376,13 @@ impl<'a> Figure<'a> {
         }
         let window = self.inspection.window.clone();
         let mut shown = self.inspection.sample.distractors.iter();
-        let before: usize = self.inspection.elements[..window.start].iter().map(|e| e.steps - 1).sum();
-        if !self.inspection.sample.distractors.is_empty() {
-            shown = self.inspection.sample.distractors[before..].iter();
+        let Sample { gaps, frames, distractors, .. } = &self.inspection.sample;
+        if !distractors.is_empty() {
+            let before: u32 = gaps[..window.start].iter().sum();
+            shown = distractors[before as usize..].iter();
         }
         let step = f64::from(WIDTH) / self.inspection.steps().len() as f64;
-        for element in &self.inspection.elements[window] {
+        for (element, &gap) in self.inspection.elements[window.clone()].iter().zip(&gaps[window]) {
             let (from, to) = (self.x(element.first), self.x(element.first + element.steps));
             let to = to.max(from + 1);
             // The share of the right state: blue where it won.
@@ -394,11 +396,10 @@ impl<'a> Figure<'a> {
                 root.draw(&PathElement::new([(to, top), (to, top + VOTE)], WHITE))?;
             }
             let mut symbols = vec![(letter(grammar.symbol(element.state)), INK)];
-            symbols.extend(
-                shown.by_ref().take(element.steps - 1).map(|&class| (letter(class), DISTRACTOR_LETTER)),
-            );
+            symbols
+                .extend(shown.by_ref().take(gap as usize).map(|&class| (letter(class), DISTRACTOR_LETTER)));
             for (i, (symbol, colour)) in symbols.into_iter().enumerate() {
-                let x = self.x(element.first + i);
+                let x = self.x(element.first + i * *frames as usize);
                 if step >= 8.0 || (i == 0 && to - from >= 9) {
                     let at = (x + (step / 2.0).max(5.0) as i32, letters + 8);
                     root.draw_text(&symbol.to_string(), &centred(11).color(&colour), at)?;

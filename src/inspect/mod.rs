@@ -34,8 +34,10 @@ pub struct Element {
     pub place: Place,
     /// Timestep at which the symbol is shown.
     pub first: usize,
-    /// Timesteps of its window: the symbol's and those of the gap behind it.
+    /// Timesteps of its symbol and of the gap behind it.
     pub steps: usize,
+    /// Those that vote: from the symbol's last on.
+    pub votes: usize,
 }
 
 impl Element {
@@ -71,11 +73,11 @@ impl Inspection {
 /// The elements from `from` on whose windows take about `steps` timesteps, at least one.
 pub fn window(sample: &Sample, from: usize, steps: usize) -> Range<usize> {
     let mut used = 0;
-    let fits = |gap: &&u32| {
-        used += 1 + **gap as usize;
+    let fits = |behind: &usize| {
+        used += sample.frames as usize + behind;
         used <= steps
     };
-    from..from + sample.gaps[from..].iter().take_while(fits).count().max(1)
+    from..from + sample.behind().skip(from).take_while(fits).count().max(1)
 }
 
 /// Runs `samples`, which hold one sample, through a model; looks closely at the elements `window`.
@@ -84,12 +86,22 @@ pub fn inspect(net: &RecNet, task: &Task, mut samples: Samples, window: Range<us
     let (sample, grammar, classes) = (sample.clone(), task.grammar(), net.classes());
     let mut first = 0;
     let mut elements: Vec<Element> = places(grammar, &sample)
-        .zip(sample.states.iter().zip(&sample.labels).zip(&sample.gaps))
-        .map(|(place, ((&state, &label), &gap))| {
-            let steps = 1 + gap as usize;
+        .zip(sample.states.iter().zip(&sample.labels).zip(sample.behind()))
+        .map(|(place, ((&state, &label), behind))| {
+            let (steps, votes) = (sample.frames as usize + behind, 1 + behind);
             first += steps;
             let (answer, confidence, right_share) = (0, 0.0, 0.0);
-            Element { state, label, answer, confidence, right_share, place, first: first - steps, steps }
+            Element {
+                state,
+                label,
+                answer,
+                confidence,
+                right_share,
+                place,
+                first: first - steps,
+                steps,
+                votes,
+            }
         })
         .collect();
     let empty = Inspection { sample, elements: elements.clone(), window, quantities: vec![] };
@@ -106,22 +118,22 @@ pub fn inspect(net: &RecNet, task: &Task, mut samples: Samples, window: Range<us
                 best = class;
             }
         }
-        let share = |label: usize| votes[label] / e.steps as f64;
+        let share = |label: usize| votes[label] / e.votes as f64;
         (e.confidence, e.right_share) = (share(best), share(e.label as usize));
         e.answer = best as u32;
         votes.fill(0.0);
     };
     while let Some(piece) = samples.next_window(CHUNK) {
         let logits = no_grad(|| {
-            let dense = match piece.noise {
-                None => None,
-                Some(_) => {
-                    let shape = (1, piece.steps, piece.features);
-                    Some(Tensor::from_vec(piece.dense(), shape, device)?.to_dtype(net.dtype())?)
-                }
+            let (dense, ids);
+            let input = if piece.is_dense() {
+                let shape = (1, piece.steps, piece.features);
+                dense = Tensor::from_vec(piece.dense(), shape, device)?.to_dtype(net.dtype())?;
+                Input::Dense(&dense)
+            } else {
+                ids = piece.ids(device)?;
+                Input::Ids(&ids)
             };
-            let ids = piece.ids(device)?;
-            let input = dense.as_ref().map_or(Input::Ids(&ids), Input::Dense);
             net.inspect(input, &mut context, &mut notes)?
                 .to_dtype(DType::F32)?
                 .flatten_all()?

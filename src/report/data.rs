@@ -350,9 +350,10 @@ pub fn without(fields: &Fields, leave_out: impl Fn(&str) -> bool) -> Fields {
 }
 
 /// What tells tasks apart, the most telling first.
-pub const TASK_ORDER: [&str; 11] = [
+pub const TASK_ORDER: [&str; 12] = [
     "task.preset",
     "task.objective",
+    "task.encoding",
     "task.ambiguities",
     "task.split",
     "train.emulate",

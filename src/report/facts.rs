@@ -76,13 +76,11 @@ pub fn facts(data: &Data, notes: &mut Vec<String>) -> Vec<Facts> {
 
 /// Accuracy for each of [`WINDOWS`], and mean timesteps of a training sample.
 fn of_task(config: &TaskConfig, seed: u64) -> Result<(Vec<f64>, f64)> {
-    let task = Task::new(config, seed)?;
+    let task = Task::of_symbols(config, seed)?;
     let samples = task.samples(Part::Train, 0, SAMPLES.min(config.samples.train), None)?;
     let samples = samples.as_slice();
-    let steps = |sample: &crate::task::Sample| {
-        sample.states.len() as f64 + sample.gaps.iter().map(|&gap| f64::from(gap)).sum::<f64>()
-    };
-    let timesteps = samples.iter().map(steps).sum::<f64>() / samples.len().max(1) as f64;
+    let steps = samples.iter().map(|sample| sample.steps() as f64).sum::<f64>();
+    let timesteps = steps / samples.len().max(1) as f64;
     Ok((window_curve(&task, &WINDOWS)?, timesteps))
 }
 

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::file::{self, Expansion, Fields, same};
 use crate::config::load::{Layer, merged, settle, shown};
-use crate::config::{Config, GapConfig, GapLaw, Precision, TaskConfig};
+use crate::config::{Config, Encoding, GapConfig, GapLaw, Precision, TaskConfig};
 use crate::device::resolve_precision;
 use crate::{bad_input, bail_input, files, model};
 
@@ -110,7 +110,7 @@ impl Plan {
                     config.train.precision.name()
                 )));
             }
-            let (features, classes) = (config.task.vocab(), config.task.classes());
+            let (features, classes) = (config.task.features().map_err(in_run)?, config.task.classes());
             let parameters = model::count_parameters(&config.model, features, classes).map_err(in_run)?;
             let id = identity(&config)?;
             match known.entry(id.clone()) {
@@ -156,6 +156,15 @@ fn identity(config: &Config) -> Result<String> {
     // How often a run is saved and how often it reports its training leave no trace in its results.
     if let Some(train) = value["train"].as_object_mut() {
         train.retain(|field, _| !["save_every", "log_every"].contains(&field.as_str()));
+    }
+    // Nor does where a data set lies; and one-hot symbols come from no files.
+    if let Some(task) = value["task"].as_object_mut() {
+        let without: &[&str] = match config.task.encoding {
+            Encoding::OneHot => &["encoding", "data", "recordings"],
+            Encoding::Gsc | Encoding::Shd | Encoding::Ssc => &["data"],
+            Encoding::Vectors => &[],
+        };
+        task.retain(|field, _| !without.contains(&field.as_str()));
     }
     let hash = Sha256::digest(format!("selectivbench {}\n{value}", env!("CARGO_PKG_VERSION")));
     Ok(hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect())

@@ -4,13 +4,17 @@
 //! spreads a set of them over timesteps, a window at a time, so that sequences of any length can be
 //! walked through in memory that does not grow with them.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::config::GapKind;
-use crate::ops::expand::{self, Compact, Sequence};
+use crate::ops::expand::{self, Compact, Sequence, Show, Table};
 use crate::ops::philox::{philox4x32, unit_f32};
+use crate::task::Part;
 use crate::task::grammar::Grammar;
+use crate::task::recordings::Recordings;
 use crate::task::rng::{Mt19937, Pcg64};
 
 /// Duration of one timestep, in the units of the gaps.
@@ -19,7 +23,7 @@ pub const TIMESTEP: f64 = 0.1;
 /// A step that shows no symbol.
 pub const BLANK: u32 = u32::MAX;
 
-/// The window of a step that belongs to no element.
+/// The window of a step that belongs to no element, or where its symbol is still being shown.
 pub const PAD: u32 = u32::MAX;
 
 /// How long a gap is.
@@ -48,7 +52,8 @@ pub struct GapRule {
 }
 
 impl GapRule {
-    /// Timesteps of a gap that lasts `delay`. The authors round blanks up and distractors to nearest even.
+    /// Blank timesteps of a gap that lasts `delay`, or its distractors, which with recordings take several timesteps
+    /// each. The authors round blanks up and distractors to nearest even.
     pub fn steps(&self, delay: f64) -> u32 {
         match self.kind {
             GapKind::Blank => (delay / TIMESTEP).ceil() as u32,
@@ -113,7 +118,7 @@ fn rounded(x: f64) -> f64 {
 }
 
 /// One sample: its elements and what stands between them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
     /// The state of each element.
     pub states: Vec<u32>,
@@ -121,10 +126,31 @@ pub struct Sample {
     pub symbols: Vec<u32>,
     /// What a model should say of each element.
     pub labels: Vec<u32>,
-    /// Timesteps behind each element.
+    /// Blank timesteps, or distractors, behind each element.
     pub gaps: Vec<u32>,
     /// Class ids shown in the gaps, gap after gap; empty where gaps are blank.
     pub distractors: Vec<u32>,
+    /// Timesteps that a symbol is shown for: the frames of a recording, else 1.
+    pub frames: u32,
+    /// The recording that is shown for each element; empty where symbols are one-hot.
+    pub recordings: Vec<u32>,
+    /// The recordings of the distractors.
+    pub distractor_recordings: Vec<u32>,
+}
+
+impl Default for Sample {
+    fn default() -> Self {
+        Self {
+            states: vec![],
+            symbols: vec![],
+            labels: vec![],
+            gaps: vec![],
+            distractors: vec![],
+            frames: 1,
+            recordings: vec![],
+            distractor_recordings: vec![],
+        }
+    }
 }
 
 impl Sample {
@@ -132,7 +158,7 @@ impl Sample {
     pub fn new(grammar: &Grammar, states: Vec<u32>, gaps: Vec<u32>, distractors: Vec<u32>) -> Self {
         let symbols = states.iter().map(|&state| grammar.symbol(state)).collect();
         let labels = states.iter().map(|&state| grammar.label(state)).collect();
-        Self { states, symbols, labels, gaps, distractors }
+        Self { states, symbols, labels, gaps, distractors, ..Self::default() }
     }
 
     /// Draws the gaps behind the elements `states`.
@@ -162,9 +188,25 @@ impl Sample {
         Self::new(grammar, states, gaps, distractors)
     }
 
+    /// Draws the recording that each element shows, then that of each distractor, from those of `part`.
+    pub fn record(&mut self, recordings: &Recordings, part: Part, rng: &mut Pcg64) {
+        let mut draw = |symbols: &[u32]| -> Vec<u32> {
+            symbols.iter().map(|&symbol| recordings.draw(part, symbol, rng)).collect()
+        };
+        self.recordings = draw(&self.symbols);
+        self.distractor_recordings = draw(&self.distractors);
+        self.frames = recordings.frames() as u32;
+    }
+
+    /// Timesteps behind each element's symbol.
+    pub fn behind(&self) -> impl Iterator<Item = usize> {
+        let each = if self.distractors.is_empty() { 1 } else { self.frames as usize };
+        self.gaps.iter().map(move |&gap| gap as usize * each)
+    }
+
     /// Timesteps of all elements and gaps.
     pub fn steps(&self) -> usize {
-        self.states.len() + self.gaps.iter().map(|&gap| gap as usize).sum::<usize>()
+        self.states.len() * self.frames as usize + self.behind().sum::<usize>()
     }
 }
 
@@ -226,7 +268,7 @@ struct Cursor {
     element: usize,
     /// Steps of the element's window that are done.
     inside: usize,
-    /// Distractors shown.
+    /// Distractors shown in the windows before.
     distractor: usize,
 }
 
@@ -236,6 +278,7 @@ pub struct Samples {
     features: usize,
     first: u64,
     noise: Option<Noise>,
+    show: Show,
     lengths: Vec<usize>,
     cursors: Vec<Cursor>,
     /// Timesteps done.
@@ -244,10 +287,10 @@ pub struct Samples {
 
 impl Samples {
     /// `samples`, the first with index `first`; `features` is the width of the input.
-    pub fn new(samples: Vec<Sample>, features: usize, first: u64, noise: Option<Noise>) -> Self {
+    pub fn new(samples: Vec<Sample>, features: usize, first: u64, noise: Option<Noise>, show: Show) -> Self {
         let lengths = samples.iter().map(Sample::steps).collect();
         let cursors = vec![Cursor::default(); samples.len()];
-        Self { samples, features, first, noise, lengths, cursors, at: 0 }
+        Self { samples, features, first, noise, show, lengths, cursors, at: 0 }
     }
 
     pub fn as_slice(&self) -> &[Sample] {
@@ -289,7 +332,7 @@ impl Samples {
 
     /// The samples packed for a GPU, which spreads them over timesteps from the first one on.
     pub fn compact(self) -> Result<Compact> {
-        let Self { samples, features, first, noise, lengths, .. } = self;
+        let Self { samples, features, first, noise, show, lengths, .. } = self;
         let position = |i: usize| match noise.as_ref().map(|noise| &noise.streams[i]) {
             Some(&NoiseStream::HeldOut { key, index }) => Some((key, index)),
             _ => None,
@@ -297,11 +340,14 @@ impl Samples {
         let sequences: Vec<Sequence> = samples
             .iter()
             .enumerate()
-            .map(|(i, Sample { symbols, labels, gaps, distractors, .. })| Sequence {
-                symbols,
-                labels,
-                gaps,
-                distractors,
+            .map(|(i, sample)| Sequence {
+                symbols: if show.table.is_some() { &sample.recordings } else { &sample.symbols },
+                labels: &sample.labels,
+                gaps: &sample.gaps,
+                distractors: match show.table {
+                    Some(_) => &sample.distractor_recordings,
+                    None => &sample.distractors,
+                },
                 noise: position(i).unwrap_or_default(),
             })
             .collect();
@@ -320,7 +366,7 @@ impl Samples {
                 }))
             }
         };
-        Compact::pack(&sequences, features, first, noise)
+        Compact::pack(&sequences, features, first, noise, show)
     }
 
     fn window(&mut self, steps: usize) -> Batch {
@@ -339,6 +385,7 @@ impl Samples {
             element: vec![PAD; size],
             lengths,
             distractor: vec![false; size],
+            shown: self.show.table.clone().map(|table| Shown { table, rows: vec![BLANK; size] }),
             noise,
             first: self.first,
         };
@@ -346,40 +393,88 @@ impl Samples {
         if size == 0 {
             return out;
         }
+        let mut recordings: Vec<&mut [u32]> = match &mut out.shown {
+            Some(shown) => shown.rows.chunks_mut(steps).collect(),
+            None => (0..batch).map(|_| Default::default()).collect(),
+        };
         let rows = out.symbols.par_chunks_mut(steps).zip(out.labels.par_chunks_mut(steps));
         let rows = rows.zip(out.element.par_chunks_mut(steps)).zip(out.distractor.par_chunks_mut(steps));
-        rows.zip(&mut self.cursors).zip(&self.samples).zip(&out.lengths).for_each(
-            |((((((symbols, labels), elements), distractor), cursor), sample), &length)| {
-                let mut t = 0;
-                while t < length {
-                    let Cursor { element, inside, .. } = *cursor;
-                    let window = 1 + sample.gaps[element] as usize;
-                    let end = length.min(t + window - inside);
-                    labels[t..end].fill(sample.labels[element]);
-                    elements[t..end].fill(element as u32);
-                    let gap = if inside == 0 {
-                        symbols[t] = sample.symbols[element];
-                        t + 1..end
-                    } else {
-                        t..end
-                    };
-                    if !sample.distractors.is_empty() {
-                        let shown = &sample.distractors[cursor.distractor..][..gap.len()];
-                        symbols[gap.clone()].copy_from_slice(shown);
-                        distractor[gap.clone()].fill(true);
-                        cursor.distractor += gap.len();
-                    }
-                    cursor.inside += end - t;
-                    if cursor.inside == window {
-                        cursor.element += 1;
-                        cursor.inside = 0;
-                    }
-                    t = end;
-                }
-            },
-        );
+        let rows = rows.zip(&mut recordings).map(|((((symbols, labels), element), distractor), rows)| Row {
+            symbols,
+            labels,
+            element,
+            distractor,
+            rows,
+        });
+        rows.zip(&mut self.cursors)
+            .zip(&self.samples)
+            .zip(&out.lengths)
+            .for_each(|(((mut row, cursor), sample), &length)| row.fill(sample, cursor, length));
         out
     }
+}
+
+/// The timesteps of one sample in a batch.
+struct Row<'a> {
+    symbols: &'a mut [u32],
+    labels: &'a mut [u32],
+    element: &'a mut [u32],
+    distractor: &'a mut [bool],
+    /// Empty where symbols are one-hot.
+    rows: &'a mut [u32],
+}
+
+impl Row<'_> {
+    /// Fills the first `length` steps with what comes next in `sample`.
+    fn fill(&mut self, sample: &Sample, cursor: &mut Cursor, length: usize) {
+        let frames = sample.frames as usize;
+        let mut t = 0;
+        while t < length {
+            let Cursor { element, inside, .. } = *cursor;
+            let gap = sample.gaps[element] as usize;
+            let blank = sample.distractors.is_empty();
+            let window = frames + if blank { gap } else { gap * frames };
+            let end = length.min(t + window - inside);
+            self.labels[t..end].fill(sample.labels[element]);
+            // Asked from the symbol's last frame on.
+            let asked = (t + (frames - 1).saturating_sub(inside)).min(end);
+            self.element[asked..end].fill(element as u32);
+            for (t, at) in (t..end).zip(inside..) {
+                let distractor = at >= frames;
+                if distractor && blank {
+                    break;
+                }
+                let (symbols, recordings, i) = match distractor {
+                    false => (&sample.symbols, &sample.recordings, element),
+                    true => (
+                        &sample.distractors,
+                        &sample.distractor_recordings,
+                        cursor.distractor + at / frames - 1,
+                    ),
+                };
+                self.symbols[t] = symbols[i];
+                self.distractor[t] = distractor;
+                if let Some(row) = self.rows.get_mut(t) {
+                    *row = recordings[i] * sample.frames + (at % frames) as u32;
+                }
+            }
+            cursor.inside += end - t;
+            if cursor.inside == window {
+                cursor.element += 1;
+                cursor.inside = 0;
+                cursor.distractor += if blank { 0 } else { gap };
+            }
+            t = end;
+        }
+    }
+}
+
+/// What a step shows where symbols are recordings.
+#[derive(Clone, Debug)]
+pub struct Shown {
+    pub table: Arc<Table>,
+    /// [B, T] row of the table, [`BLANK`] where there is none.
+    pub rows: Vec<u32>,
 }
 
 /// Samples padded to the longest, or a window of their timesteps: what a model sees and what it should say.
@@ -393,12 +488,14 @@ pub struct Batch {
     pub symbols: Vec<u32>,
     /// [B, T] label of the element that a step belongs to.
     pub labels: Vec<u32>,
-    /// [B, T] index of that element, [`PAD`] on padding.
+    /// [B, T] index of that element; [`PAD`] on padding, and until a recording's last frame.
     pub element: Vec<u32>,
     /// Steps of each sample.
     pub lengths: Vec<usize>,
     /// [B, T]
     pub distractor: Vec<bool>,
+    /// Where symbols are recordings.
+    pub shown: Option<Shown>,
     /// [B, T, V] added to the input; zero on padding.
     pub noise: Option<Vec<f32>>,
     /// Index of the first sample in its part of the data.
@@ -411,23 +508,38 @@ impl Batch {
         self.lengths.iter().sum()
     }
 
-    /// [B, T, V]: one-hot symbols plus noise.
+    /// Steps that a model is asked at: all that are no padding, but for the frames of a recording before its last.
+    pub fn asked_steps(&self) -> usize {
+        self.element.iter().filter(|&&element| element != PAD).count()
+    }
+
+    /// Whether the input is more than one-hot symbols.
+    pub fn is_dense(&self) -> bool {
+        self.shown.is_some() || self.noise.is_some()
+    }
+
+    /// [B, T, V]: symbols, one-hot or as recordings, plus noise.
     pub fn dense(&self) -> Vec<f32> {
         let mut x = match &self.noise {
             Some(noise) => noise.clone(),
             None => vec![0.0; self.batch * self.steps * self.features],
         };
-        for (row, &symbol) in x.chunks_exact_mut(self.features).zip(&self.symbols) {
-            if symbol != BLANK {
-                row[symbol as usize] += 1.0;
-            }
-        }
+        let rows = x.par_chunks_exact_mut(self.features).zip(self.indices());
+        rows.filter(|(_, index)| **index != BLANK).for_each(|(row, &index)| match &self.shown {
+            Some(shown) => shown.table.add_row(index as usize, row),
+            None => row[index as usize] += 1.0,
+        });
         x
     }
 
-    /// The symbols as a u32 tensor [B, T].
+    /// [B, T]: class id of the symbol shown, or the row of the table of recordings.
+    pub fn indices(&self) -> &[u32] {
+        self.shown.as_ref().map_or(&self.symbols, |shown| &shown.rows)
+    }
+
+    /// [`Batch::indices`] as a u32 tensor [B, T].
     pub fn ids(&self, device: &Device) -> Result<Tensor> {
-        Tensor::from_slice(&self.symbols, (self.batch, self.steps), device)
+        Tensor::from_slice(self.indices(), (self.batch, self.steps), device)
     }
 
     /// Samples `range` with the padding of the whole.
@@ -446,6 +558,8 @@ impl Batch {
             element: cut(&self.element, &range, steps),
             lengths: self.lengths[range.clone()].to_vec(),
             distractor: cut(&self.distractor, &range, steps),
+            shown: (self.shown.as_ref())
+                .map(|Shown { table, rows }| Shown { table: table.clone(), rows: cut(rows, &range, steps) }),
             noise: self.noise.as_ref().map(|noise| cut(noise, &range, steps * self.features)),
             first: self.first + range.start as u64,
         }

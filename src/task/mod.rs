@@ -18,11 +18,14 @@
 //! Noise is drawn by position with Philox: counter [channel / 4, step, index low, index high], key from
 //! the hash of the words (seed, tag), so that windows, batches and a GPU can draw the same. The hash leaves
 //! 64 bits of them: keys of two seeds may collide, which for noise does no harm.
+//!
+//! Symbols are shown as one-hot vectors, or as recordings ([`recordings`]).
 
 pub mod batch;
 pub mod grammar;
 pub mod next;
 pub mod oracle;
+pub mod recordings;
 pub mod rng;
 pub mod sampler;
 
@@ -37,8 +40,10 @@ pub use grammar::Grammar;
 
 use crate::bail_input;
 use crate::config::{GapConfig, GapKind, GapLaw, Objective, Split, TaskConfig};
+use crate::ops::expand::Show;
 use batch::{Delay, GapRule, GapStream, Noise, NoiseStream};
 use grammar::{GrammarConfig, letter};
+use recordings::Recordings;
 use rng::{Mt19937, Pcg64, SeedSequence};
 use sampler::Sampler;
 
@@ -69,6 +74,7 @@ pub enum Purpose {
     Strings,
     Gaps,
     Noise,
+    Recordings,
 }
 
 /// Entropy words of a held-out stream; different for different arguments.
@@ -82,12 +88,23 @@ pub struct Task {
     config: TaskConfig,
     seed: u64,
     sampler: Sampler,
+    recordings: Option<Recordings>,
     ceiling: std::sync::OnceLock<f64>,
 }
 
 impl Task {
-    /// Generates the grammar. Fails with a message for the user where no grammar or string is possible.
+    /// Generates the grammar and reads the recordings of `task.encoding`. Fails with a message for the user where no
+    /// grammar or string is possible, or recordings are missing.
     pub fn new(config: &TaskConfig, seed: u64) -> anyhow::Result<Self> {
+        let task = Self::of_symbols(config, seed)?;
+        match Recordings::load(config, task.grammar().alphabet())? {
+            Some(recordings) => task.with(recordings),
+            None => Ok(task),
+        }
+    }
+
+    /// The task without its recordings: the same symbols, states, gaps and ceilings, but nothing for a model to see.
+    pub fn of_symbols(config: &TaskConfig, seed: u64) -> anyhow::Result<Self> {
         let grammar = Grammar::generate(&GrammarConfig {
             vocab: config.vocab(),
             ambiguities: config.ambiguities,
@@ -97,7 +114,18 @@ impl Task {
             seed,
         })?;
         let sampler = Sampler::new(grammar, config.length, config.string.min, config.max_string())?;
-        Ok(Self { config: config.clone(), seed, sampler, ceiling: Default::default() })
+        Ok(Self { config: config.clone(), seed, sampler, recordings: None, ceiling: Default::default() })
+    }
+
+    /// The task with these recordings of its symbols.
+    pub fn with(self, recordings: Recordings) -> anyhow::Result<Self> {
+        self.config.check_frames(recordings.frames())?;
+        Ok(Self { recordings: Some(recordings), ..self })
+    }
+
+    /// The recordings that its symbols are shown as; none where they are one-hot.
+    pub fn recordings(&self) -> Option<&Recordings> {
+        self.recordings.as_ref()
     }
 
     pub fn config(&self) -> &TaskConfig {
@@ -128,7 +156,7 @@ impl Task {
 
     /// Width of the input.
     pub fn features(&self) -> usize {
-        self.config.vocab()
+        self.recordings.as_ref().map_or(self.config.vocab(), |recordings| recordings.table().channels())
     }
 
     /// Number of classes to tell apart: states, or the symbols that may come next.
@@ -247,10 +275,35 @@ impl Task {
                 if let Some(next) = next {
                     sample.predict(self.config.split, next);
                 }
+                self.record(&mut sample, part, index);
                 Ok(sample)
             })
             .collect::<anyhow::Result<_>>()?;
-        Ok(Samples::new(samples, self.features(), first, self.noise(part, first, count)))
+        Ok(Samples::new(samples, self.features(), first, self.noise(part, first, count), self.show()))
+    }
+
+    /// A sample of the user's own, without noise, shown as the first one of the test part would be.
+    pub fn own(&self, mut sample: Sample) -> Samples {
+        self.record(&mut sample, Part::Test, 0);
+        Samples::new(vec![sample], self.features(), 0, None, self.show())
+    }
+
+    /// Draws the recordings of sample `index`, if its symbols are recordings.
+    fn record(&self, sample: &mut Sample, part: Part, index: u64) {
+        match &self.recordings {
+            Some(recordings) => {
+                let words = held_out_words(self.seed, part, Purpose::Recordings, index);
+                sample.record(recordings, part, &mut Pcg64::from_words(&words));
+            }
+            None => sample.frames = self.config.encoding.frames() as u32,
+        }
+    }
+
+    fn show(&self) -> Show {
+        match &self.recordings {
+            Some(recordings) => Show { frames: recordings.frames(), table: Some(recordings.table().clone()) },
+            None => Show { frames: self.config.encoding.frames(), table: None },
+        }
     }
 
     /// [`Task::samples`], spread over all their timesteps.
@@ -303,11 +356,15 @@ impl Task {
         Ok(*self.ceiling.get_or_init(|| ceiling))
     }
 
-    /// SHA-256 over what decides the data: grammar and configuration.
+    /// SHA-256 over what decides the data: grammar, configuration and recordings, wherever they lie.
     pub fn data_hash(&self) -> anyhow::Result<String> {
         let mut hash = Sha256::new();
         hash.update(self.grammar().transitions_text());
-        hash.update(serde_json::to_string(&(self.seed, &self.config))?);
+        let config = TaskConfig { data: TaskConfig::AUTO.into(), ..self.config.clone() };
+        hash.update(serde_json::to_string(&(self.seed, config))?);
+        if let Some(recordings) = &self.recordings {
+            hash.update(recordings.fingerprint());
+        }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }

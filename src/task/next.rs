@@ -2,7 +2,7 @@
 //!
 //! The label of an element is the symbol of the element behind it, held through the element's window; the
 //! classes are the symbols. How good the probabilities of a model are is told by the Kullback-Leibler divergence
-//! from a target distribution, mean over timesteps.
+//! from a target distribution, mean over the timesteps that are asked.
 //!
 //! # `split: held-out`
 //!
@@ -11,8 +11,8 @@
 //! distribution of the label given everything that a causal observer can know at that timestep: the grammar, the
 //! accepted lengths of strings, the rule of gaps, and every symbol shown so far ([`Observer`]). It averages over
 //! what nobody can know (in which of the start states with one symbol a string began; which symbols were
-//! distractors), so that the ideal itself is a model, whose divergence is 0. The end of a sample bears on
-//! nothing: strings are drawn to their end and cut.
+//! distractors), so that the ideal itself is a model, whose divergence is 0. A recording is known at its last frame.
+//! The end of a sample bears on nothing: strings are drawn to their end and cut.
 //!
 //! # `split: as-released`
 //!
@@ -26,7 +26,7 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::oracle::Observer;
-use super::{Part, Sample, Task};
+use super::{PAD, Part, Sample, Task};
 use crate::config::{Objective, Split};
 
 /// What the authors' test adds to each probability of a target.
@@ -124,17 +124,17 @@ pub struct Distributions {
 }
 
 impl Distributions {
-    /// One for each element, or for each symbol shown if distractors tell something too.
+    /// One for each element, or for each symbol shown if distractors tell something too; from its last frame on.
     fn new(sample: &Sample, distractors: bool, classes: usize, probabilities: Vec<f64>) -> Self {
-        let steps = sample.steps();
+        let (steps, frames) = (sample.steps(), sample.frames as usize);
         let starts = if distractors && !sample.distractors.is_empty() {
-            (0..steps).collect()
+            (frames - 1..steps).step_by(frames).collect()
         } else {
-            let start = |at: &mut usize, &gap: &u32| {
-                *at += 1 + gap as usize;
-                Some(*at - 1 - gap as usize)
+            let start = |at: &mut usize, gap: usize| {
+                *at += frames + gap;
+                Some(*at - gap - 1)
             };
-            sample.gaps.iter().scan(0, start).collect()
+            sample.behind().scan(0, start).collect()
         };
         Self { classes, starts, probabilities, steps }
     }
@@ -144,7 +144,7 @@ impl Distributions {
         self.steps
     }
 
-    /// The target at a timestep of the sample, `[classes]`.
+    /// The target at a timestep of the sample, from the last frame of its first symbol on, `[classes]`.
     pub fn at(&self, step: usize) -> &[f64] {
         let i = self.starts.partition_point(|&start| start <= step) - 1;
         &self.probabilities[i * self.classes..][..self.classes]
@@ -179,17 +179,20 @@ impl Divergence {
         }
     }
 
-    /// Takes the logits [B, T, classes] of the next piece, padding included.
-    pub fn add(&mut self, logits: &[f32]) {
+    /// Takes the logits [B, T, classes] of the next piece, padding included; `element` [B, T] is [`PAD`] where a step is
+    /// not asked.
+    pub fn add(&mut self, logits: &[f32], element: &[u32]) {
         let (batch, at) = (self.targets.len(), self.at);
         let Some(first) = self.targets.first() else { return };
         let steps = logits.len() / (batch * first.classes);
-        let of_sample = |(targets, logits): (&Distributions, &[f32])| {
-            let inside = targets.steps.saturating_sub(at).min(steps);
-            let rows = logits.chunks_exact(targets.classes).take(inside).enumerate();
-            (rows.map(|(t, row)| divergence(targets.at(at + t), row)).sum::<f64>(), inside)
+        let of_sample = |((targets, logits), element): ((&Distributions, &[f32]), &[u32])| {
+            let rows = logits.chunks_exact(targets.classes).zip(element).enumerate();
+            let asked = rows.filter(|(_, (_, element))| **element != PAD);
+            let of_step = |(t, (row, _)): (usize, (&[f32], _))| divergence(targets.at(at + t), row);
+            asked.map(of_step).fold((0.0, 0), |(sum, steps), divergence| (sum + divergence, steps + 1))
         };
         let rows = self.targets.par_iter().zip(logits.par_chunks_exact(steps * first.classes));
+        let rows = rows.zip(element.par_chunks_exact(steps));
         // In order, so that the sum does not depend on the threads.
         let sums: Vec<(f64, usize)> = rows.map(of_sample).collect();
         for (sum, inside) in sums {

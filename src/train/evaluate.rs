@@ -40,7 +40,7 @@ pub fn chunk(config: &Config, device: &candle_core::Device) -> usize {
 pub struct Evaluation {
     /// Share of the elements whose window voted for the right state, or the right next symbol.
     pub accuracy: f64,
-    /// Mean cross-entropy over all steps, in nats.
+    /// Mean cross-entropy over all steps that are asked, in nats.
     pub loss: f64,
     /// Where the next symbol is predicted: mean over all steps of the divergence of the model's distribution from
     /// the target's ([`crate::task::next`]), in nats.
@@ -115,19 +115,17 @@ pub(super) fn next_targets<'a>(task: &'a Task, plan: &EvalPlan) -> Option<Target
     if plan.part == Part::Train { None } else { Targets::new(task, plan.gap) }
 }
 
-/// What a model sees of a batch: ids where that is all, numbers where noise is added.
+/// What a model sees of a batch: ids where that is all, numbers where noise is added or symbols are recordings.
 pub fn with_input<T>(
     batch: &Batch,
     device: &candle_core::Device,
     f: impl FnOnce(Input) -> candle_core::Result<T>,
 ) -> candle_core::Result<T> {
-    match batch.noise {
-        None => f(Input::Ids(&batch.ids(device)?)),
-        Some(_) => {
-            let shape = (batch.batch, batch.steps, batch.features);
-            f(Input::Dense(&candle_core::Tensor::from_vec(batch.dense(), shape, device)?))
-        }
+    if !batch.is_dense() {
+        return f(Input::Ids(&batch.ids(device)?));
     }
+    let shape = (batch.batch, batch.steps, batch.features);
+    f(Input::Dense(&candle_core::Tensor::from_vec(batch.dense(), shape, device)?))
 }
 
 /// Evaluates `net`; `progress` is told the number of finished samples and gives false to stop, which
@@ -148,13 +146,15 @@ pub fn evaluate(
     let begin = Instant::now();
     let (weight, bias) = net.decoder();
     let device = net.params().value().device();
-    let (mut right, mut elements, mut loss, mut tokens, mut timesteps) = (0, 0, 0.0, 0, 0);
+    let (mut right, mut elements, mut loss, mut steps) = (0, 0, 0.0, 0);
+    let (mut tokens, mut timesteps) = (0, 0);
     let mut counter = Counter::new(task);
     let (next, mut kl) = (next_targets(task, plan), MeanDivergence::default());
     for first in (0..plan.samples).step_by(plan.batch) {
         let count = plan.batch.min(plan.samples - first);
         let mut samples = task.samples(plan.part, first as u64, count, plan.gap)?;
         timesteps = timesteps.max(samples.steps());
+        tokens += samples.valid_steps();
         let mut divergence = next.as_ref().map(|next| Divergence::new(next, samples.as_slice()));
         let mut context = Context::streaming();
         let mut vote = Vote::new(count, net.classes());
@@ -167,23 +167,23 @@ pub fn evaluate(
             no_grad(|| {
                 let hidden = with_input(&piece, device, |input| net.hidden(input, &mut context))?;
                 if let Some(divergence) = &mut divergence {
-                    divergence.add(&net.decode(&hidden)?.flatten_all()?.to_vec1()?);
+                    divergence.add(&net.decode(&hidden)?.flatten_all()?.to_vec1()?, &piece.element);
                 }
                 vote.feed(&hidden, &weight.value(), &bias.value(), &targets(&piece))
             })?;
         }
-        let (votes, sum, steps) = vote.finish();
+        let (votes, sum, asked) = vote.finish();
         kl.add(divergence);
         counter.add(samples.as_slice(), &votes);
         let (r, e) = labels.count(&votes);
-        (right, elements, loss, tokens) = (right + r, elements + e, loss + sum, tokens + steps);
+        (right, elements, loss, steps) = (right + r, elements + e, loss + sum, steps + asked);
     }
     if !progress(plan.samples) {
         return Ok(None);
     }
     Ok(Some(Evaluation {
         accuracy: right as f64 / elements as f64,
-        loss: loss / tokens as f64,
+        loss: loss / steps as f64,
         kl: kl.finish(),
         samples: plan.samples,
         timesteps,

@@ -88,7 +88,7 @@ impl Updates {
         /// Sizes whose updates stay captured.
         const KEPT: usize = 32;
         let shape = (compact.batch(), padded(compact.steps()));
-        let dense = compact.noisy().then_some(dtype);
+        let dense = compact.is_dense().then_some(dtype);
         let fits = |size: &Size| {
             (size.batch.batch, size.batch.steps) == shape
                 && size.batch.elements == compact.elements()
@@ -304,10 +304,11 @@ fn evaluate_batches(
     let report = Report::new(&gpu)?;
     let mut counter = Counter::new(task);
     let (next, mut kl) = (next_targets(task, plan), MeanDivergence::default());
-    let (mut done, mut timesteps) = (0, 0);
+    let (mut done, mut timesteps, mut tokens) = (0, 0, 0);
     for batch in batches {
         let EvalBatch { known, compact } = batch?;
         timesteps = timesteps.max(compact.steps());
+        tokens += compact.valid_steps();
         let elements = compact.elements();
         let mut samples = DeviceSamples::upload(compact, net.dtype(), device)?;
         let mut divergence = next.as_ref().map(|next| Divergence::new(next, &known));
@@ -324,7 +325,8 @@ fn evaluate_batches(
                     // The classes are few: their logits are read back, in f32 whatever the layers compute in.
                     let hidden = hidden.to_dtype(DType::F32)?;
                     let logits = linear(&hidden, &weight.value(), Some(Arg::from(&bias.value())))?;
-                    divergence.add(&logits.flatten_all()?.to_vec1()?);
+                    let element = piece.element.flatten_all()?.to_vec1::<u32>()?;
+                    divergence.add(&logits.flatten_all()?.to_vec1()?, &element);
                 }
                 vote.feed(&hidden, &weight.weight(), &bias.value(), &targets)
             })?;
@@ -345,7 +347,7 @@ fn evaluate_batches(
         kl: kl.finish(),
         samples: plan.samples,
         timesteps,
-        tokens: steps as usize,
+        tokens,
         seconds: begin.elapsed().as_secs_f64(),
         breakdown: Some(counter.finish()),
     }))

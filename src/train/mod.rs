@@ -306,7 +306,7 @@ impl Run<'_> {
     fn announce(&self, resumed: bool) {
         let (config, net) = (self.config, self.trainer.net());
         eprintln!(
-            "{} of {} parameters on {} ({}), {} threads: {} states behind {} symbols, objective {}, split {}, seed {}",
+            "{} of {} parameters on {} ({}), {} threads: {} states behind {} symbols{}, objective {}, split {}, seed {}",
             config.model.name,
             count(net.params().count() as f64),
             device_name(&self.options.device),
@@ -314,6 +314,12 @@ impl Run<'_> {
             rayon::current_num_threads(),
             self.task.grammar().states(),
             self.task.grammar().alphabet(),
+            self.task.recordings().map_or(String::new(), |recordings| format!(
+                ", shown as {}, {} frames of {}",
+                config.task.encoding.name(),
+                recordings.frames(),
+                recordings.table().channels()
+            )),
             config.task.objective.name(),
             split_name(config.task.split),
             config.seed,

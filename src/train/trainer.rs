@@ -204,7 +204,7 @@ impl Trainer {
             if authors {
                 (loss, right, elements, steps) = (0.0, 0, 0, 0);
             }
-            let denominator = if authors { part.valid_steps() } else { batch.valid_steps() };
+            let denominator = if authors { part.asked_steps() } else { batch.asked_steps() };
             let dropout = self.dropout().map(|key| DropoutKey { first: first as u32, ..key });
             let recompute = self.config.train.recompute == Recompute::Layers;
             let mut context = Context { dropout, recompute, ..Context::default() };
@@ -216,7 +216,7 @@ impl Trainer {
             labels.take(&part);
             let (r, e) = labels.count(&out.votes);
             (loss, right, elements) = (loss + out.loss_sum, right + r, elements + e);
-            steps += part.valid_steps();
+            steps += part.asked_steps();
             trace::part("backward", || out.loss.backward())?;
         }
         Ok((loss / steps as f64, right as f64 / elements as f64))

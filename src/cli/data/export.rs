@@ -26,11 +26,11 @@ use crate::{bail_input, files};
 /// samples of L elements with D distractors in all:
 ///   symbols [N, L] u8        class id of each element: 0 for #, then A..Z, a..z
 ///   labels [N, L] i32        the state to name, or with task.objective predict the next symbol
-///   gaps [N, L] i32          timesteps behind each element
+///   gaps [N, L] i32          blank timesteps, or distractors, behind each element
 ///   distractors \[D\] u8       class ids shown in the gaps, gap after gap; empty where gaps are blank
 ///   distractor_first [N+1] i64   where each sample's distractors begin; the last is D
 /// The metadata hold the seed, the split, the objective, the names of the symbols and, by number, of the
-/// states. Noise is not written.
+/// states. Noise is not written, nor are the recordings that task.encoding shows for the symbols.
 ///
 /// The authors' files are the same for both objectives: their code makes next-symbol samples when it reads
 /// them. The tensors are what a model is shown and asked.
@@ -68,7 +68,7 @@ enum Format {
 const CHUNK: usize = 4096;
 
 pub(super) fn run(args: ExportArgs) -> anyhow::Result<()> {
-    let task = args.source.task()?;
+    let task = args.source.symbols()?;
     let train = args.samples.unwrap_or(task.count(Part::Train));
     let count = |part| if part == Part::Train { train } else { task.count(part) };
     let parts: &[Part] = match args.format {

@@ -101,13 +101,17 @@ impl<'a> Scene<'a> {
         let (left, right) = (self.x(0), self.x(last - first));
         let at = |t: usize| self.x(t - first);
 
-        // windows: the part behind the symbol is shaded
-        let mut end = first;
-        for window in self.batch.element[first..last].chunk_by(|a, b| a == b) {
-            let begin = end;
-            end += window.len();
-            let opens = begin == 0 || self.batch.element[begin - 1] != window[0];
-            let gap = at(begin + usize::from(opens));
+        // Elements: the part behind the symbol is shaded.
+        let frames = self.sample.frames as usize;
+        let mut next = 0;
+        for (&label, behind) in self.sample.labels.iter().zip(self.sample.behind()) {
+            let shown = next..next + frames;
+            next = shown.end + behind;
+            let (begin, end) = (shown.start.max(first), next.min(last));
+            if begin >= end {
+                continue;
+            }
+            let gap = at(shown.end.max(first).min(end));
             if gap < at(end) {
                 root.draw(&Rectangle::new([(gap, top), (at(end), middle)], GAP.filled()))?;
             }
@@ -116,7 +120,6 @@ impl<'a> Scene<'a> {
                 let edge = vec![(at(end), top), (at(end), bottom)];
                 root.draw(&PathElement::new(edge, FRAME))?;
             }
-            let label = self.sample.labels[window[0] as usize];
             if wide >= 10 {
                 let upright = if wide < 30 { FontTransform::Rotate270 } else { FontTransform::None };
                 let name = centred(12).transform(upright);

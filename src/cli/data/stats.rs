@@ -8,7 +8,7 @@ use serde_json::json;
 use super::Source;
 use crate::cli::models::grouped;
 use crate::cli::print;
-use crate::config::Objective;
+use crate::config::{Encoding, Objective};
 use crate::task::oracle::{self, Ceiling};
 use crate::train::split_name;
 
@@ -17,7 +17,8 @@ use crate::train::split_name;
 /// The Bayes ceiling is the accuracy of an observer that knows the grammar and has seen everything so
 /// far; the window curve is the accuracy of one that has seen only the last k elements. Both look at the
 /// test part; its size is task.samples.test. With task.objective predict they name the next symbol, whose
-/// mean entropy is the least cross-entropy that any model can expect.
+/// mean entropy is the least cross-entropy that any model can expect. Where task.encoding shows recordings for the
+/// symbols, all of this holds for who tells them apart; they are not read.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   selectivbench data stats configs/quickstart.yaml
@@ -34,7 +35,7 @@ pub(super) struct StatsArgs {
 const WINDOWS: [usize; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16];
 
 pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
-    let task = args.source.task()?;
+    let task = args.source.symbols()?;
     let (grammar, sampler) = (task.grammar(), task.sampler());
     let mut degrees: Vec<usize> = (0..grammar.states() as u32)
         .filter(|&state| state != grammar.end())
@@ -61,7 +62,8 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
             "split": split,
             "objective": task.config().objective,
             "symbols": grammar.alphabet(),
-            "features": task.features(),
+            "encoding": task.config().encoding,
+            "features": task.config().features().ok(),
             "classes": task.classes(),
             "states": grammar.states(),
             "transitions": grammar.transitions(),
@@ -105,6 +107,10 @@ pub(super) fn run(args: StatsArgs) -> anyhow::Result<()> {
         ),
     ] {
         facts.add_row([name, &value]);
+    }
+    if task.config().encoding != Encoding::OneHot {
+        let shown = format!("{}; the ceiling is that of symbols", task.config().encoding.name());
+        facts.add_row(["shown as", &shown]);
     }
     if predict {
         facts.add_row(["entropy of the next symbol, in nats", &format!("{next_entropy:.4}")]);

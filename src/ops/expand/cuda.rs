@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Compact, Noise};
+use super::{Compact, Noise, Show, Values};
 use crate::cuda::{Gpu, Launch, NULL, kernels, suffix};
 use crate::ops::upload::upload;
 
@@ -18,13 +18,13 @@ pub struct DeviceBatch {
     /// Elements of the longest sample, of all its timesteps.
     pub elements: usize,
     pub features: usize,
-    /// [B, T] u32: class id of the symbol shown, `BLANK` where there is none.
+    /// [B, T] u32: class id of the symbol shown, or the row of the table of recordings; `BLANK` where there is none.
     pub ids: Tensor,
     /// [B, T] u32: label of the element that a step belongs to.
     pub labels: Tensor,
-    /// [B, T] u32: index of that element, `PAD` on padding.
+    /// [B, T] u32: index of that element; `PAD` on padding, and until a recording's last frame.
     pub element: Tensor,
-    /// [B, T, V]: one-hot symbols plus noise, if there is noise.
+    /// [B, T, V]: symbols plus noise; none where that is one-hot symbols alone.
     pub dense: Option<Tensor>,
     /// Steps of each sample in the window.
     pub lengths: Vec<usize>,
@@ -34,7 +34,7 @@ pub struct DeviceBatch {
 
 impl DeviceBatch {
     /// A batch whose tensors are for [`DeviceSamples::fill`] to write, again and again at the same place:
-    /// what a captured graph reads. `dense` is the type of the input with noise.
+    /// what a captured graph reads. `dense` is the type of an input that is more than one-hot symbols.
     pub fn empty(
         device: &Device,
         (batch, steps): (usize, usize),
@@ -80,25 +80,51 @@ impl DeviceBatch {
     }
 }
 
+/// A table of recordings on a GPU.
+#[derive(Clone)]
+pub(super) enum DeviceTable {
+    Dense(Tensor),
+    Counts { starts: Tensor, entries: Tensor },
+}
+
+impl DeviceTable {
+    pub(super) fn send(values: &Values, gpu: &Gpu) -> Result<Self> {
+        let device = gpu.device();
+        Ok(match values {
+            Values::Dense(values) => Self::Dense(Tensor::from_slice(values, values.len(), &device)?),
+            Values::Counts { starts, entries } => Self::Counts {
+                starts: Tensor::from_slice(starts, starts.len(), &device)?,
+                // An allocation of no bytes fails.
+                entries: match entries.len() {
+                    0 => Tensor::zeros(1, DType::U32, &device)?,
+                    count => Tensor::from_slice(entries, count, &device)?,
+                },
+            },
+        })
+    }
+}
+
 /// Several samples on a GPU, to be spread over timesteps window by window.
 pub struct DeviceSamples {
     gpu: Gpu,
     packed: Tensor,
     compact: Compact,
-    /// Type of the input with noise.
+    table: Option<DeviceTable>,
+    /// Type of an input that is more than one-hot symbols.
     dtype: DType,
     /// Timesteps done.
     at: usize,
 }
 
 impl DeviceSamples {
-    /// Sends the samples to the GPU, in one copy that the host does not wait for. An input with noise will
-    /// have the type `dtype`.
+    /// Sends the samples to the GPU, in one copy that the host does not wait for; the table of recordings, if there
+    /// is one, only with the first. An input that is more than one-hot symbols will have the type `dtype`.
     pub fn upload(mut compact: Compact, dtype: DType, device: &Device) -> Result<Self> {
         let gpu = Gpu::new(device)?;
         let words = std::mem::take(&mut compact.words);
         let packed = upload(&gpu, &words, words.len())?;
-        Ok(Self { gpu, packed, compact, dtype, at: 0 })
+        let table = compact.show.table.as_ref().map(|table| table.on(&gpu)).transpose()?;
+        Ok(Self { gpu, packed, compact, table, dtype, at: 0 })
     }
 
     /// What is known of the samples on the host: lengths, elements, width of the input.
@@ -154,7 +180,7 @@ impl DeviceSamples {
             return Ok(None);
         }
         let Compact { elements, features, .. } = self.compact;
-        let dense = self.compact.noisy().then_some(self.dtype);
+        let dense = self.compact.is_dense().then_some(self.dtype);
         let shape = (self.compact.batch(), steps);
         let mut window = DeviceBatch::empty(&self.gpu.device(), shape, elements, features, dense)?;
         self.fill(&mut window)?;
@@ -169,10 +195,11 @@ impl DeviceSamples {
         if window.batch != batch
             || window.elements < self.compact.elements
             || window.features != features
-            || window.dense.is_some() != self.compact.noisy()
+            || window.dense.is_some() != self.compact.is_dense()
         {
             candle_core::bail!(
-                "expand: {batch} samples of {} elements do not fit a batch of {} of {}, or noise or width differ",
+                "expand: {batch} samples of {} elements do not fit a batch of {} of {}, or noise, recordings or width \
+                 differ",
                 self.compact.elements,
                 window.batch,
                 window.elements
@@ -181,6 +208,7 @@ impl DeviceSamples {
         let Ok(at) = u32::try_from(self.at) else {
             candle_core::bail!("expand: samples are longer than {} timesteps", u32::MAX)
         };
+        let Show { frames, .. } = self.compact.show;
         gpu.launch(
             &kernels::EXPAND,
             "expand_window_u32",
@@ -194,6 +222,7 @@ impl DeviceSamples {
                 self.compact.total.into(),
                 steps.into(),
                 at.into(),
+                frames.into(),
             ],
         )?;
         if let Some(dense) = &window.dense {
@@ -204,6 +233,11 @@ impl DeviceSamples {
                 Noise::ByPosition { level } => (*level, None),
                 Noise::None => (0.0, None),
             };
+            let [values, starts, entries] = match &self.table {
+                None => [NULL; 3],
+                Some(DeviceTable::Dense(values)) => [gpu.ptr(values)?, NULL, NULL],
+                Some(DeviceTable::Counts { starts, entries }) => [NULL, gpu.ptr(starts)?, gpu.ptr(entries)?],
+            };
             gpu.launch(
                 &kernels::EXPAND,
                 &format!("expand_dense_{}", suffix(dense.dtype())?),
@@ -212,6 +246,9 @@ impl DeviceSamples {
                     gpu.ptr(&self.packed)?,
                     gpu.ptr(&window.ids)?,
                     drawn.as_ref().map_or(Ok(NULL), |drawn| gpu.ptr(drawn))?,
+                    values,
+                    starts,
+                    entries,
                     gpu.ptr(dense)?,
                     batch.into(),
                     steps.into(),
@@ -239,16 +276,16 @@ mod tests {
     fn same(window: &DeviceBatch, expected: &Batch, name: &str) {
         let shape = (expected.batch, expected.steps);
         for (got, want) in [
-            (&window.ids, &expected.symbols),
-            (&window.labels, &expected.labels),
-            (&window.element, &expected.element),
+            (&window.ids, expected.indices()),
+            (&window.labels, &expected.labels[..]),
+            (&window.element, &expected.element[..]),
         ] {
             assert_eq!(got.dims2().unwrap(), shape, "{name}");
             assert_eq!(&got.flatten_all().unwrap().to_vec1::<u32>().unwrap(), want, "{name}");
         }
         assert_eq!(window.lengths, expected.lengths, "{name}");
         assert_eq!((window.elements, window.first), (expected.elements, expected.first), "{name}");
-        assert_eq!(window.dense.is_some(), expected.noise.is_some(), "{name}");
+        assert_eq!(window.dense.is_some(), expected.is_dense(), "{name}");
         if let Some(dense) = &window.dense {
             let want = Tensor::from_vec(expected.dense(), dense.shape(), &Device::Cpu).unwrap();
             let want = want.to_dtype(dense.dtype()).unwrap();
@@ -287,7 +324,7 @@ mod tests {
             }
             // Into tensors that were there before, longer than the samples: padding follows.
             let compact = samples().compact().unwrap();
-            let dense = compact.noisy().then_some(DType::F32);
+            let dense = compact.is_dense().then_some(DType::F32);
             let (steps, elements, features) = (compact.steps() + 3, compact.elements(), compact.features());
             let mut window =
                 DeviceBatch::empty(&device, (compact.batch(), steps), elements, features, dense).unwrap();
@@ -298,6 +335,9 @@ mod tests {
                 x.chunks(steps - 3).flat_map(|row| row.iter().copied().chain([with; 3])).collect()
             };
             batch.symbols = pad(&batch.symbols, BLANK);
+            if let Some(shown) = &mut batch.shown {
+                shown.rows = pad(&shown.rows, BLANK);
+            }
             batch.labels = pad(&batch.labels, 0);
             batch.element = pad(&batch.element, PAD);
             batch.noise = batch.noise.map(|noise| {

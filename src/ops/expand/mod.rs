@@ -11,11 +11,15 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod table;
+
+use std::sync::Arc;
 
 use candle_core::Result;
 
 #[cfg(feature = "cuda")]
 pub use cuda::{DeviceBatch, DeviceSamples};
+pub use table::{Table, Values};
 
 /// What stands for no symbol, no element, no distractors.
 const NONE: u32 = u32::MAX;
@@ -34,15 +38,29 @@ pub enum Noise {
     Drawn(Box<dyn FnMut(usize) -> Vec<f32> + Send>),
 }
 
-/// A sample, as its parts lie in memory.
+/// What is shown for an item: a one-hot symbol at one step, or a recording at several.
+#[derive(Clone)]
+pub struct Show {
+    /// Steps of an item, F.
+    pub frames: usize,
+    /// Item i is rows i·F to (i + 1)·F of it; none: a one-hot symbol.
+    pub table: Option<Arc<Table>>,
+}
+
+impl Show {
+    /// One-hot symbols.
+    pub const ONE_HOT: Self = Self { frames: 1, table: None };
+}
+
+/// A sample, as its parts lie in memory. An item is a symbol or the number of a recording ([`Show`]).
 pub struct Sequence<'a> {
-    /// Symbol shown for each element.
+    /// Item shown for each element.
     pub symbols: &'a [u32],
     /// What the steps of each element should give.
     pub labels: &'a [u32],
-    /// Timesteps behind each element.
+    /// Blank timesteps, or distractors, behind each element.
     pub gaps: &'a [u32],
-    /// Symbols shown in the gaps, gap after gap; empty where gaps are blank.
+    /// Items shown in the gaps, gap after gap; empty where gaps are blank.
     pub distractors: &'a [u32],
     /// Key and index of noise by position.
     pub noise: ([u32; 2], u64),
@@ -61,11 +79,16 @@ pub struct Compact {
     features: usize,
     first: u64,
     noise: Noise,
+    show: Show,
 }
 
 impl Compact {
     /// Packs `samples`, the first with index `first`; `features` is the width of the input.
-    pub fn pack(samples: &[Sequence], features: usize, first: u64, noise: Noise) -> Result<Self> {
+    pub fn pack(samples: &[Sequence], features: usize, first: u64, noise: Noise, show: Show) -> Result<Self> {
+        let frames = show.frames as u64;
+        if frames == 0 || show.table.as_ref().is_some_and(|table| table.channels() != features) {
+            candle_core::bail!("expand: recordings of {frames} frames do not fit {features} features")
+        }
         let total = samples.iter().map(|sample| sample.symbols.len()).sum::<usize>();
         let elements = samples.iter().map(|sample| sample.symbols.len()).max().unwrap_or(0);
         let shown: usize = samples.iter().map(|sample| sample.distractors.len()).sum();
@@ -78,7 +101,8 @@ impl Compact {
         let (mut element, mut distractor) = (0, META * samples.len() + 3 * total);
         for sample in samples {
             let gaps: u64 = sample.gaps.iter().map(|&gap| u64::from(gap)).sum();
-            let Ok(length) = u32::try_from(sample.symbols.len() as u64 + gaps) else {
+            let behind = if sample.distractors.is_empty() { gaps } else { gaps * frames };
+            let Ok(length) = u32::try_from(sample.symbols.len() as u64 * frames + behind) else {
                 candle_core::bail!("expand: a sample is longer than {} timesteps", u32::MAX)
             };
             if sample.gaps.len() != sample.symbols.len()
@@ -98,17 +122,18 @@ impl Compact {
             distractor += sample.distractors.len();
         }
         for sample in samples {
-            let mut at = 0;
+            let (mut at, frames) = (0, show.frames as u32);
+            let step = if sample.distractors.is_empty() { 1 } else { frames };
             for gap in sample.gaps {
                 words.push(at);
                 // The last sum may be the length, which fits.
-                at += 1 + gap;
+                at += frames + gap * step;
             }
         }
         samples.iter().for_each(|sample| words.extend(sample.labels));
         samples.iter().for_each(|sample| words.extend(sample.symbols));
         samples.iter().for_each(|sample| words.extend(sample.distractors));
-        Ok(Self { words, total, elements, lengths, features, first, noise })
+        Ok(Self { words, total, elements, lengths, features, first, noise, show })
     }
 
     /// The buffer, as the kernels read it.
@@ -156,9 +181,9 @@ impl Compact {
         self.first
     }
 
-    /// Whether the input is more than symbols.
-    pub fn noisy(&self) -> bool {
-        !matches!(self.noise, Noise::None)
+    /// Whether the input is more than one-hot symbols.
+    pub fn is_dense(&self) -> bool {
+        self.show.table.is_some() || !matches!(self.noise, Noise::None)
     }
 }
 
@@ -166,27 +191,52 @@ impl Compact {
 mod tests {
     use super::*;
     use crate::config::load::parse;
+    use crate::task::recordings::Recordings;
     use crate::task::{BLANK, PAD, Part, Samples, Task};
 
-    /// Symbol, label and element of step `at` of sample `b`, found as the kernel finds them.
+    /// Symbol or row, label and element of step `at` of sample `b`, found as the kernel finds them.
     fn step(compact: &Compact, b: usize, at: usize) -> [u32; 3] {
         let (words, total, at) = (compact.words(), compact.total, at as u32);
+        let frames = compact.show.frames as u32;
         let [first, count, length, distractors] = words[META * b..][..4] else { unreachable!() };
         if at >= length {
             return [BLANK, 0, PAD];
         }
         let elements = &words[META * compact.batch() + first as usize..];
         let element = elements[..count as usize].partition_point(|&start| start <= at) - 1;
-        let symbol = match at - elements[element] {
-            0 => elements[2 * total + element],
+        let inside = at - elements[element];
+        let symbol = match inside {
+            _ if inside < frames => elements[2 * total + element] * frames + inside,
             _ if distractors == NONE => BLANK,
-            _ => words[distractors as usize + at as usize - element - 1],
+            _ => {
+                let item = words[distractors as usize + (at / frames) as usize - element - 1];
+                item * frames + at % frames
+            }
         };
-        [symbol, elements[total + element], element as u32]
+        let asked = inside + 1 >= frames;
+        [symbol, elements[total + element], if asked { element as u32 } else { PAD }]
     }
 
-    /// Samples with blanks and with distractors, with noise by position, in sequence, and without; and what
-    /// they were set up with.
+    /// Three recordings of each symbol in each part, of `frames` frames and 6 channels; every second one counts.
+    fn recordings(symbols: usize, frames: usize, counts: bool) -> Recordings {
+        let rows = 9 * symbols * frames;
+        let value = |i: usize| (i * 7 + i / 5) % 11;
+        let values = if counts {
+            let (mut starts, mut entries) = (vec![0], vec![]);
+            for row in 0..rows {
+                let of_row = (0..6).map(|channel| (channel, value(6 * row + channel as usize) as u32));
+                entries.extend(of_row.filter(|(_, count)| count % 3 == 1).map(|(c, count)| c << 16 | count));
+                starts.push(entries.len() as u32);
+            }
+            Values::Counts { starts, entries }
+        } else {
+            Values::Dense((0..6 * rows).map(|i| value(i) as f32 / 7.0 - 0.5).collect())
+        };
+        Recordings::new(frames, 6, std::array::from_fn(|_| vec![3; symbols]), values).unwrap()
+    }
+
+    /// Samples with blanks and with distractors, with noise by position, in sequence, and without, of one-hot symbols
+    /// and of recordings; and what they were set up with.
     pub(super) fn sets_of_samples() -> impl Iterator<Item = (&'static str, impl Fn() -> Samples)> {
         const TEXT: &str = "
 seed: 3
@@ -197,12 +247,22 @@ model: {name: gla, layers: 1, width: 16}";
             "task.preset=task3 task.gap.start=2 task.gap.probability=0.6 task.gap.high=0.3",
             "task.preset=task1_complexity task.split=as-released",
             "task.preset=task2 task.noise=0.2 task.split=as-released",
+            "task.preset=task2 task.noise=0 frames=4",
+            "task.preset=task2 task.noise=0.2 frames=3 counts",
+            "task.preset=task3 task.gap.start=2 task.gap.probability=0.6 task.gap.high=0.3 frames=3",
+            "task.preset=task3 task.gap.start=2 task.gap.high=0.2 task.noise=0.2 frames=1 counts",
         ]
         .into_iter()
         .map(|sets| {
-            let list: Vec<String> = sets.split(' ').map(String::from).collect();
+            let (list, shown) = sets.split_once(" frames=").unwrap_or((sets, ""));
+            let list: Vec<String> = list.split(' ').map(String::from).collect();
             let config = parse(TEXT, "test", &list).unwrap();
-            let task = Task::new(&config.task, config.seed).unwrap();
+            let mut task = Task::new(&config.task, config.seed).unwrap();
+            if let Some(frames) = shown.chars().next() {
+                let frames = frames.to_digit(10).unwrap() as usize;
+                let symbols = task.grammar().alphabet();
+                task = task.with(recordings(symbols, frames, shown.ends_with("counts"))).unwrap();
+            }
             (sets, move || task.samples(Part::Train, 5, 7, None).unwrap())
         })
     }
@@ -217,7 +277,7 @@ model: {name: gla, layers: 1, width: 16}";
             while let Some(window) = windows.next_window(9) {
                 for i in 0..window.batch * window.steps {
                     let (b, t) = (i / window.steps, i % window.steps);
-                    let shown = [window.symbols[i], window.labels[i], window.element[i]];
+                    let shown = [window.indices()[i], window.labels[i], window.element[i]];
                     assert_eq!(step(&compact, b, at + t), shown, "{sets:?}, sample {b}, step {}", at + t);
                     distractors += usize::from(window.distractor[i]);
                 }
