@@ -242,7 +242,7 @@ fn refuses_texts() {
             "c.yaml: task.preset is `task5`; it must be one of task1_complexity, task1_model_size, task2, task3, task4",
         ),
         ("model: {name: mamba3}", "unknown model `mamba3`; did you mean `mamba2`?"),
-        ("model: {name: lstm}", "unknown model `lstm`; there are transformer, mamba, mamba2"),
+        ("model: {name: perceptron}", "unknown model `perceptron`; there are transformer, mamba, mamba2"),
         ("model: {name: ''}", "unknown model ``; there are"),
         // YAML.
         ("task:\n\tnoise: 1", "c.yaml: line 2 is indented with a tab; YAML indents with spaces"),

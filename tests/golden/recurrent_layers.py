@@ -151,7 +151,7 @@ SHAPES = {
 
 # Where a parameter lies that is not around zero: its middle.
 MIDDLE = {
-    "A_log": 1.0, "dt_bias": -3.0, "o_norm.weight": 1.0, "g_norm.weight": 1.0, "k_k": 0.7, "k_a": 1.0, "f_proj.bias": 3.0,
+    "A_log": 1.0, "dt_bias": -3.0, "o_norm.weight": 1.0, "g_norm.weight": 1.0, "k_k": 0.7, "k_a": 1.0, "f_proj.bias": 3.0, "i_proj.bias": -2.0,
     "w_lora.lora.2.bias": -2.0, **{f"x_{n}": 0.5 for n in "rwkvag"},
 }
 
