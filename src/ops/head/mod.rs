@@ -14,7 +14,7 @@ use self::reference::{Gradient, ROWS_AT_ONCE};
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
 
-/// In [`Targets::element`]: the step is padding, without loss and without a vote.
+/// In [`Targets::element`]: the step is padding, or nothing is asked there; without loss and without a vote.
 pub const PAD: u32 = u32::MAX;
 
 /// What the steps of a batch, or of a piece of it, should give.

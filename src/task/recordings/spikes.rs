@@ -65,9 +65,9 @@ pub(super) fn load(set: &Set, dir: &Path, symbols: usize, most: usize) -> Result
     let validated = set.files.iter().any(|(_, part, _)| *part == Part::Validation);
     let mut found = Vec::new();
     for (file, &(_, part, _)) in files.iter().zip(set.files) {
-        let mut seen = vec![0; set.labels];
+        let mut seen = vec![0usize; set.labels];
         for (row, &label) in file.labels.iter().enumerate() {
-            let held_out = part == Part::Train && !validated && seen[label] % HELD_OUT == 0;
+            let held_out = part == Part::Train && !validated && seen[label].is_multiple_of(HELD_OUT);
             seen[label] += 1;
             let part = if held_out { Part::Validation } else { part };
             found.push(Found { part, label, key: (file, row) });
