@@ -4,7 +4,7 @@
 //   glu   y = a σ(b) with a, b the halves of a row of x [rows, 2 n]; y [rows, n]
 //         da = dy σ(b),  db = dy a σ(b) (1 − σ(b))
 //   sigmoid_gate  the same of a and b that are tensors of their own
-//   tanh, logistic  y = tanh(x), y = σ(x); from y and dy: dx = dy (1 - y²), dx = dy y (1 - y)
+//   tanh, logistic  y = tanh(x), y = σ(x); dx = dy (1 - y²), dx = dy y (1 - y)
 // Sources: Hendrycks and Gimpel, "Gaussian error linear units", 2016; Dauphin et al., "Language modeling with
 // gated convolutional networks", 2016.
 //
@@ -56,14 +56,15 @@ __device__ __forceinline__ void squash_forward(const T* x, T* y, long long n) {
         store_elements(y + i, u);
     });
 }
+// From x, not from y: rounded to bf16 that is too near 1.
 template <class T, class F>
-__device__ __forceinline__ void squash_backward(const T* y, const T* dy, T* dx, long long n) {
-    for_elements<VECTOR<T>>(n, aligned16(y) && aligned16(dy) && aligned16(dx), [&](auto width, long long i) {
+__device__ __forceinline__ void squash_backward(const T* x, const T* dy, T* dx, long long n) {
+    for_elements<VECTOR<T>>(n, aligned16(x) && aligned16(dy) && aligned16(dx), [&](auto width, long long i) {
         float u[width.value], g[width.value];
-        load_elements(y + i, u);
+        load_elements(x + i, u);
         load_elements(dy + i, g);
 #pragma unroll
-        for (int j = 0; j < width.value; j++) u[j] = g[j] * F::slope(u[j]);
+        for (int j = 0; j < width.value; j++) u[j] = g[j] * F::slope(F::value(u[j]));
         store_elements(dx + i, u);
     });
 }
@@ -128,8 +129,8 @@ GELU(bf16, bf16)
         squash_forward<T, F>(x, y, n);                                                                             \
     }                                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
-        FUNCTION##_backward_##NAME(const T* y, const T* dy, T* dx, long long n) {                                  \
-        squash_backward<T, F>(y, dy, dx, n);                                                                       \
+        FUNCTION##_backward_##NAME(const T* x, const T* dy, T* dx, long long n) {                                  \
+        squash_backward<T, F>(x, dy, dx, n);                                                                       \
     }
 SQUASH(tanh, Tanh, f32, float)
 SQUASH(tanh, Tanh, bf16, bf16)

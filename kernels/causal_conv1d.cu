@@ -4,8 +4,8 @@
 //   a_t = bias + sum_j w_j x_{t-W+1+j},  y_t = a_t sigmoid(a_t),  final [B, W-1, D]: the last W-1 inputs
 //
 // Rows of x are `columns` >= D long. y and dy come in up to three parts, each contiguous: the channels up to end0, up to
-// end1 and up to D. The columns behind them are given as they are, in up to two parts, up to end3 and up to end4, D being
-// end2; what is then left has no gradient.
+// end1 and up to D. The columns behind them are given as they are, in up to three parts, up to end3, end4 and end5, D
+// being end2; what is then left has no gradient.
 //
 // Gradients, with da_t = dy_t (a_t sigmoid(a_t))' and da = 0 outside 0 <= t < T:
 //   dx_s = sum_j w_j da_{s+W-1-j} (+ dfinal),  the same for the steps of the state,
@@ -53,13 +53,13 @@ struct Rows {
 // Where the parts are that columns are divided into, and where they end.
 template <class T>
 struct Parts {
-    T* at[5];
-    int end[5];
+    T* at[6];
+    int end[6];
 
     __device__ __forceinline__ Rows<T> of(int c) const {
         int begin = 0;
 #pragma unroll
-        for (int i = 0; i < 5; i++) {
+        for (int i = 0; i < 6; i++) {
             if (c < end[i]) return {at[i] + (c - begin), end[i] - begin};
             begin = end[i];
         }
@@ -362,18 +362,20 @@ __device__ void backward(const T* x, const float* weight, const float* bias, con
 #define FORWARD(NAME, T, V, TAPS)                                                                                   \
     extern "C" __global__ void __launch_bounds__(128) causal_conv1d_forward_##NAME(                                 \
         const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,                  \
-        const T* __restrict__ state, T* y0, T* y1, T* y2, T* y3, T* y4, T* __restrict__ final_state, int end0,      \
-        int end1, int end2, int end3, int end4, int batch, int steps, int columns, int taps, int run) {             \
-        const Parts<T> y = {{y0, y1, y2, y3, y4}, {end0, end1, end2, end3, end4}};                                  \
+        const T* __restrict__ state, T* y0, T* y1, T* y2, T* y3, T* y4, T* y5, T* __restrict__ final_state,         \
+        int end0, int end1, int end2, int end3, int end4, int end5, int batch, int steps, int columns, int taps,    \
+        int run) {                                                                                                  \
+        const Parts<T> y = {{y0, y1, y2, y3, y4, y5}, {end0, end1, end2, end3, end4, end5}};                        \
         forward<T, V, TAPS>(x, weight, bias, state, y, final_state, batch, steps, columns, taps, run);              \
     }
 #define BACKWARD(NAME, T, V, TAPS)                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 4 ? 3 : 4) causal_conv1d_backward_##NAME(        \
         const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,                  \
         const T* __restrict__ state, const T* dy0, const T* dy1, const T* dy2, const T* dy3, const T* dy4,          \
-        const T* __restrict__ dfinal, T* __restrict__ dx, T* __restrict__ dstate, float* __restrict__ partial,      \
-        int end0, int end1, int end2, int end3, int end4, int batch, int steps, int columns, int taps, int run) {   \
-        const Parts<const T> dy = {{dy0, dy1, dy2, dy3, dy4}, {end0, end1, end2, end3, end4}};                      \
+        const T* dy5, const T* __restrict__ dfinal, T* __restrict__ dx, T* __restrict__ dstate,                     \
+        float* __restrict__ partial, int end0, int end1, int end2, int end3, int end4, int end5, int batch,         \
+        int steps, int columns, int taps, int run) {                                                                \
+        const Parts<const T> dy = {{dy0, dy1, dy2, dy3, dy4, dy5}, {end0, end1, end2, end3, end4, end5}};           \
         backward<T, V, TAPS>(x, weight, bias, state, dy, dfinal, dx, dstate, partial, batch, steps, columns, taps,  \
                              run);                                                                                  \
     }

@@ -1075,8 +1075,8 @@ fn conv_case(size: &Size) -> Case {
     let &Size { batch, steps, width, stateful, .. } = size;
     let mut draw = Draw::of(size);
     // Further columns behind those that are convolved, and some that nobody uses.
-    let (plain, rest) = ([4, width % 8 + 4], 4);
-    let columns = if stateful { width + plain[0] + plain[1] + rest } else { width };
+    let (plain, rest) = ([4, width % 8 + 4, 8], 4);
+    let columns = if stateful { width + plain.iter().sum::<usize>() + rest } else { width };
     let mut inputs = vec![
         activation("x", draw.normal(&[batch, steps, columns], 1.0)),
         param("weight", draw.normal(&[width, 1, TAPS], 0.5)),
@@ -1092,7 +1092,7 @@ fn conv_case(size: &Size) -> Case {
     // As queries, keys and values, or as one.
     let parts = [width / 4, width / 4, width - 2 * (width / 4)];
     let outputs: &[&str] = match stateful {
-        true => &["y, part 0", "y, part 1", "y, part 2", "plain 0", "plain 1", "final state"],
+        true => &["y, part 0", "y, part 1", "y, part 2", "plain 0", "plain 1", "plain 2", "final state"],
         false => &["y", "final state"],
     };
     Case {
@@ -1278,7 +1278,7 @@ fn mlstm_case(size: &Size) -> Case {
     let mut draw = Draw::of(size);
     let (per_key, per_head) = ([batch, steps, heads, key], [batch, steps, heads]);
     let keys = blank_runs(&draw.draw(&per_key, |_, u| normal(u).abs()), batch, heads * key);
-    let side = move |i: usize| if i / key % 3 == 0 { -1.0 } else { 1.0 };
+    let side = move |i: usize| if (i / key).is_multiple_of(3) { -1.0 } else { 1.0 };
     let input = |_, u: [f32; 4]| if u[2] < 0.05 { 200.0 * u[3] - 100.0 } else { 2.0 * normal(u) };
     let mut inputs = vec![
         activation("q", draw.draw(&per_key, |i, u| side(i) * normal(u).abs())),

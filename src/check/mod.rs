@@ -21,7 +21,7 @@ pub use cases::{OPS, Op, Scale, Size};
 /// A tolerance that differs from the route's.
 struct Exception {
     op: &'static str,
-    /// A name, or `*` for all.
+    /// A name, `gradients` for all of them, or `*` for everything.
     tensor: &'static str,
     route: Route,
     tolerance: f64,
@@ -207,12 +207,39 @@ const EXCEPTIONS: &[Exception] = &[
         tolerance: 2e-2,
         reason: "one token without a past: the gradients of q and k are small differences of large products",
     },
+    Exception {
+        op: "mlstm",
+        tensor: "*",
+        route: Route::F32,
+        tolerance: 3e-5,
+        reason: "three tf32 products stand for one of f32: a few units in the last place more",
+    },
+    Exception {
+        op: "mlstm",
+        tensor: "gradients",
+        route: Route::Tf32,
+        tolerance: 3e-2,
+        reason: "divided by |q n|, an output does not see the length of its query, nor one token alone how strongly it was written: \
+                 what is left of gradients is small",
+    },
+    Exception {
+        op: "mlstm",
+        tensor: "gradients",
+        route: Route::Bf16,
+        tolerance: 3e-1,
+        reason: "divided by |q n|, an output does not see the length of its query, nor one token alone how strongly it was written: \
+                 what is left of gradients is small",
+    },
 ];
 
 /// How far the relative RMS of an op's tensor may be off on a route. `gradient of x` for a gradient.
 pub fn tolerance(op: &str, tensor: &str, route: Route) -> f64 {
-    let exception =
-        EXCEPTIONS.iter().find(|e| e.op == op && (e.tensor == tensor || e.tensor == "*") && e.route == route);
+    let matches = |pattern: &str| match pattern {
+        "*" => true,
+        "gradients" => tensor.starts_with("gradient of "),
+        name => name == tensor,
+    };
+    let exception = EXCEPTIONS.iter().find(|e| e.op == op && matches(e.tensor) && e.route == route);
     match (exception, route) {
         (Some(exception), _) => exception.tolerance,
         (None, Route::F32) => 1e-5,

@@ -6,25 +6,13 @@ use crate::cuda::{Gpu, kernels, suffix};
 use crate::ops::rows::cuda::{Grid, count, elements, vector};
 use crate::ops::tape::Value;
 
-/// y, or with `dy` the gradient of x.
-pub fn gelu(x: &Tensor, dy: Option<&Tensor>) -> Result<Value> {
+/// y, or with `dy` the gradient of x; `function` is `gelu`, `tanh` or `logistic`.
+pub fn elementwise(function: &str, x: &Tensor, dy: Option<&Tensor>) -> Result<Value> {
     let (gpu, dtype, n) = (Gpu::of(x)?, x.dtype(), x.elem_count());
     let out = gpu.empty(x.shape(), dtype)?;
     let pass = if dy.is_some() { "backward" } else { "forward" };
     let mut list = vec![gpu.ptr(x)?];
     list.extend(dy.map(|dy| gpu.ptr(dy)).transpose()?);
-    list.extend([gpu.of_value(&out)?, count(n)]);
-    let name = format!("gelu_{pass}_{}", suffix(dtype)?);
-    gpu.launch(&kernels::ACTIVATIONS, &name, elements(&gpu, n, vector(dtype)), &list)?;
-    Ok(out)
-}
-
-/// Of x the value, of the value and its gradient that of x; `function` is `tanh` or `logistic`.
-pub fn squash(function: &str, given: &[&Tensor]) -> Result<Value> {
-    let (gpu, dtype, n) = (Gpu::of(given[0])?, given[0].dtype(), given[0].elem_count());
-    let out = gpu.empty(given[0].shape(), dtype)?;
-    let pass = if given.len() > 1 { "backward" } else { "forward" };
-    let mut list = given.iter().map(|tensor| gpu.ptr(tensor)).collect::<Result<Vec<_>>>()?;
     list.extend([gpu.of_value(&out)?, count(n)]);
     let name = format!("{function}_{pass}_{}", suffix(dtype)?);
     gpu.launch(&kernels::ACTIVATIONS, &name, elements(&gpu, n, vector(dtype)), &list)?;

@@ -60,7 +60,7 @@ fn below<F: Real>(x: F) -> F {
     F::of(0.5 * erfc_f64(-x.as_f64() * std::f64::consts::FRAC_1_SQRT_2))
 }
 
-/// Functions whose derivative follows from their value.
+/// Functions that saturate. Their derivatives are taken from x: a value that is rounded to bf16 is too near 1.
 enum Squash {
     Tanh,
     Logistic,
@@ -74,15 +74,11 @@ impl Node for Squash {
         }
     }
 
-    fn keeps(&self) -> &'static [usize] {
-        &[0]
-    }
-
     fn forward(&self, args: &[Tensor], _: bool) -> Result<Forward> {
         let x = &args[0];
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
-            return Ok(Forward { outputs: vec![cuda::squash(self.name(), &[x])?], saved: vec![] });
+            return Ok(Forward { outputs: vec![cuda::elementwise(self.name(), x, None)?], saved: vec![] });
         }
         let value = dispatch!(x.dtype(), F => {
             slices!(F; data = x);
@@ -97,20 +93,20 @@ impl Node for Squash {
     }
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
-        let (y, Some(dy)) = (&run.outputs[0], &grads[0]) else { return Ok(vec![None]) };
+        let (x, Some(dy)) = (&run.args[0], &grads[0]) else { return Ok(vec![None]) };
         #[cfg(feature = "cuda")]
-        if y.device().is_cuda() {
-            return Ok(vec![Some(cuda::squash(self.name(), &[y, dy])?.into_tensor())]);
+        if x.device().is_cuda() {
+            return Ok(vec![Some(cuda::elementwise(self.name(), x, Some(dy))?.into_tensor())]);
         }
-        dispatch!(y.dtype(), F => {
-            slices!(F; data = y, dy = dy);
-            let slope = |y: F| match self {
-                Squash::Tanh => 1.0 - y * y,
-                Squash::Logistic => y * (1.0 - y),
+        dispatch!(x.dtype(), F => {
+            slices!(F; data = x, dy = dy);
+            let slope = |x: F| match self {
+                Squash::Tanh => 1.0 - x.tanh() * x.tanh(),
+                Squash::Logistic => sigmoid(x) * (1.0 - sigmoid(x)),
             };
             let dx: Vec<F> =
-                data.par_iter().zip(dy).with_min_len(BLOCK).map(|(&y, &dy)| dy * slope(y)).collect();
-            Ok(vec![Some(Tensor::from_vec(dx, run.args[0].shape(), &Device::Cpu)?)])
+                data.par_iter().zip(dy).with_min_len(BLOCK).map(|(&x, &dy)| dy * slope(x)).collect();
+            Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
         })
     }
 }
@@ -126,7 +122,7 @@ impl Node for Gelu {
         let x = &args[0];
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
-            return Ok(Forward { outputs: vec![cuda::gelu(x, None)?], saved: vec![] });
+            return Ok(Forward { outputs: vec![cuda::elementwise("gelu", x, None)?], saved: vec![] });
         }
         let value = dispatch!(x.dtype(), F => {
             slices!(F; data = x);
@@ -140,7 +136,7 @@ impl Node for Gelu {
         let (x, Some(dy)) = (&run.args[0], &grads[0]) else { return Ok(vec![None]) };
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
-            return Ok(vec![Some(cuda::gelu(x, Some(dy))?.into_tensor())]);
+            return Ok(vec![Some(cuda::elementwise("gelu", x, Some(dy))?.into_tensor())]);
         }
         dispatch!(x.dtype(), F => {
             slices!(F; data = x, dy = dy);

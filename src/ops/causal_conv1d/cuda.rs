@@ -15,7 +15,7 @@ const WARPS: usize = THREADS / 32;
 const VECTOR: usize = 4;
 /// Parts that y may come in, and parts that are given as they are.
 const MOST_PARTS: usize = 3;
-const MOST_PLAIN: usize = 2;
+const MOST_PLAIN: usize = 3;
 const PLACES: usize = MOST_PARTS + MOST_PLAIN;
 /// Steps of a thread where there are many; runs share W − 1 steps, which the backward pass computes twice.
 const FORWARD_RUN: usize = 16;
@@ -44,13 +44,6 @@ impl Plan {
         rows: &[KernelArg],
     ) -> Result<Self> {
         let Shape { batch, steps, width, taps } = node.shape;
-        if node.widths.len() > MOST_PARTS || node.plain.len() > MOST_PLAIN {
-            candle_core::bail!(
-                "causal_conv1d on a GPU: at most {MOST_PARTS} parts and {MOST_PLAIN} plain ones, got {:?} and {:?}",
-                node.widths,
-                node.plain
-            )
-        }
         if taps > 8 || steps == 0 {
             candle_core::bail!(
                 "causal_conv1d on a GPU: at most 8 taps and at least one step, got {taps} and {steps}"
@@ -95,6 +88,13 @@ impl CausalConv1d {
         parts: &[T],
         address: impl Fn(&T) -> Result<KernelArg>,
     ) -> Result<[KernelArg; PLACES]> {
+        if self.widths.len() > MOST_PARTS || self.plain.len() > MOST_PLAIN {
+            candle_core::bail!(
+                "causal_conv1d on a GPU: at most {MOST_PARTS} parts and {MOST_PLAIN} plain ones, got {:?} and {:?}",
+                self.widths,
+                self.plain
+            )
+        }
         let mut places = [NULL; PLACES];
         for (i, part) in parts.iter().enumerate() {
             let n = self.widths.len();
