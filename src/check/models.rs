@@ -309,8 +309,9 @@ fn recordings(task: &Task, counts: bool) -> anyhow::Result<crate::task::recordin
         let (mut starts, mut entries) = (vec![0], vec![]);
         for row in 0..rows {
             let channels = (0..CHANNELS).map(|channel| (channel as u32, random(row * CHANNELS + channel)));
-            entries
-                .extend(channels.filter(|(_, x)| x.is_multiple_of(4)).map(|(c, x)| c << 16 | (x >> 8) % 9));
+            entries.extend(
+                channels.filter(|(_, x)| x.is_multiple_of(4)).map(|(c, x)| (c << 16) | ((x >> 8) % 9)),
+            );
             starts.push(entries.len() as u32);
         }
         Values::Counts { starts, entries }

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use comfy_table::Table;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::doctor::{choose, describe};
 use super::{print, table};
-use crate::check::{OPS, Route, Scale, models};
+use crate::check::{OPS, Op, Route, Scale, models};
 use crate::device::parse_device;
 use crate::error::nearest;
 use crate::plot::Format;
@@ -85,33 +86,11 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     }
 
     let options = Options { device: device.clone(), route, cpu: !args.no_cpu };
-    let mut measured: Vec<Measured> = vec![];
-    if !args.op.is_empty() || models.is_empty() {
-        for &scale in &scales {
-            for op in OPS.iter().filter(|op| chosen.has(op.name) || chosen.has(op.room)) {
-                measured.extend(ops(op, scale, &options, &ceilings));
-            }
-        }
-        print(op_table(&measured))?;
-    }
-    let mut steps: Vec<Step> = vec![];
-    let mut failures: Vec<String> = measured.iter().flat_map(|op| op.failure.clone()).collect();
-    for &model in &models {
-        for &scale in scales.iter().filter(|scale| matches!(scale, Scale::Width256 | Scale::Width1024)) {
-            match step(model, scale, route, &config, &device) {
-                Ok(step) => {
-                    print(parts_table(&step))?;
-                    steps.push(step);
-                }
-                Err(error) => failures.push(format!("{model} {}: {error:#}", scale.name())),
-            }
-        }
-    }
-    if !steps.is_empty() {
-        print(step_table(&steps))?;
-    }
-
-    if let Some(path) = &args.json {
+    let (mut measured, mut steps): (Vec<Measured>, Vec<Step>) = (vec![], vec![]);
+    let mut failures: Vec<String> = vec![];
+    // After every measurement: who interrupts keeps what there is.
+    let save = |measured: &[Measured], steps: &[Step], failures: &[String]| -> anyhow::Result<()> {
+        let Some(path) = &args.json else { return Ok(()) };
         let all = json!({
             "device": about,
             "format": route,
@@ -121,7 +100,39 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
             "failures": failures,
         });
         let text = serde_json::to_string_pretty(&all)? + "\n";
-        files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
+        files::write_atomic(path, |out| out.write_all(text.as_bytes()))
+    };
+    if !args.op.is_empty() || models.is_empty() {
+        let wanted: Vec<&Op> = OPS.iter().filter(|op| chosen.has(op.name) || chosen.has(op.room)).collect();
+        let bar = ProgressBar::new((scales.len() * wanted.len()) as u64)
+            .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}")?);
+        for &scale in &scales {
+            for op in &wanted {
+                bar.set_message(format!("{} {}", op.name, scale.name()));
+                let new = ops(op, scale, &options, &ceilings);
+                failures.extend(new.iter().flat_map(|op| op.failure.clone()));
+                measured.extend(new);
+                save(&measured, &steps, &failures)?;
+                bar.inc(1);
+            }
+        }
+        bar.finish_and_clear();
+        print(op_table(&measured))?;
+    }
+    for &model in &models {
+        for &scale in scales.iter().filter(|scale| matches!(scale, Scale::Width256 | Scale::Width1024)) {
+            match step(model, scale, route, &config, &device) {
+                Ok(step) => {
+                    print(parts_table(&step))?;
+                    steps.push(step);
+                }
+                Err(error) => failures.push(format!("{model} {}: {error:#}", scale.name())),
+            }
+            save(&measured, &steps, &failures)?;
+        }
+    }
+    if !steps.is_empty() {
+        print(step_table(&steps))?;
     }
     if let Some((path, format)) = picture {
         let sizes: Vec<&str> = scales.iter().map(|scale| scale.name()).collect();

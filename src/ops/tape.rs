@@ -90,8 +90,8 @@ pub trait Node: Send + Sync + 'static {
     /// Computes the outputs from `args`. `save` is false when no backward pass can follow.
     fn forward(&self, args: &[Tensor], save: bool) -> Result<Forward>;
 
-    /// The gradient of every argument, given `grads`, the gradient of every output (`None`: the output
-    /// took no part in the loss). Gradients that `run.needs` does not ask for may be left out.
+    /// The gradient of every argument, given `grads`, the gradient of every output, contiguous and of its shape (`None`:
+    /// the output took no part in the loss). Gradients that `run.needs` does not ask for may be left out.
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>>;
 }
 
@@ -338,6 +338,7 @@ impl Leaf {
             node: Box::new(LeafNode(grad.clone())),
             age,
             run: Mutex::new(Some(run)),
+            shapes: vec![var.shape().clone()],
             output_grads: Mutex::new(vec![None]),
             input_grads: Mutex::new(vec![]),
             targets: Mutex::new(vec![]),
@@ -446,7 +447,6 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
         return Ok(outputs.into_iter().map(Value::into_tensor).collect());
     }
 
-    let count = outputs.len();
     let targets: Vec<Target> = args
         .iter()
         .zip(&needs)
@@ -485,7 +485,8 @@ pub fn apply<N: Node>(node: N, args: &[Arg]) -> Result<Vec<Tensor>> {
         node: Box::new(node),
         age: AGE.fetch_add(1, Ordering::Relaxed),
         run: Mutex::new(Some(Run { args: values, saved, outputs: vec![], needs, params, sums: vec![] })),
-        output_grads: Mutex::new(vec![None; count]),
+        shapes: outputs.iter().map(|value| value.shape.clone()).collect(),
+        output_grads: Mutex::new(vec![None; outputs.len()]),
         input_grads: Mutex::new(vec![None; args.len()]),
         targets: Mutex::new(targets),
     });
@@ -541,6 +542,8 @@ struct Shared {
     age: u64,
     run: Mutex<Option<Run>>,
     targets: Mutex<Vec<Target>>,
+    /// The shapes of the outputs, and what has come of their gradients.
+    shapes: Vec<Shape>,
     output_grads: Mutex<Vec<Option<Sum>>>,
     input_grads: Mutex<Vec<Option<Tensor>>>,
 }
@@ -552,12 +555,13 @@ impl Shared {
         let Some(mut run) = self.run.lock().unwrap().take() else {
             candle_core::bail!("{}: backward was called twice on one graph", self.node.name())
         };
-        let output_grads: Vec<Option<Tensor>> = self
-            .output_grads
-            .lock()
-            .unwrap()
-            .iter_mut()
-            .map(|sum| sum.take().map(|sum| sum.grad.contiguous()).transpose())
+        // A view of an output may have given its gradient another shape.
+        let whole = |(sum, shape): (&mut Option<Sum>, &Shape)| {
+            sum.take().map(|sum| sum.grad.contiguous()?.reshape(shape)).transpose()
+        };
+        let output_grads: Vec<Option<Tensor>> = (self.output_grads.lock().unwrap().iter_mut())
+            .zip(&self.shapes)
+            .map(whole)
             .collect::<Result<_>>()?;
         // Taken as well: with the links gone, nodes are freed one by one, not in a deep recursion.
         let targets = std::mem::take(&mut *self.targets.lock().unwrap());

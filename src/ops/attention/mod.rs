@@ -122,8 +122,6 @@ impl Node for CausalAttention {
 
     fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let (args, Some(dout)) = (&run.args, &grads[0]) else { return Ok(vec![None; run.args.len()]) };
-        // A view of the output may have given the gradient another shape.
-        let dout = &dout.reshape(run.outputs[0].shape())?;
         #[cfg(feature = "cuda")]
         if dout.device().is_cuda() {
             let saved = (&run.outputs[0], &run.saved[0]);

@@ -85,10 +85,10 @@ impl Node for Rope {
         Ok(Forward { outputs: vec![self.turned(&args[0], 1.0)?], saved: vec![] })
     }
 
-    fn backward(&self, run: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+    fn backward(&self, _: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let Some(dy) = &grads[0] else { return Ok(vec![None]) };
         // The transpose of a rotation turns back.
-        let dx = self.turned(&dy.reshape(run.args[0].shape())?, -1.0)?;
+        let dx = self.turned(dy, -1.0)?;
         Ok(vec![Some(dx.into_tensor())])
     }
 }

@@ -32,8 +32,9 @@ pub fn shift(args: &[Tensor], dims: ShiftDims) -> Result<Forward> {
     let mut outputs = (0..mixes).map(|_| gpu.empty(args[0].shape(), dtype)).collect::<Result<Vec<_>>>()?;
     outputs.push(gpu.empty((batch, 1, width), dtype)?);
     let mut list = vec![gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr_or_null(args.get(2))?];
-    for j in 0..MIXES {
-        list.push(if j < mixes { gpu.of_value(&outputs[j])? } else { NULL });
+    let mut mixed = outputs[..mixes].iter();
+    for _ in 0..MIXES {
+        list.push(mixed.next().map_or(Ok(NULL), |value| gpu.of_value(value))?);
     }
     list.push(gpu.of_value(&outputs[mixes])?);
     list.extend([batch * steps, steps, width].map(KernelArg::from));
@@ -54,8 +55,9 @@ pub fn shift_backward(run: &Run, dims: ShiftDims, grads: &[Option<Tensor>]) -> R
     let d_start = args.get(2).map(|state| gpu.empty(state.shape(), dtype)).transpose()?;
     let partial = gpu.empty((slabs, mixes, width), DType::F32)?;
     let mut list = vec![gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr_or_null(args.get(2))?];
-    for j in 0..MIXES {
-        list.push(if j < mixes { gpu.ptr_or_null(grads[j].as_ref())? } else { NULL });
+    let mut d_mixed = grads[..mixes].iter();
+    for _ in 0..MIXES {
+        list.push(gpu.ptr_or_null(d_mixed.next().and_then(Option::as_ref))?);
     }
     list.extend([gpu.ptr_or_null(grads[mixes].as_ref())?, gpu.of_value(&dx)?]);
     list.push(d_start.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?);

@@ -159,9 +159,7 @@ impl Node for Shift {
         }
         let ShiftDims { batch, steps, width, mixes } = dims;
         let d_last = grad_or_zeros(&grads[mixes], &[batch, 1, width], &args[0])?;
-        // A view of a mix may have given its gradient another shape.
-        let shape = [batch, steps, width];
-        let dy = grads[..mixes].iter().map(|dy| grad_or_zeros(dy, &shape, &args[0])?.reshape(&shape));
+        let dy = grads[..mixes].iter().map(|dy| grad_or_zeros(dy, &[batch, steps, width], &args[0]));
         let dy = Tensor::stack(&dy.collect::<Result<Vec<_>>>()?, 0)?;
         dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], mix = &args[1], start = args.get(2).unwrap_or(&args[0]));
