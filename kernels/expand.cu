@@ -61,17 +61,6 @@ expand_window_u32(const uint32_t* __restrict__ packed, uint32_t* __restrict__ sy
     element[i] = number;
 }
 
-// Grid (elements / 256, B), 256 threads. labels [B, elements]; NONE where a sample has no such element.
-extern "C" __global__ void __launch_bounds__(256)
-expand_elements_u32(const uint32_t* __restrict__ packed, uint32_t* __restrict__ labels, int batch, int total,
-                    int elements) {
-    const int e = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y;
-    if (e >= elements) return;
-    const uint32_t* meta = packed + b * META;
-    const uint32_t* all = packed + batch * META + total;
-    labels[(long long)b * elements + e] = e < meta[COUNT] ? all[meta[FIRST] + e] : NONE;
-}
-
 // Elements of the output that a block writes.
 constexpr int TILE = 4096;
 

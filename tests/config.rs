@@ -607,10 +607,10 @@ fn lists_of_models_tasks_and_devices() {
             "gated_delta_product",
             "retnet",
             "mesa_net",
+            "fox",
             "kda",
             "rwkv7",
             "mlstm",
-            "fox",
             "transformer",
             "gru",
             "s4"

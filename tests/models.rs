@@ -302,7 +302,7 @@ fn a_part_that_is_off_is_one_that_does_nothing() -> Result<()> {
             compared += 1;
         }
     }
-    assert_eq!(compared, 33);
+    assert_eq!(compared, 32);
     Ok(())
 }
 
@@ -399,7 +399,9 @@ fn a_configured_model_is_what_its_taxonomy_says() -> Result<()> {
         let told = |names: &[&str]| notes.iter().any(|note| names.contains(&note.kind.name));
         assert_eq!(told(&["decay", "alpha"]), taxonomy.decay.is_some(), "{what}");
         assert_eq!(told(&["output_gate"]), taxonomy.output_gate, "{what}");
-        assert_eq!(told(&["beta"]), config.name.contains("delta"), "{what}");
+        // Write strengths; those of a fit are no eigenvalues.
+        let strengths = config.name.contains("delta") || ["kda", "rwkv7"].contains(&config.name.as_str());
+        assert_eq!(told(&["beta"]), strengths, "{what}");
         let Some([low, high]) = taxonomy.eigenvalues else {
             assert!(["transformer", "gru", "fox"].contains(&config.name.as_str()), "{what}");
             continue;

@@ -55,6 +55,8 @@ pub struct Op {
 /// The sizes of a model whose ops are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
+    /// Width 64, 4 heads, 64 sequences of 400 steps.
+    Width64,
     /// Width 256, 4 heads, 64 sequences of 400 steps.
     Width256,
     /// Width 1,024, 8 heads, 64 sequences of 400 steps.
@@ -66,10 +68,12 @@ pub enum Scale {
 }
 
 impl Scale {
-    pub const ALL: [Scale; 4] = [Scale::Width256, Scale::Width1024, Scale::Long1, Scale::Long8];
+    pub const ALL: [Scale; 5] =
+        [Scale::Width64, Scale::Width256, Scale::Width1024, Scale::Long1, Scale::Long8];
 
     pub fn name(self) -> &'static str {
         match self {
+            Scale::Width64 => "width64",
             Scale::Width256 => "width256",
             Scale::Width1024 => "width1024",
             Scale::Long1 => "long1",
@@ -79,12 +83,18 @@ impl Scale {
 
     fn size(self) -> Size {
         let (batch, steps, heads, key, value, width) = match self {
+            Scale::Width64 => (64, 400, 4, 16, 32, 64),
             Scale::Width256 => (64, 400, 4, 64, 128, 256),
             Scale::Width1024 => (64, 400, 8, 128, 256, 1024),
             Scale::Long1 => (1, 32_768, 16, 128, 128, 2048),
             Scale::Long8 => (8, 2_048, 16, 128, 128, 2048),
         };
         Size { batch, steps, heads, key, value, width, ..Size::default() }
+    }
+
+    /// The width of a model of this size; `None` for sizes that are longer than training takes them.
+    pub fn model_width(self) -> Option<usize> {
+        (!self.long()).then(|| self.size().width)
     }
 
     fn long(self) -> bool {
@@ -808,7 +818,11 @@ fn scans(list: &[(usize, usize, usize, usize)]) -> Vec<Size> {
 
 /// About the parameters of a model of eight layers.
 fn parameters(scale: Scale) -> usize {
-    if scale == Scale::Width256 { 4_700_000 } else { 69_000_000 }
+    match scale {
+        Scale::Width64 => 450_000,
+        Scale::Width256 => 4_700_000,
+        _ => 69_000_000,
+    }
 }
 
 /// Random numbers, a stream for each tensor.

@@ -274,6 +274,11 @@ impl Compared {
     pub fn is_gradient(&self) -> bool {
         self.tensor.starts_with("gradient of ")
     }
+
+    /// The error as a share of what is tolerated.
+    pub fn share(&self) -> f64 {
+        if self.error.is_nan() { f64::INFINITY } else { self.error / self.tolerance.max(1e-12) }
+    }
 }
 
 /// One case on one route.
@@ -297,12 +302,8 @@ impl Checked {
 
     /// The worst output, or the worst gradient: the one that comes nearest to its tolerance or is furthest beyond.
     pub fn worst(&self, gradient: bool) -> Option<&Compared> {
-        let share =
-            |t: &Compared| if t.error.is_nan() { f64::INFINITY } else { t.error / t.tolerance.max(1e-12) };
-        self.tensors
-            .iter()
-            .filter(|t| t.is_gradient() == gradient)
-            .max_by(|a, b| share(a).total_cmp(&share(b)))
+        let tensors = self.tensors.iter().filter(|t| t.is_gradient() == gradient);
+        tensors.max_by(|a, b| a.share().total_cmp(&b.share()))
     }
 
     /// What is wrong, a line each.

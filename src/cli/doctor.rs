@@ -1,11 +1,12 @@
 //! `selectivbench doctor`: whether this build computes right on this machine.
 
+use std::iter;
 use std::path::PathBuf;
 
 use candle_core::Device;
 use serde_json::json;
 
-use super::{print, table};
+use super::{markdown, print, table};
 use crate::check::{self, Checked, OPS, Plan, Route, models};
 use crate::device::{NO_CUDA, gpu_count, parse_device};
 use crate::error::nearest;
@@ -42,12 +43,15 @@ pub struct DoctorArgs {
     /// Write every tensor's error to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the worst error of every op in every format to a file, as a table in Markdown
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
 }
 
 pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
     let chosen = choose(&args.op)?;
     let formats = formats(&args.route)?;
-    if let Some(path) = &args.json {
+    for path in args.json.iter().chain(&args.markdown) {
         files::check_writable(path)?;
     }
     let device = parse_device(&args.device)?;
@@ -71,6 +75,10 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.json {
         let all = json!({ "device": about, "passed": list.iter().all(Checked::passed), "checks": list });
         let text = serde_json::to_string_pretty(&all)? + "\n";
+        files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
+    }
+    if let Some(path) = &args.markdown {
+        let text = markdown(errors(&list, &formats));
         files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
     }
     let failed: Vec<&Checked> = list.iter().filter(|checked| !checked.passed()).collect();
@@ -156,6 +164,43 @@ pub(super) fn describe(device: &Device) -> anyhow::Result<serde_json::Value> {
         print("there is no GPU, or no NVIDIA driver for it")?;
     }
     Ok(json!({ "name": device_name(device), "threads": rayon::current_num_threads() }))
+}
+
+/// A line for every op: its worst output, and its worst gradient with its name, of all sizes in each format.
+fn errors(list: &[Checked], formats: &[Route]) -> comfy_table::Table {
+    let heads = formats.iter().map(|route| format!("{}: outputs, gradients", route.name()));
+    let heads: Vec<String> = iter::once("op".into()).chain(heads).collect();
+    let mut table = table(&heads.iter().map(String::as_str).collect::<Vec<_>>(), []);
+    let mut ops: Vec<&str> = vec![];
+    for checked in list {
+        if !ops.contains(&checked.op.as_str()) {
+            ops.push(&checked.op);
+        }
+    }
+    for op in ops {
+        let cell = |&route: &Route| {
+            let of_op = || list.iter().filter(|checked| checked.op == op && checked.route == route);
+            let worst = |gradient| {
+                let all = of_op().filter_map(|checked| checked.worst(gradient));
+                all.max_by(|a, b| a.share().total_cmp(&b.share()))
+            };
+            if of_op().any(|checked| checked.failure.is_some()) {
+                return "FAILED".into();
+            }
+            match (worst(false), worst(true)) {
+                (None, None) => String::new(),
+                (Some(output), None) => format!("{:.1e}", output.error),
+                (output, Some(gradient)) => format!(
+                    "{}, {:.1e} ({})",
+                    output.map_or("-".into(), |output| format!("{:.1e}", output.error)),
+                    gradient.error,
+                    gradient.tensor.trim_start_matches("gradient of ")
+                ),
+            }
+        };
+        table.add_row(iter::once(op.to_string()).chain(formats.iter().map(cell)));
+    }
+    table
 }
 
 /// A line for every case and route.

@@ -124,6 +124,12 @@ pub(crate) fn table(columns: &[&str], numbers: impl IntoIterator<Item = usize>) 
     table
 }
 
+/// The same table as Markdown.
+pub(crate) fn markdown(mut table: Table) -> String {
+    table.load_style(presets::ASCII_MARKDOWN).set_content_arrangement(ContentArrangement::Disabled);
+    format!("{table}\n")
+}
+
 /// A part, as an argument.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum PartName {

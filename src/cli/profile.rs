@@ -1,5 +1,6 @@
 //! `selectivbench profile`: how fast ops and training steps are, beside what the device can do.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use comfy_table::Table;
@@ -7,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::doctor::{choose, describe};
-use super::{print, table};
+use super::{markdown, print, table};
 use crate::check::{OPS, Op, Route, Scale, models};
 use crate::device::parse_device;
 use crate::error::nearest;
@@ -26,7 +27,8 @@ use crate::{bad_input, bail_input, config, files, plot};
 #[command(after_help = "Examples:
   selectivbench profile
   selectivbench profile --op delta,gla --size all --dtype bf16 --picture roofline.svg
-  selectivbench profile --model mamba2,gated_delta_net --json steps.json")]
+  selectivbench profile --model mamba2,gated_delta_net --json steps.json
+  selectivbench profile --device cpu --batch 8 --size width64,width256 --markdown cpu.md")]
 pub struct ProfileArgs {
     /// Only these ops, or rooms of src/ops [default: all]
     #[arg(long, value_delimiter = ',', value_name = "OP,OP,...")]
@@ -37,9 +39,13 @@ pub struct ProfileArgs {
     /// What to measure: auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Sizes: width256, width1024 (64 sequences of 400 steps), long1 (one of 32,768), long8 (8 of 2,048), or all
+    /// Sizes: width64, width256, width1024 (64 sequences of 400 steps), long1 (one of 32,768), long8 (8 of 2,048), or
+    /// all
     #[arg(long, default_value = "width256", value_delimiter = ',', value_name = "SIZE,SIZE,...")]
     size: Vec<String>,
+    /// Sequences, in place of those of the size
+    #[arg(long, value_name = "N")]
+    batch: Option<NonZeroUsize>,
     /// Number format: f32, tf32 or bf16 [default: bf16 on a GPU, f32 on the CPU]
     #[arg(long, value_name = "FORMAT")]
     dtype: Option<String>,
@@ -52,6 +58,9 @@ pub struct ProfileArgs {
     /// Write everything to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the tables to a file, in Markdown
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// Draw the roofline to a file, .svg or .png
     #[arg(long, value_name = "FILE")]
     picture: Option<PathBuf>,
@@ -64,7 +73,7 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     let picture =
         args.picture.as_deref().map(|path| Ok::<_, anyhow::Error>((path, Format::of("--picture", path)?)));
     let picture: Option<(&Path, Format)> = picture.transpose()?;
-    for path in args.json.iter().chain(&args.picture) {
+    for path in args.json.iter().chain(&args.markdown).chain(&args.picture) {
         files::check_writable(path)?;
     }
     let config = config::load::parse("", "the configuration", &args.set)?;
@@ -80,12 +89,16 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     };
     let about = describe(&device)?;
     let ceilings = Ceilings::measure(&device, &[route])?;
-    print(format_args!("copy: {}B/s, read and written", count(ceilings.copy)))?;
-    for (route, rate) in &ceilings.matmul {
-        print(format_args!("matrix product in {}: {}FLOP/s", route.name(), count(*rate)))?;
-    }
+    let copy = format!("copy: {}B/s, read and written", count(ceilings.copy));
+    let products = ceilings.matmul.iter();
+    let products =
+        products.map(|(route, rate)| format!("matrix product in {}: {}FLOP/s", route.name(), count(*rate)));
+    let rates: Vec<String> = std::iter::once(copy).chain(products).collect();
+    print(rates.join("\n"))?;
+    let mut text = format!("{}; {}\n\n", about["name"].as_str().unwrap_or_default(), rates.join("; "));
 
-    let options = Options { device: device.clone(), route, cpu: !args.no_cpu };
+    let batch = args.batch.map(NonZeroUsize::get);
+    let options = Options { device: device.clone(), route, cpu: !args.no_cpu, batch };
     let (mut measured, mut steps): (Vec<Measured>, Vec<Step>) = (vec![], vec![]);
     let mut failures: Vec<String> = vec![];
     // After every measurement: who interrupts keeps what there is.
@@ -118,21 +131,27 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
         }
         bar.finish_and_clear();
         print(op_table(&measured))?;
+        text += &(markdown(op_table(&measured)) + "\n");
     }
     for &model in &models {
-        for &scale in scales.iter().filter(|scale| matches!(scale, Scale::Width256 | Scale::Width1024)) {
-            match step(model, scale, route, &config, &device) {
+        for width in scales.iter().filter_map(|scale| scale.model_width()) {
+            match step(model, width, &options, &config) {
                 Ok(step) => {
                     print(parts_table(&step))?;
+                    text += &(markdown(parts_table(&step)) + "\n");
                     steps.push(step);
                 }
-                Err(error) => failures.push(format!("{model} {}: {error:#}", scale.name())),
+                Err(error) => failures.push(format!("{model} at width {width}: {error:#}")),
             }
             save(&measured, &steps, &failures)?;
         }
     }
     if !steps.is_empty() {
         print(step_table(&steps))?;
+        text += &markdown(step_table(&steps));
+    }
+    if let Some(path) = &args.markdown {
+        files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
     }
     if let Some((path, format)) = picture {
         let sizes: Vec<&str> = scales.iter().map(|scale| scale.name()).collect();

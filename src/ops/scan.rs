@@ -7,6 +7,7 @@ use std::ops::Deref;
 
 use candle_core::{Layout, Result, Storage, Tensor};
 
+use super::linear::gemm::Mat;
 use super::real::{Real, slice_of};
 
 /// Steps between two states that the forward pass keeps; the backward pass computes those between again.
@@ -37,6 +38,11 @@ impl<'a, F: Real> Rows<'a, F> {
     #[inline(always)]
     pub fn at(&self, t: usize) -> &'a [F] {
         &self.data[t * self.stride..][..self.width]
+    }
+
+    /// `len` rows from `first` on, as a matrix.
+    pub fn mat(&self, first: usize, len: usize) -> Mat<'a, F> {
+        Mat::strided(&self.data[first * self.stride..], len, self.width, self.stride)
     }
 
     /// The single number in row `t` of an array with D = 1.
@@ -80,6 +86,19 @@ pub fn panel<F: Real>(
         }
         None => vec![[F::zero(); LANES]; key],
     }
+}
+
+/// S ← decay·S + kᵀu; returns Σ probeᵢ Sᵢ of the new state.
+#[inline(always)]
+pub fn write<F: Real>(s: &mut [Lanes<F>], decay: F, k: &[F], u: &Lanes<F>, probe: &[F]) -> Lanes<F> {
+    let mut out = [F::zero(); LANES];
+    for ((row, &k), &p) in s.iter_mut().zip(k).zip(probe) {
+        for l in 0..LANES {
+            row[l] = k.fma(u[l], decay * row[l]);
+            out[l] = p.fma(row[l], out[l]);
+        }
+    }
+    out
 }
 
 /// Sum over the lanes, pairwise. `N` is a power of two.

@@ -16,6 +16,8 @@ pub struct Options {
     pub route: Route,
     /// Whether the CPU is measured beside a GPU.
     pub cpu: bool,
+    /// Sequences, where it is not those of the scale.
+    pub batch: Option<usize>,
 }
 
 /// The passes of an op at one size.
@@ -93,7 +95,9 @@ pub fn ops(op: &Op, scale: Scale, options: &Options, ceilings: &Ceilings) -> Vec
         Route::Tf32 if !op.matrices => Route::F32,
         route => route,
     };
-    (op.measured)(scale).iter().map(|size| measure(op, scale, size, route, options, ceilings)).collect()
+    let sizes = (op.measured)(scale).into_iter();
+    let sizes = sizes.map(|size| Size { batch: options.batch.unwrap_or(size.batch), ..size });
+    sizes.map(|size| measure(op, scale, &size, route, options, ceilings)).collect()
 }
 
 fn measure(
@@ -266,7 +270,7 @@ mod tests {
     fn the_cpu_is_measured_without_a_gpu() {
         let ceilings = Ceilings { copy: 1e10, matmul: vec![(Route::F32, 1e11)] };
         let op = OPS.iter().find(|op| op.name == "l2norm").unwrap();
-        let options = Options { device: Device::Cpu, route: Route::Bf16, cpu: true };
+        let options = Options { device: Device::Cpu, route: Route::Bf16, cpu: true, batch: None };
         let size = Size { batch: 2, steps: 50, heads: 2, ..Size::default() };
         // bf16 is nothing that the CPU computes in: the check says so, and there is no time.
         let measured = measure(op, Scale::Width256, &size, Route::Bf16, &options, &ceilings);

@@ -9,8 +9,9 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use serde::Serialize;
 
+use super::ops::Options;
 use super::timing::Timing;
-use crate::check::{Route, Scale};
+use crate::check::Route;
 use crate::config::{Auto, Config};
 use crate::device::{peak_memory, reset_peak_memory};
 use crate::task::{Part, Task};
@@ -32,7 +33,6 @@ pub struct StepPart {
 #[derive(Clone, Debug, Serialize)]
 pub struct Step {
     pub model: &'static str,
-    pub scale: &'static str,
     pub route: Route,
     pub width: usize,
     pub batch: usize,
@@ -48,17 +48,12 @@ pub struct Step {
     pub parts: Vec<StepPart>,
 }
 
-/// Measures updates of a model: 64 samples of 400 steps on a GPU, fewer on the CPU. What model, size and format do not
-/// say is as in `config`.
-pub fn step(
-    model: &'static str,
-    scale: Scale,
-    route: Route,
-    config: &Config,
-    device: &Device,
-) -> Result<Step> {
+/// Measures updates of a model of some width: 64 samples of 400 steps on a GPU, 4 on the CPU, or as many as `options`
+/// say. What model, width and options do not say is as in `config`.
+pub fn step(model: &'static str, width: usize, options: &Options, config: &Config) -> Result<Step> {
+    let Options { device, route, .. } = options;
     let (rounds, batch) = if device.is_cpu() { (3, 4) } else { (12, 64) };
-    let width = if scale == Scale::Width1024 { 1024 } else { 256 };
+    let batch = options.batch.unwrap_or(batch);
     let mut config = config.clone();
     config.model.name = model.into();
     config.model.width = width;
@@ -106,8 +101,7 @@ pub fn step(
     data.sort_by(f64::total_cmp);
     Ok(Step {
         model,
-        scale: scale.name(),
-        route,
+        route: *route,
         width,
         batch,
         steps: tokens / rounds / batch,

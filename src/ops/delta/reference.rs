@@ -4,7 +4,7 @@
 //! of a panel is K rows, and everything between the passes over them stays in registers.
 
 use super::super::real::{Real, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, sum};
+use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, sum, write};
 
 /// The arguments of one call, as slices; shapes as in [`super::gated_delta_rule`].
 #[derive(Clone, Copy)]
@@ -67,19 +67,6 @@ fn read<F: Real>(s: &[Lanes<F>], k: &[F]) -> Lanes<F> {
         }
     }
     std::array::from_fn(|l| even[l] + odd[l])
-}
-
-/// S ← decay·S + kᵀu; returns Σ probeᵢ Sᵢ of the new state.
-#[inline(always)]
-fn write<F: Real>(s: &mut [Lanes<F>], decay: F, k: &[F], u: &Lanes<F>, probe: &[F]) -> Lanes<F> {
-    let mut out = [F::zero(); LANES];
-    for ((row, &k), &p) in s.iter_mut().zip(k).zip(probe) {
-        for l in 0..LANES {
-            row[l] = k.fma(u[l], decay * row[l]);
-            out[l] = p.fma(row[l], out[l]);
-        }
-    }
-    out
 }
 
 /// One head of the problem.

@@ -137,40 +137,6 @@ impl DeviceSamples {
         self.at
     }
 
-    /// The labels of the elements, [B, elements] u32; `PAD` where a sample has no such element.
-    pub fn element_labels(&self) -> Result<Tensor> {
-        let shape = (self.compact.batch(), self.compact.elements);
-        let labels = self.gpu.empty(shape, DType::U32)?.into_tensor();
-        self.fill_element_labels(&labels)?;
-        Ok(labels)
-    }
-
-    /// [`DeviceSamples::element_labels`] into a tensor with at least as many elements a sample.
-    pub fn fill_element_labels(&self, labels: &Tensor) -> Result<()> {
-        let (batch, elements) = labels.dims2()?;
-        if labels.dtype() != DType::U32 || batch != self.compact.batch() || elements < self.compact.elements {
-            candle_core::bail!(
-                "expand: labels of {} x {} elements into {:?} of {:?}",
-                self.compact.batch(),
-                self.compact.elements,
-                labels.dtype(),
-                labels.shape()
-            )
-        }
-        self.gpu.launch(
-            &kernels::EXPAND,
-            "expand_elements_u32",
-            Launch::grid(elements.div_ceil(THREADS), batch, 1, THREADS as u32),
-            &[
-                self.gpu.ptr(&self.packed)?,
-                self.gpu.ptr(labels)?,
-                batch.into(),
-                self.compact.total.into(),
-                elements.into(),
-            ],
-        )
-    }
-
     /// The next `len` timesteps of all samples, fewer at the end; none when all are done.
     ///
     /// Element indices and `elements` are those of the whole samples, `lengths` those of the window.
@@ -309,18 +275,12 @@ mod tests {
                 let mut expected = samples();
                 let mut windows =
                     DeviceSamples::upload(samples().compact().unwrap(), dtype, &device).unwrap();
-                let labels = windows.element_labels().unwrap().to_vec2::<u32>().unwrap();
-                let mut from_windows = vec![vec![PAD; expected.elements()]; labels.len()];
                 while let Some(batch) = expected.next_window(len) {
                     let window = windows.next_window(len).unwrap().unwrap();
                     same(&window, &batch, name);
                     same(&window.rows(2..5).unwrap(), &batch.rows(2..5), name);
-                    for (i, &element) in batch.element.iter().enumerate().filter(|(_, e)| **e != PAD) {
-                        from_windows[i / batch.steps][element as usize] = batch.labels[i];
-                    }
                 }
                 assert!(windows.next_window(len).unwrap().is_none());
-                assert_eq!(labels, from_windows);
             }
             // Into tensors that were there before, longer than the samples: padding follows.
             let compact = samples().compact().unwrap();
