@@ -67,14 +67,7 @@ pub fn sum2<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> F {
             lanes[i] += f(x[i], y[i]);
         }
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    x_tail.iter().zip(y_tail).fold(lanes[0], |sum, (&x, &y)| sum + f(x, y))
+    x_tail.iter().zip(y_tail).fold(F::sum_of(&lanes), |sum, (&x, &y)| sum + f(x, y))
 }
 
 /// The sum over the rows of an array of rows of `width`.

@@ -52,6 +52,13 @@ impl<'a, F: Real> Rows<'a, F> {
     }
 }
 
+/// exp(g) of `steps` rows. Row by row, so that it vectorises.
+pub fn decays<F: Real>(g: Rows<F>, steps: usize) -> Vec<F> {
+    let mut decays = Vec::with_capacity(steps * g.width);
+    (0..steps).for_each(|t| decays.extend(g.at(t).iter().map(|g| g.exp_fast())));
+    decays
+}
+
 /// Columns `at..at + N` of a row; zeros beyond its end.
 #[inline(always)]
 pub fn load<F: Real, const N: usize>(row: &[F], at: usize) -> [F; N] {
@@ -99,19 +106,6 @@ pub fn write<F: Real>(s: &mut [Lanes<F>], decay: F, k: &[F], u: &Lanes<F>, probe
         }
     }
     out
-}
-
-/// Sum over the lanes, pairwise. `N` is a power of two.
-#[inline(always)]
-pub fn sum<F: Real, const N: usize>(mut lanes: [F; N]) -> F {
-    let mut width = N / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
 }
 
 /// The gradient of an output; zeros where the output took no part in the loss.

@@ -3,8 +3,8 @@
 //! Value columns are independent, so a head is worked through in panels of [`LANES`] columns: the state
 //! of a panel is K rows, and everything between the passes over them stays in registers.
 
-use super::super::real::{Real, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, sum, write};
+use super::super::real::{Real, joined, map_heads, scatter_heads};
+use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, write};
 
 /// The arguments of one call, as slices; shapes as in [`super::gated_delta_rule`].
 #[derive(Clone, Copy)]
@@ -69,6 +69,56 @@ fn read<F: Real>(s: &[Lanes<F>], k: &[F]) -> Lanes<F> {
     std::array::from_fn(|l| even[l] + odd[l])
 }
 
+/// Adds Σ Sᵢ d to the gradient of the key that read the state. Not inlined, as the next two: among other loops the
+/// compiler finds no registers for these.
+#[inline(never)]
+fn read_back<F: Real>(s: &[Lanes<F>], d: &Lanes<F>, dk: &mut [F]) {
+    for (dk, s) in dk.iter_mut().zip(s) {
+        *dk += F::sum_of::<LANES>(&std::array::from_fn(|l| s[l] * d[l]));
+    }
+}
+
+/// Takes the state and its gradient back through a write of `u` without decay, and adds the gradient of its key; `d` is
+/// that of the error.
+#[inline(never)]
+fn undo<F: Real>(s: &mut [Lanes<F>], ds: &mut [Lanes<F>], k: &[F], [u, d]: [&Lanes<F>; 2], dk: &mut [F]) {
+    for (((s, ds), dk), &k) in s.iter_mut().zip(ds).zip(dk).zip(k) {
+        let mut to_k = [F::zero(); LANES];
+        for l in 0..LANES {
+            s[l] = (-k).fma(u[l], s[l]);
+            to_k[l] = ds[l] * u[l] - s[l] * d[l];
+            ds[l] = (-k).fma(d[l], ds[l]);
+        }
+        *dk += F::sum_of(&to_k);
+    }
+}
+
+/// Takes the gradient of a state back through a write of `u` and the decay of the state `s` before it, and adds the
+/// gradient of the key; `d` is that of the error. Returns the gradient of the log decay.
+#[inline(never)]
+fn token_back<F: Real>(
+    s: &[Lanes<F>],
+    ds: &mut [Lanes<F>],
+    decay: F,
+    k: &[F],
+    [u, d]: [&Lanes<F>; 2],
+    dk: &mut [F],
+) -> F {
+    let mut d_decay = [F::zero(); LANES];
+    for (((s, ds), dk), &k) in s.iter().zip(ds).zip(dk).zip(k) {
+        let mut to_k = [F::zero(); LANES];
+        for l in 0..LANES {
+            let s = decay * s[l];
+            to_k[l] = ds[l] * u[l] - s * d[l];
+            let d = (-k).fma(d[l], ds[l]);
+            d_decay[l] = d.fma(s, d_decay[l]);
+            ds[l] = decay * d;
+        }
+        *dk += F::sum_of(&to_k);
+    }
+    F::sum_of(&d_decay)
+}
+
 /// One head of the problem.
 struct Head<'a, F> {
     q: Rows<'a, F>,
@@ -130,13 +180,18 @@ impl<F: Real> Delta<'_, F> {
         panel(array, b * self.heads + h, (self.key, self.value), column)
     }
 
+    /// Numbers in a head's checkpoints.
+    fn kept(&self) -> usize {
+        self.panels().count() * self.steps.div_ceil(CHUNK) * self.key * LANES
+    }
+
     /// Computes outputs and final state; with `save` also the checkpoints.
     pub fn forward(&self, save: bool) -> DeltaForward<F> {
         let parts = map_heads(self.batch, self.heads, |b, h| {
             let head = self.head(b, h);
             let mut o = vec![F::zero(); self.steps * self.value];
             let mut state = vec![F::zero(); self.key * self.value];
-            let mut checkpoints = Vec::new();
+            let mut checkpoints = Vec::with_capacity(if save { self.kept() } else { 0 });
             for column in self.panels() {
                 let mut s = self.panel(self.state, (b, h), column);
                 for (t, o) in o.chunks_exact_mut(self.value).enumerate() {
@@ -155,20 +210,21 @@ impl<F: Real> Delta<'_, F> {
         let o: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
         DeltaForward {
             o: scatter_heads(&o, (self.steps, self.heads, self.value)),
-            state: parts.iter().flat_map(|part| &part.1).copied().collect(),
-            checkpoints: parts.iter().flat_map(|part| &part.2).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.1)),
+            checkpoints: joined(parts.iter().map(|part| &part.2)),
         }
     }
 
     /// Gradients of the arguments from those of the outputs, `d_o` [B, T, H, V] and `d_state` [B, H, K, V].
     pub fn backward(&self, checkpoints: &[F], d_o: &[F], d_state: &[F]) -> DeltaGrads<F> {
-        let per_panel = self.steps.div_ceil(CHUNK) * self.key * LANES;
-        let per_head = self.panels().count() * per_panel;
+        let (per_head, per_panel) = (self.kept(), self.kept() / self.panels().count());
         let parts = map_heads(self.batch, self.heads, |b, h| {
             let mut grads = HeadGrads::zeros(self);
             let kept = &checkpoints[(b * self.heads + h) * per_head..][..per_head];
+            // The state before a chunk and after each of its tokens.
+            let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * self.key];
             for (column, kept) in self.panels().zip(kept.chunks_exact(per_panel)) {
-                self.backward_panel((b, h), column, kept, (d_o, d_state), &mut grads);
+                self.backward_panel((b, h), column, (kept, &mut states), (d_o, d_state), &mut grads);
             }
             grads
         });
@@ -183,7 +239,7 @@ impl<F: Real> Delta<'_, F> {
             v: collect(|part| &part.v, n, self.value),
             beta: collect(|part| &part.beta, n, 1),
             g: collect(|part| &part.g, t, 1),
-            state: parts.iter().flat_map(|part| &part.state).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.state)),
         }
     }
 
@@ -191,7 +247,7 @@ impl<F: Real> Delta<'_, F> {
         &self,
         at: (usize, usize),
         column: usize,
-        checkpoints: &[F],
+        (checkpoints, states): (&[F], &mut [Lanes<F>]),
         (d_o, d_state): (&[F], &[F]),
         grads: &mut HeadGrads<F>,
     ) {
@@ -199,10 +255,8 @@ impl<F: Real> Delta<'_, F> {
         let head = self.head(at.0, at.1);
         let d_o = Rows::head(d_o, at, (self.steps, self.heads, self.value));
         let mut ds = self.panel(Some(d_state), at, column);
-        // The state before the chunk and after each of its tokens, and every sub-step's error.
-        let longest = CHUNK.min(self.steps);
-        let mut states = vec![[F::zero(); LANES]; (longest + 1) * keys];
-        let mut errors = Vec::with_capacity(longest * sub);
+        // Every sub-step's error.
+        let mut errors = Vec::with_capacity(CHUNK.min(self.steps) * sub);
         for chunk in (0..self.steps.div_ceil(CHUNK)).rev() {
             let first = chunk * CHUNK;
             let last = self.steps.min(first + CHUNK);
@@ -219,9 +273,7 @@ impl<F: Real> Delta<'_, F> {
                 let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at_mut(keys);
                 let decay = head.decay(t);
                 let d_read: Lanes<F> = load::<F, LANES>(d_o.at(t), column).map(|x| self.scale * x);
-                for (dq, s) in grads.q[t * keys..][..keys].iter_mut().zip(&*after) {
-                    *dq += sum(std::array::from_fn::<F, LANES, _>(|l| s[l] * d_read[l]));
-                }
+                read_back(after, &d_read, &mut grads.q[t * keys..][..keys]);
                 // The gradient of a read is a write.
                 let last_key = (t + 1) * sub - 1;
                 let mut du = write(&mut ds, F::one(), head.q.at(t), &d_read, head.k.at(last_key));
@@ -233,36 +285,16 @@ impl<F: Real> Delta<'_, F> {
                     let error = errors[j - first * sub];
                     let u = error.map(|e| beta * e);
                     let d_error = du.map(|x| beta * x);
-                    grads.beta[j] += sum(std::array::from_fn::<F, LANES, _>(|l| du[l] * error[l]));
+                    grads.beta[j] += F::sum_of::<LANES>(&std::array::from_fn(|l| du[l] * error[l]));
                     store(&d_error, &mut grads.v[j * self.value..][..self.value], column);
                     // What was erased depends on the key and on the state; nothing, if nothing was.
                     let d_error = if self.erases { d_error } else { [F::zero(); LANES] };
                     let dk = &mut grads.k[j * keys..][..keys];
                     if j > t * sub {
                         // Within a token nothing decays: the state before the write is found by undoing it.
-                        for (((s, ds), dk), &k) in after.iter_mut().zip(&mut ds).zip(dk).zip(k) {
-                            let mut lanes = [F::zero(); LANES];
-                            for l in 0..LANES {
-                                s[l] = (-k).fma(u[l], s[l]);
-                                lanes[l] = ds[l] * u[l] - s[l] * d_error[l];
-                                ds[l] = (-k).fma(d_error[l], ds[l]);
-                            }
-                            *dk += sum(lanes);
-                        }
+                        undo(after, &mut ds, k, [&u, &d_error], dk);
                     } else {
-                        let mut d_decay = [F::zero(); LANES];
-                        for (((s, ds), dk), &k) in before.iter().zip(&mut ds).zip(dk).zip(k) {
-                            let mut lanes = [F::zero(); LANES];
-                            for l in 0..LANES {
-                                let s = decay * s[l];
-                                lanes[l] = ds[l] * u[l] - s * d_error[l];
-                                let d = (-k).fma(d_error[l], ds[l]);
-                                d_decay[l] = d.fma(s, d_decay[l]);
-                                ds[l] = decay * d;
-                            }
-                            *dk += sum(lanes);
-                        }
-                        grads.g[t] += sum(d_decay);
+                        grads.g[t] += token_back(before, &mut ds, decay, k, [&u, &d_error], dk);
                     }
                 }
             }

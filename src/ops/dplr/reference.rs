@@ -3,8 +3,8 @@
 //! Value columns are independent, so a head is worked through in panels of [`LANES`] columns: the state
 //! of a panel is K rows, and a token is two passes over them.
 
-use super::super::real::{Real, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, sum};
+use super::super::real::{Real, joined, map_heads, scatter_heads};
+use super::super::scan::{CHUNK, LANES, Lanes, Rows, decays, load, panel, store};
 
 /// The arguments of one call, as slices; shapes as in [`super::dplr`].
 #[derive(Clone, Copy)]
@@ -84,6 +84,60 @@ impl<F: Real> Head<'_, F> {
     }
 }
 
+/// Makes of `ds` the gradient of the state `after` a token, and adds those of q, k and b; returns those of v and of what
+/// was read. Not inlined, as [`kept_back`]: among other loops the compiler finds no registers for this one.
+#[inline(never)]
+fn written_back<F: Real>(
+    ds: &mut [Lanes<F>],
+    after: &[Lanes<F>],
+    [q, k, b]: [&[F]; 3],
+    [d_read, v, u]: [&Lanes<F>; 3],
+    [dq, dk, db]: [&mut [F]; 3],
+) -> [Lanes<F>; 2] {
+    let [mut dv, mut du] = [[F::zero(); LANES]; 2];
+    let rows = ds.iter_mut().zip(after).zip(dq.iter_mut().zip(dk).zip(db));
+    for (((ds, after), ((dq, dk), db)), ((&q, &k), &b)) in rows.zip(q.iter().zip(k).zip(b)) {
+        let [mut to_q, mut to_k, mut to_b] = [[F::zero(); LANES]; 3];
+        for l in 0..LANES {
+            let d = q.fma(d_read[l], ds[l]);
+            ds[l] = d;
+            dv[l] = k.fma(d, dv[l]);
+            du[l] = (-b).fma(d, du[l]);
+            to_q[l] = after[l] * d_read[l];
+            to_k[l] = d * v[l];
+            to_b[l] = -d * u[l];
+        }
+        *dq += F::sum_of(&to_q);
+        *dk += F::sum_of(&to_k);
+        *db += F::sum_of(&to_b);
+    }
+    [dv, du]
+}
+
+/// Takes `ds` on to the gradient of the state `before` the token, with `du` that of what it read there, and adds those of
+/// a and g.
+#[inline(never)]
+fn kept_back<F: Real>(
+    ds: &mut [Lanes<F>],
+    before: &[Lanes<F>],
+    [a, decay]: [&[F]; 2],
+    du: &Lanes<F>,
+    [da, dg]: [&mut [F]; 2],
+) {
+    let rows = ds.iter_mut().zip(before).zip(da.iter_mut().zip(dg));
+    for (((ds, before), (da, dg)), (&a, &decay)) in rows.zip(a.iter().zip(decay)) {
+        let [mut to_a, mut to_g] = [[F::zero(); LANES]; 2];
+        for l in 0..LANES {
+            let d = decay * ds[l];
+            to_a[l] = du[l] * before[l];
+            to_g[l] = d * before[l];
+            ds[l] = a.fma(du[l], d);
+        }
+        *da += F::sum_of(&to_a);
+        *dg += F::sum_of(&to_g);
+    }
+}
+
 impl<F: Real> Dplr<'_, F> {
     fn head(&self, b: usize, h: usize) -> Head<'_, F> {
         let rows = |data, d| Rows::head(data, (b, h), (self.steps, self.heads, d));
@@ -94,7 +148,7 @@ impl<F: Real> Dplr<'_, F> {
             v: rows(self.v, self.value),
             a: rows(self.a, self.key),
             b: rows(self.b, self.key),
-            decay: (0..self.steps).flat_map(|t| g.at(t)).map(|g| g.exp_fast()).collect(),
+            decay: decays(g, self.steps),
             keys: self.key,
         }
     }
@@ -108,13 +162,18 @@ impl<F: Real> Dplr<'_, F> {
         panel(array, b * self.heads + h, (self.key, self.value), column)
     }
 
+    /// Numbers in a head's checkpoints.
+    fn kept(&self) -> usize {
+        self.panels().count() * self.steps.div_ceil(CHUNK) * self.key * LANES
+    }
+
     /// Computes outputs and final state; with `save` also the checkpoints.
     pub fn forward(&self, save: bool) -> DplrForward<F> {
         let parts = map_heads(self.batch, self.heads, |b, h| {
             let head = self.head(b, h);
             let mut o = vec![F::zero(); self.steps * self.value];
             let mut state = vec![F::zero(); self.key * self.value];
-            let mut checkpoints = Vec::new();
+            let mut checkpoints = Vec::with_capacity(if save { self.kept() } else { 0 });
             for column in self.panels() {
                 let mut s = self.panel(self.state, (b, h), column);
                 for (t, o) in o.chunks_exact_mut(self.value).enumerate() {
@@ -133,21 +192,22 @@ impl<F: Real> Dplr<'_, F> {
         let o: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
         DplrForward {
             o: scatter_heads(&o, (self.steps, self.heads, self.value)),
-            state: parts.iter().flat_map(|part| &part.1).copied().collect(),
-            checkpoints: parts.iter().flat_map(|part| &part.2).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.1)),
+            checkpoints: joined(parts.iter().map(|part| &part.2)),
         }
     }
 
     /// Gradients of the arguments from those of the outputs, `d_o` [B, T, H, V] and `d_state` [B, H, K, V].
     pub fn backward(&self, checkpoints: &[F], d_o: &[F], d_state: &[F]) -> DplrGrads<F> {
-        let per_panel = self.steps.div_ceil(CHUNK) * self.key * LANES;
-        let per_head = self.panels().count() * per_panel;
+        let (per_head, per_panel) = (self.kept(), self.kept() / self.panels().count());
         let parts = map_heads(self.batch, self.heads, |b, h| {
             let head = self.head(b, h);
             let mut grads = HeadGrads::zeros(self);
             let kept = &checkpoints[(b * self.heads + h) * per_head..][..per_head];
+            // The state before a chunk and after each of its tokens.
+            let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * self.key];
             for (column, kept) in self.panels().zip(kept.chunks_exact(per_panel)) {
-                self.backward_panel(&head, (b, h), column, kept, (d_o, d_state), &mut grads);
+                self.backward_panel(&head, (b, h), column, (kept, &mut states), (d_o, d_state), &mut grads);
             }
             grads
         });
@@ -162,7 +222,7 @@ impl<F: Real> Dplr<'_, F> {
             g: collect(|part| &part.g, self.key),
             a: collect(|part| &part.a, self.key),
             b: collect(|part| &part.b, self.key),
-            state: parts.iter().flat_map(|part| &part.state).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.state)),
         }
     }
 
@@ -171,15 +231,14 @@ impl<F: Real> Dplr<'_, F> {
         head: &Head<'_, F>,
         at: (usize, usize),
         column: usize,
-        checkpoints: &[F],
+        (checkpoints, states): (&[F], &mut [Lanes<F>]),
         (d_o, d_state): (&[F], &[F]),
         grads: &mut HeadGrads<F>,
     ) {
         let keys = self.key;
         let d_o = Rows::head(d_o, at, (self.steps, self.heads, self.value));
         let mut ds = self.panel(Some(d_state), at, column);
-        // The state before the chunk and after each of its tokens, and what the tokens read.
-        let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * keys];
+        // What the tokens of a chunk read.
         let mut reads = vec![[F::zero(); LANES]; CHUNK.min(self.steps)];
         for chunk in (0..self.steps.div_ceil(CHUNK)).rev() {
             let first = chunk * CHUNK;
@@ -197,41 +256,12 @@ impl<F: Real> Dplr<'_, F> {
                 let u = &reads[t - first];
                 let v: Lanes<F> = load(head.v.at(t), column);
                 let d_read: Lanes<F> = load::<F, LANES>(d_o.at(t), column).map(|x| self.scale * x);
-                let (q, k, a, b) = (head.q.at(t), head.k.at(t), head.a.at(t), head.b.at(t));
                 let span = t * keys..(t + 1) * keys;
-                // The gradient of the state after the token, and with it those of v and of what was read.
-                let (mut dv, mut du) = ([F::zero(); LANES], [F::zero(); LANES]);
-                let (dq, dk, db) =
-                    (&mut grads.q[span.clone()], &mut grads.k[span.clone()], &mut grads.b[span.clone()]);
-                for i in 0..keys {
-                    let mut lanes = [[F::zero(); LANES]; 3];
-                    for l in 0..LANES {
-                        let d = q[i].fma(d_read[l], ds[i][l]);
-                        ds[i][l] = d;
-                        dv[l] = k[i].fma(d, dv[l]);
-                        du[l] = (-b[i]).fma(d, du[l]);
-                        lanes[0][l] = after[i][l] * d_read[l];
-                        lanes[1][l] = d * v[l];
-                        lanes[2][l] = -d * u[l];
-                    }
-                    let [q, k, b] = lanes.map(sum);
-                    dq[i] += q;
-                    dk[i] += k;
-                    db[i] += b;
-                }
-                let (da, dg) = (&mut grads.a[span.clone()], &mut grads.g[span]);
-                for (i, &decay) in head.decay(t).iter().enumerate() {
-                    let mut lanes = [[F::zero(); LANES]; 2];
-                    for l in 0..LANES {
-                        let d = decay * ds[i][l];
-                        lanes[0][l] = du[l] * before[i][l];
-                        lanes[1][l] = d * before[i][l];
-                        ds[i][l] = a[i].fma(du[l], d);
-                    }
-                    let [a, g] = lanes.map(sum);
-                    da[i] += a;
-                    dg[i] += g;
-                }
+                let [dq, dk, db] = [&mut grads.q, &mut grads.k, &mut grads.b].map(|x| &mut x[span.clone()]);
+                let inputs = [head.q.at(t), head.k.at(t), head.b.at(t)];
+                let [dv, du] = written_back(&mut ds, after, inputs, [&d_read, &v, u], [dq, dk, db]);
+                let [da, dg] = [&mut grads.a, &mut grads.g].map(|x| &mut x[span.clone()]);
+                kept_back(&mut ds, before, [head.a.at(t), head.decay(t)], &du, [da, dg]);
                 store(&dv, &mut grads.v[t * self.value..][..self.value], column);
             }
         }

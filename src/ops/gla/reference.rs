@@ -3,8 +3,8 @@
 //! Value columns are independent, so a head is worked through in panels of [`LANES`] columns: the state
 //! of a panel is K rows, and a token is one pass over them.
 
-use super::super::real::{Real, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, sum};
+use super::super::real::{Real, joined, map_heads, scatter_heads};
+use super::super::scan::{CHUNK, LANES, Lanes, Rows, decays, load, panel, store};
 
 /// The arguments of one call, as slices; shapes as in [`super::gla`].
 #[derive(Clone, Copy)]
@@ -72,6 +72,37 @@ impl<F: Real> Head<'_, F> {
     }
 }
 
+/// Takes the gradient `ds` of the state behind a token to that of the state `before` it, and adds those of q, k and
+/// gk; returns that of v. Not inlined: among other loops the compiler finds no registers for this one.
+#[inline(never)]
+fn token_back<F: Real>(
+    ds: &mut [Lanes<F>],
+    [before, after]: [&[Lanes<F>]; 2],
+    [q, k, decay]: [&[F]; 3],
+    [d_read, v]: [&Lanes<F>; 2],
+    [dq, dk, dg]: [&mut [F]; 3],
+) -> Lanes<F> {
+    let mut dv = [F::zero(); LANES];
+    let rows = ds.iter_mut().zip(before).zip(after).zip(dq.iter_mut().zip(dk).zip(dg));
+    for ((((ds, before), after), ((dq, dk), dg)), ((&q, &k), &decay)) in rows.zip(q.iter().zip(k).zip(decay))
+    {
+        let [mut to_q, mut to_k, mut to_g] = [[F::zero(); LANES]; 3];
+        for l in 0..LANES {
+            let d = q.fma(d_read[l], ds[l]);
+            let d_before = decay * d;
+            dv[l] = k.fma(d, dv[l]);
+            to_q[l] = after[l] * d_read[l];
+            to_k[l] = d * v[l];
+            to_g[l] = d_before * before[l];
+            ds[l] = d_before;
+        }
+        *dq += F::sum_of(&to_q);
+        *dk += F::sum_of(&to_k);
+        *dg += F::sum_of(&to_g);
+    }
+    dv
+}
+
 impl<F: Real> Gla<'_, F> {
     fn head(&self, b: usize, h: usize) -> Head<'_, F> {
         let rows = |data, d| Rows::head(data, (b, h), (self.steps, self.heads, d));
@@ -80,7 +111,7 @@ impl<F: Real> Gla<'_, F> {
             q: rows(self.q, self.key),
             k: rows(self.k, self.key),
             v: rows(self.v, self.value),
-            decay: (0..self.steps).flat_map(|t| gk.at(t)).map(|g| g.exp_fast()).collect(),
+            decay: decays(gk, self.steps),
             keys: self.key,
         }
     }
@@ -94,13 +125,18 @@ impl<F: Real> Gla<'_, F> {
         panel(array, b * self.heads + h, (self.key, self.value), column)
     }
 
+    /// Numbers in a head's checkpoints.
+    fn kept(&self) -> usize {
+        self.panels().count() * self.steps.div_ceil(CHUNK) * self.key * LANES
+    }
+
     /// Computes outputs and final state; with `save` also the checkpoints.
     pub fn forward(&self, save: bool) -> GlaForward<F> {
         let parts = map_heads(self.batch, self.heads, |b, h| {
             let head = self.head(b, h);
             let mut o = vec![F::zero(); self.steps * self.value];
             let mut state = vec![F::zero(); self.key * self.value];
-            let mut checkpoints = Vec::new();
+            let mut checkpoints = Vec::with_capacity(if save { self.kept() } else { 0 });
             for column in self.panels() {
                 let mut s = self.panel(self.state, (b, h), column);
                 for (t, o) in o.chunks_exact_mut(self.value).enumerate() {
@@ -119,21 +155,22 @@ impl<F: Real> Gla<'_, F> {
         let o: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
         GlaForward {
             o: scatter_heads(&o, (self.steps, self.heads, self.value)),
-            state: parts.iter().flat_map(|part| &part.1).copied().collect(),
-            checkpoints: parts.iter().flat_map(|part| &part.2).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.1)),
+            checkpoints: joined(parts.iter().map(|part| &part.2)),
         }
     }
 
     /// Gradients of the arguments from those of the outputs, `d_o` [B, T, H, V] and `d_state` [B, H, K, V].
     pub fn backward(&self, checkpoints: &[F], d_o: &[F], d_state: &[F]) -> GlaGrads<F> {
-        let per_panel = self.steps.div_ceil(CHUNK) * self.key * LANES;
-        let per_head = self.panels().count() * per_panel;
+        let (per_head, per_panel) = (self.kept(), self.kept() / self.panels().count());
         let parts = map_heads(self.batch, self.heads, |b, h| {
             let head = self.head(b, h);
             let mut grads = HeadGrads::zeros(self);
             let kept = &checkpoints[(b * self.heads + h) * per_head..][..per_head];
+            // The state before a chunk and after each of its tokens.
+            let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * self.key];
             for (column, kept) in self.panels().zip(kept.chunks_exact(per_panel)) {
-                self.backward_panel(&head, (b, h), column, kept, (d_o, d_state), &mut grads);
+                self.backward_panel(&head, (b, h), column, (kept, &mut states), (d_o, d_state), &mut grads);
             }
             grads
         });
@@ -146,7 +183,7 @@ impl<F: Real> Gla<'_, F> {
             k: collect(|part| &part.k, self.key),
             v: collect(|part| &part.v, self.value),
             gk: collect(|part| &part.gk, self.key),
-            state: parts.iter().flat_map(|part| &part.state).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.state)),
         }
     }
 
@@ -155,15 +192,13 @@ impl<F: Real> Gla<'_, F> {
         head: &Head<'_, F>,
         at: (usize, usize),
         column: usize,
-        checkpoints: &[F],
+        (checkpoints, states): (&[F], &mut [Lanes<F>]),
         (d_o, d_state): (&[F], &[F]),
         grads: &mut HeadGrads<F>,
     ) {
         let keys = self.key;
         let d_o = Rows::head(d_o, at, (self.steps, self.heads, self.value));
         let mut ds = self.panel(Some(d_state), at, column);
-        // The state before the chunk and after each of its tokens.
-        let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * keys];
         for chunk in (0..self.steps.div_ceil(CHUNK)).rev() {
             let first = chunk * CHUNK;
             let last = self.steps.min(first + CHUNK);
@@ -179,26 +214,10 @@ impl<F: Real> Gla<'_, F> {
                 let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at(keys);
                 let v: Lanes<F> = load(head.v.at(t), column);
                 let d_read: Lanes<F> = load::<F, LANES>(d_o.at(t), column).map(|x| self.scale * x);
-                let mut dv = [F::zero(); LANES];
-                let (q, k, decay) = (head.q.at(t), head.k.at(t), head.decay(t));
                 let span = t * keys..(t + 1) * keys;
-                let (dq, dk, dg) =
-                    (&mut grads.q[span.clone()], &mut grads.k[span.clone()], &mut grads.gk[span]);
-                for i in 0..keys {
-                    let mut lanes = [[F::zero(); LANES]; 3];
-                    for l in 0..LANES {
-                        let d = q[i].fma(d_read[l], ds[i][l]);
-                        dv[l] = k[i].fma(d, dv[l]);
-                        ds[i][l] = decay[i] * d;
-                        lanes[0][l] = after[i][l] * d_read[l];
-                        lanes[1][l] = d * v[l];
-                        lanes[2][l] = ds[i][l] * before[i][l];
-                    }
-                    let [q, k, g] = lanes.map(sum);
-                    dq[i] += q;
-                    dk[i] += k;
-                    dg[i] += g;
-                }
+                let grads_of = [&mut grads.q, &mut grads.k, &mut grads.gk].map(|x| &mut x[span.clone()]);
+                let inputs = [head.q.at(t), head.k.at(t), head.decay(t)];
+                let dv = token_back(&mut ds, [before, after], inputs, [&d_read, &v], grads_of);
                 store(&dv, &mut grads.v[t * self.value..][..self.value], column);
             }
         }

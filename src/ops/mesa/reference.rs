@@ -1,7 +1,7 @@
 //! CPU path of the mesa layer: one token after the other, with a Cholesky factorisation at each.
 
 use super::LEAST;
-use crate::ops::real::{Real, dot, map_heads, scatter_heads, sigmoid, softplus};
+use crate::ops::real::{Real, dot, joined, map_heads, scatter_heads, sigmoid, softplus};
 use crate::ops::scan::{CHUNK, Rows};
 
 /// The arguments of one call, as slices; shapes as in [`super::mesa`].
@@ -169,12 +169,12 @@ impl<F: Real> Mesa<'_, F> {
             (o, self.split(&state), checkpoints)
         });
         let o: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        let state = |i: usize| parts.iter().flat_map(|part| &part.1[i]).copied().collect();
+        let state = |i: usize| joined(parts.iter().map(|part| &part.1[i]));
         MesaForward {
             o: scatter_heads(&o, (self.steps, self.heads, self.value)),
             keys: state(0),
             values: state(1),
-            checkpoints: parts.iter().flat_map(|part| &part.2).copied().collect(),
+            checkpoints: joined(parts.iter().map(|part| &part.2)),
         }
     }
 
@@ -202,8 +202,8 @@ impl<F: Real> Mesa<'_, F> {
             beta: rows(|part| &part.beta, 1),
             g: rows(|part| &part.g, 1),
             lambda: lambda.collect(),
-            keys: parts.iter().flat_map(|part| &part.states[0]).copied().collect(),
-            values: parts.iter().flat_map(|part| &part.states[1]).copied().collect(),
+            keys: joined(parts.iter().map(|part| &part.states[0])),
+            values: joined(parts.iter().map(|part| &part.states[1])),
         }
     }
 

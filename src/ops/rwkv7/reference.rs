@@ -4,7 +4,7 @@ use num_traits::Float;
 use rayon::prelude::*;
 
 use super::{ShiftDims, norm_eps};
-use crate::ops::real::{Real, dot};
+use crate::ops::real::{Real, dot, joined};
 use crate::ops::rows::{ROWS, add, fill_blocks2, map_rows, sum_parts, sum2};
 
 /// The token before row `row`; `None`: zeros.
@@ -74,9 +74,9 @@ pub fn shift_backward<F: Real>(
         .collect();
     let of_mix: Vec<Vec<F>> = parts.iter().map(|part| part.1.clone()).collect();
     [
-        parts.iter().flat_map(|part| &part.0).copied().collect(),
+        joined(parts.iter().map(|part| &part.0)),
         sum_parts(&of_mix, mixes * width),
-        parts.iter().flat_map(|part| &part.2).copied().collect(),
+        joined(parts.iter().map(|part| &part.2)),
     ]
 }
 

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use crate::ops::real::{Real, sum_in_order};
+use crate::ops::real::{Real, joined, sum_in_order};
 
 /// Channels of a task.
 const LANES: usize = 16;
@@ -235,7 +235,7 @@ impl<F: Real> S4d<'_, F> {
             (out, self.flat(&states, group.count, F::one()))
         });
         let y: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        (self.together(&y), parts.iter().flat_map(|part| &part.1).copied().collect())
+        (self.together(&y), joined(parts.iter().map(|part| &part.1)))
     }
 
     /// Gradients of the arguments from those of the outputs, `d_y` [B, T, D] and `d_state` [B, D, N, 2].
@@ -255,7 +255,7 @@ impl<F: Real> S4d<'_, F> {
         let sums: Vec<f64> = (0..groups).flat_map(per_group).collect();
         let mut grads = S4dGrads {
             u: self.together(&parts.iter().map(|part| part.0.as_slice()).collect::<Vec<_>>()),
-            state: parts.iter().flat_map(|part| &part.1).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.1)),
             c: Vec::with_capacity(2 * self.width * n),
             log_dt: Vec::with_capacity(self.width),
             log_a_real: Vec::with_capacity(self.width * n),

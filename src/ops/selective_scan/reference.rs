@@ -5,12 +5,12 @@
 
 use rayon::prelude::*;
 
-use super::super::real::{Real, sigmoid, silu, silu_grad, softplus, sum_in_order};
-use super::super::scan::{CHUNK, Rows, load, sum};
+use super::super::real::{Real, joined, sigmoid, silu, silu_grad, softplus, sum_in_order};
+use super::super::scan::{CHUNK, LANES, Rows, load};
 
 /// Numbers in a tile: the tiles of a row cover N, padded with zeros.
 /// Loops over 16 are unrolled into scalar code before they are vectorised.
-const TILE: usize = 32;
+const TILE: usize = LANES;
 
 type Tile<F> = [F; TILE];
 
@@ -110,7 +110,7 @@ impl<F: Real> Group<'_, F> {
                 y[l] = c[l].fma(h[l], y[l]);
             }
         }
-        self.d[self.first + i].fma(u, sum(y))
+        self.d[self.first + i].fma(u, F::sum_of(&y))
     }
 }
 
@@ -200,8 +200,8 @@ impl<F: Real> SelectiveScan<'_, F> {
         let y: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
         SelectiveScanForward {
             y: self.assemble(&y),
-            state: parts.iter().flat_map(|part| &part.1).copied().collect(),
-            checkpoints: parts.iter().flat_map(|part| &part.2).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.1)),
+            checkpoints: joined(parts.iter().map(|part| &part.2)),
         }
     }
 
@@ -241,8 +241,8 @@ impl<F: Real> SelectiveScan<'_, F> {
             u: by_channel(|part| &part.u),
             delta: by_channel(|part| &part.delta),
             a_log: over_batch(|part| &part.a_log),
-            b: parts.iter().flat_map(|(_, shared)| &shared.0).copied().collect(),
-            c: parts.iter().flat_map(|(_, shared)| &shared.1).copied().collect(),
+            b: joined(parts.iter().map(|(_, shared)| &shared.0)),
+            c: joined(parts.iter().map(|(_, shared)| &shared.1)),
             d: over_batch(|part| &part.d),
             delta_bias: over_batch(|part| &part.delta_bias),
             z: if self.z.is_some() { by_channel(|part| &part.z) } else { Vec::new() },
@@ -339,10 +339,10 @@ impl<F: Real> SelectiveScan<'_, F> {
                                 da[j][l] = dt.fma(d_log, da[j][l]);
                             }
                         }
-                        let dx = sum(dx);
+                        let dx = F::sum_of(&dx);
                         du[index] = dt.fma(dx, self.d[first + own] * dy);
                         dd[own] += (dy * u).as_f64();
-                        let d_dt = u.fma(dx, sum(d_dt));
+                        let d_dt = u.fma(dx, F::sum_of(&d_dt));
                         let pre = raw.at(t)[first + own] + self.delta_bias[first + own];
                         d_delta[index] = d_dt * sigmoid(pre);
                         d_bias[own] += d_delta[index].as_f64();

@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use super::super::real::{Real, dot, map_heads, scatter_heads, sigmoid, softplus, sum_in_order};
+use super::super::real::{Real, dot, joined, map_heads, scatter_heads, sigmoid, softplus, sum_in_order};
 use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, store, write};
 use crate::ops::linear::gemm::{Mat, MatMut, gemm};
 
@@ -126,8 +126,8 @@ impl<F: Real> Ssd<'_, F> {
         let y: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
         SsdForward {
             y: scatter_heads(&y, (self.steps, self.heads, dim)),
-            state: parts.iter().flat_map(|part| &part.1).copied().collect(),
-            checkpoints: parts.iter().flat_map(|part| &part.2).copied().collect(),
+            state: joined(parts.iter().map(|part| &part.1)),
+            checkpoints: joined(parts.iter().map(|part| &part.2)),
         }
     }
 
@@ -168,7 +168,7 @@ impl<F: Real> Ssd<'_, F> {
             c: groups_of(|part| &part.c),
             d: per_head(|part| part.d),
             dt_bias: per_head(|part| part.dt_bias),
-            state: heads().flat_map(|head| &head.state).copied().collect(),
+            state: joined(heads().map(|head| &head.state)),
         }
     }
 
@@ -230,8 +230,9 @@ impl<F: Real> Ssd<'_, F> {
             let rows = |width| first * width..(first + len) * width;
             // What is written, and what is left of it at the end; what reads of the state before give.
             let scaled = |x: Rows<F>, by: &dyn Fn(usize) -> F| -> Vec<F> {
-                let row = |i: usize| x.at(first + i).iter().map(move |&x| (i, x));
-                (0..len).flat_map(row).map(|(i, x)| by(i) * x).collect()
+                let mut rows = Vec::with_capacity(len * dim);
+                (0..len).for_each(|i| rows.extend(x.at(first + i).iter().map(|&x| by(i) * x)));
+                rows
             };
             let u = scaled(head.x, &|i| head.dt[first + i]);
             let left = scaled(head.x, &|i| decays.to_end[i] * head.dt[first + i]);
