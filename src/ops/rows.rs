@@ -45,6 +45,29 @@ pub fn map_rows<F: Real>(rows: usize, width: usize, f: impl Fn(usize, &mut [F]) 
     out
 }
 
+/// Elements that one task of [`map`] takes: enough to outweigh its cost.
+const ELEMENTS: usize = 1 << 13;
+
+/// `f` of every element. Blocks are filled by plain loops, which vectorise where `f` does.
+pub fn map<F: Real>(x: &[F], f: impl Fn(F) -> F + Sync) -> Vec<F> {
+    let mut out = vec![F::zero(); x.len()];
+    out.par_chunks_mut(ELEMENTS).zip(x.par_chunks(ELEMENTS)).for_each(|(out, x)| {
+        out.iter_mut().zip(x).for_each(|(out, &x)| *out = f(x));
+    });
+    out
+}
+
+/// [`map`] over two arrays of one length.
+pub fn map2<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F + Sync) -> Vec<F> {
+    let mut out = vec![F::zero(); x.len()];
+    out.par_chunks_mut(ELEMENTS).zip(x.par_chunks(ELEMENTS)).zip(y.par_chunks(ELEMENTS)).for_each(
+        |((out, x), y)| {
+            out.iter_mut().zip(x).zip(y).for_each(|((out, &x), &y)| *out = f(x, y));
+        },
+    );
+    out
+}
+
 /// y ← y + x.
 #[inline(always)]
 pub fn add<F: Real>(x: &[F], y: &mut [F]) {

@@ -6,15 +6,11 @@ mod cuda;
 
 use candle_core::cpu::erf::erfc_f64;
 use candle_core::{D, Device, Result, Tensor};
-use rayon::prelude::*;
 
 use super::real::{Real, sigmoid};
-use super::rows::map_rows;
+use super::rows::{map, map_rows, map2};
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
-
-/// Elements that one task takes.
-const BLOCK: usize = 4096;
 
 /// x Φ(x) with the normal distribution Φ, elementwise on any shape, by the error function and not its
 /// approximation.
@@ -82,10 +78,9 @@ impl Node for Squash {
         }
         let value = dispatch!(x.dtype(), F => {
             slices!(F; data = x);
-            let map = |f: fn(F) -> F| data.par_iter().with_min_len(BLOCK).map(|&x| f(x)).collect();
             let y: Vec<F> = match self {
-                Squash::Tanh => map(F::tanh),
-                Squash::Logistic => map(sigmoid),
+                Squash::Tanh => map(data, F::tanh_fast),
+                Squash::Logistic => map(data, sigmoid),
             };
             Value::cpu(y, x.shape().clone())
         });
@@ -100,12 +95,13 @@ impl Node for Squash {
         }
         dispatch!(x.dtype(), F => {
             slices!(F; data = x, dy = dy);
-            let slope = |x: F| match self {
-                Squash::Tanh => 1.0 - x.tanh() * x.tanh(),
-                Squash::Logistic => sigmoid(x) * (1.0 - sigmoid(x)),
+            let dx: Vec<F> = match self {
+                Squash::Tanh => map2(data, dy, |x, dy| {
+                    let y = x.tanh_fast();
+                    dy * (1.0 - y * y)
+                }),
+                Squash::Logistic => map2(data, dy, |x, dy| dy * sigmoid(x) * sigmoid(-x)),
             };
-            let dx: Vec<F> =
-                data.par_iter().zip(dy).with_min_len(BLOCK).map(|(&x, &dy)| dy * slope(x)).collect();
             Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
         })
     }
@@ -126,8 +122,7 @@ impl Node for Gelu {
         }
         let value = dispatch!(x.dtype(), F => {
             slices!(F; data = x);
-            let y: Vec<F> = data.par_iter().with_min_len(BLOCK).map(|&x| x * below(x)).collect();
-            Value::cpu(y, x.shape().clone())
+            Value::cpu(map::<F>(data, |x| x * below(x)), x.shape().clone())
         });
         Ok(Forward { outputs: vec![value], saved: vec![] })
     }
@@ -144,8 +139,7 @@ impl Node for Gelu {
             // 1 / √(2π)
             let height = F::of(0.398_942_280_401_432_7);
             let slope = |x: F| below(x) + x * height * (-half * x * x).exp_fast();
-            let dx: Vec<F> =
-                data.par_iter().zip(dy).with_min_len(BLOCK).map(|(&x, &dy)| dy * slope(x)).collect();
+            let dx: Vec<F> = map2(data, dy, |x, dy| dy * slope(x));
             Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
         })
     }
@@ -219,9 +213,7 @@ impl Node for SigmoidGate {
         }
         let value = dispatch!(a.dtype(), F => {
             slices!(F; a_data = a, b_data = b);
-            let y: Vec<F> =
-                a_data.par_iter().zip(b_data).with_min_len(BLOCK).map(|(&a, &b)| a * sigmoid(b)).collect();
-            Value::cpu(y, a.shape())
+            Value::cpu(map2::<F>(a_data, b_data, |a, b| a * sigmoid(b)), a.shape())
         });
         Ok(Forward { outputs: vec![value], saved: vec![] })
     }
@@ -234,13 +226,9 @@ impl Node for SigmoidGate {
         }
         dispatch!(a.dtype(), F => {
             slices!(F; a_data = a, b_data = b, dy = dy);
-            let (da, db): (Vec<F>, Vec<F>) = (a_data.par_iter().zip(b_data).zip(dy))
-                .with_min_len(BLOCK)
-                .map(|((&a, &b), &dy)| {
-                    let open = sigmoid(b);
-                    (dy * open, dy * open * a * (1.0 - open))
-                })
-                .unzip();
+            let da: Vec<F> = map2(b_data, dy, |b, dy| dy * sigmoid(b));
+            let slope: Vec<F> = map2(a_data, b_data, |a, b| a * sigmoid(b) * sigmoid(-b));
+            let db: Vec<F> = map2(&slope, dy, |slope, dy| dy * slope);
             let tensor = |data: Vec<F>| Tensor::from_vec(data, a.shape(), &Device::Cpu).map(Some);
             Ok(vec![tensor(da)?, tensor(db)?])
         })

@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 
 use super::real::Real;
+use super::rows::map2;
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
 
@@ -36,7 +37,7 @@ impl Node for Add {
         }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; a = &args[0], b = &args[1]);
-            Value::cpu(sums::<F>(a, b), args[0].shape())
+            Value::cpu(map2::<F>(a, b, |a, b| a + b), args[0].shape())
         });
         Ok(Forward { outputs: vec![value], saved: vec![] })
     }
@@ -44,16 +45,6 @@ impl Node for Add {
     fn backward(&self, _: &Run, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         Ok(vec![grads[0].clone(), grads[0].clone()])
     }
-}
-
-fn sums<F: Real>(a: &[F], b: &[F]) -> Vec<F> {
-    let mut out = vec![F::zero(); a.len()];
-    out.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK)).for_each(|((out, a), b)| {
-        for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
-            *out = a + b;
-        }
-    });
-    out
 }
 
 /// a + b outside the graph, both contiguous and of one shape.
@@ -64,7 +55,7 @@ pub(crate) fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     }
     dispatch!(a.dtype(), F => {
         slices!(F; x = a, y = b);
-        Tensor::from_vec(sums::<F>(x, y), a.shape(), &Device::Cpu)
+        Tensor::from_vec(map2::<F>(x, y, |x, y| x + y), a.shape(), &Device::Cpu)
     })
 }
 

@@ -4,12 +4,10 @@
 mod cuda;
 mod reference;
 
-use std::borrow::Cow;
-
 use candle_core::{Device, Result, Tensor};
 
-use self::reference::{Shape, columns, split, starts};
-use super::real::Real;
+use self::reference::{Part, Shape, columns, side_by_side};
+use super::scan::slice_of_option;
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
 
@@ -120,18 +118,14 @@ impl Node for CausalConv1d {
         let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
         let outputs = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], w = &args[1], bias = bias, state = state);
-            let convolved = self.convolved(x);
-            let input = self.input(&convolved, w, bias, state);
-            let mut outputs = split(reference::forward(self.shape, input), &self.widths);
-            for (start, &len) in starts(width, &self.plain).zip(&self.plain) {
-                outputs.push(columns(x, self.columns, start, len));
-            }
-            let widths = self.widths.iter().chain(&self.plain);
-            let parts = outputs.into_iter().zip(widths);
-            let mut outputs: Vec<Value> =
-                parts.map(|(part, &width)| Value::cpu(part, (batch, steps, width))).collect();
-            outputs.push(Value::cpu(reference::final_state(self.shape, input), (batch, taps - 1, width)));
-            outputs
+            let input = self.input(x, w, bias, state);
+            let value = |part: Vec<F>, width: usize| Value::cpu(part, (batch, steps, width));
+            let convolved = side_by_side(0, &self.widths)
+                .map(|part| value(reference::forward(self.shape, input, part.clone()), part.len()));
+            let plain = side_by_side(width, &self.plain)
+                .map(|part| value(columns(x, self.columns, part.clone()), part.len()));
+            let state = Value::cpu(reference::final_state(self.shape, input), (batch, taps - 1, width));
+            convolved.chain(plain).chain([state]).collect()
         });
         Ok(Forward { outputs, saved: vec![] })
     }
@@ -143,33 +137,20 @@ impl Node for CausalConv1d {
         }
         let args = &run.args;
         let (bias, state) = (&args[self.bias.unwrap_or(0)], &args[self.state.unwrap_or(0)]);
-        let Shape { batch, steps, width, taps } = self.shape;
-        let zeros =
-            |steps: usize, width: usize| Tensor::zeros((batch, steps, width), args[0].dtype(), &Device::Cpu);
-        let or_zeros = |grad: &Option<Tensor>, steps: usize, width: usize| match grad {
-            Some(grad) => Ok(grad.clone()),
-            None => zeros(steps, width),
-        };
-        let (d_final, parts) = grads.split_last().expect("the state is an output");
-        let d_final = or_zeros(d_final, taps - 1, width)?;
-        let (dy, d_plain) = parts.split_at(self.widths.len());
-        let side_by_side = |grads: &[Option<Tensor>], widths: &[usize]| {
-            let parts = grads.iter().zip(widths).map(|(grad, &width)| or_zeros(grad, steps, width));
-            parts.collect::<Result<Vec<_>>>()
-        };
-        let dy = Tensor::cat(&side_by_side(dy, &self.widths)?, 2)?;
+        let held: Vec<_> = grads.iter().map(|grad| grad.as_ref().map(Tensor::storage_and_layout)).collect();
         dispatch!(args[0].dtype(), F => {
-            slices!(F; x = &args[0], w = &args[1], bias = bias, state = state, dy = &dy, d_final = &d_final);
-            let convolved = self.convolved(x);
-            let grads = reference::backward(self.shape, self.input(&convolved, w, bias, state), dy, d_final);
-            let mut dx = vec![Tensor::from_vec(grads.x, (batch, steps, width), &Device::Cpu)?];
-            dx.extend(side_by_side(d_plain, &self.plain)?);
-            let rest = self.columns - width - self.plain.iter().sum::<usize>();
-            if rest > 0 {
-                dx.push(zeros(steps, rest)?);
-            }
+            slices!(F; x = &args[0], w = &args[1], bias = bias, state = state);
+            let grads: Vec<Option<&[F]>> = held.iter().map(slice_of_option).collect::<Result<_>>()?;
+            let (d_final, grads) = grads.split_last().expect("the state is an output");
+            let widths = [&self.widths[..], &self.plain].concat();
+            let parts: Vec<Part<F>> = (side_by_side(0, &widths).zip(grads))
+                .map(|(columns, &grad)| Part { columns, grad })
+                .collect();
+            let (dy, d_plain) = parts.split_at(self.widths.len());
+            let input = self.input(x, w, bias, state);
+            let grads = reference::backward(self.shape, input, dy, d_plain, *d_final);
             let mut out = vec![
-                Some(Tensor::cat(&dx, 2)?),
+                Some(Tensor::from_vec(grads.x, args[0].shape(), &Device::Cpu)?),
                 Some(Tensor::from_vec(grads.weight, args[1].shape(), &Device::Cpu)?),
             ];
             if let Some(i) = self.bias {
@@ -184,14 +165,6 @@ impl Node for CausalConv1d {
 }
 
 impl CausalConv1d {
-    /// The columns of x that are convolved.
-    fn convolved<'a, F: Real>(&self, x: &'a [F]) -> Cow<'a, [F]> {
-        match self.shape.width {
-            width if width == self.columns => x.into(),
-            width => columns(x, self.columns, 0, width).into(),
-        }
-    }
-
     fn input<'a, F>(
         &self,
         x: &'a [F],
@@ -199,6 +172,7 @@ impl CausalConv1d {
         bias: &'a [F],
         state: &'a [F],
     ) -> reference::Input<'a, F> {
-        reference::Input { x, weight, bias: self.bias.map(|_| bias), state: self.state.map(|_| state) }
+        let (bias, state) = (self.bias.map(|_| bias), self.state.map(|_| state));
+        reference::Input { x, columns: self.columns, weight, bias, state }
     }
 }

@@ -6,7 +6,8 @@ mod cuda;
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::real::{Real, softplus, sum_in_order};
+use super::real::{self, Real, softplus, sum_in_order};
+use super::rows::{map, map2};
 use super::scan::expect_shape;
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
@@ -48,18 +49,6 @@ pub fn log_sigmoid(x: impl Into<Arg>, divisor: f64) -> Result<Tensor> {
     apply(Elementwise::LogSigmoid { divisor }, &[x.into()]).map(|mut out| out.remove(0))
 }
 
-/// σ(x), with the exponential only ever of a negative number: no overflow, and small values stay exact.
-fn logistic<F: Real>(x: F) -> F {
-    let e = (-x.abs()).exp_fast();
-    let tail = F::one() / (F::one() + e);
-    if x < F::zero() { e * tail } else { tail }
-}
-
-/// `f` of every element.
-fn map<F: Real>(x: &[F], f: impl Fn(F) -> F + Sync) -> Vec<F> {
-    x.par_iter().with_min_len(BLOCK).map(|&x| f(x)).collect()
-}
-
 enum Elementwise {
     Sigmoid { scale: f64 },
     LogSigmoid { divisor: f64 },
@@ -84,11 +73,11 @@ impl Node for Elementwise {
             let y: Vec<F> = match *self {
                 Elementwise::Sigmoid { scale } => {
                     let scale = F::of(scale);
-                    map(data, |x| scale * logistic(x))
+                    map(data, |x| scale * real::sigmoid(x))
                 }
                 Elementwise::LogSigmoid { divisor } => {
                     let divisor = F::of(divisor);
-                    map(data, |x| (x.min(0.0) - (-x.abs()).exp().ln_1p()) / divisor)
+                    map(data, |x| real::log_sigmoid(x) / divisor)
                 }
             };
             Value::cpu(y, x.shape().clone())
@@ -104,18 +93,17 @@ impl Node for Elementwise {
         }
         dispatch!(x.dtype(), F => {
             slices!(F; data = x, grad = grad);
-            let slope: Vec<F> = match *self {
+            let dx: Vec<F> = match *self {
                 // 1 − σ(x) = σ(−x), without the cancellation.
                 Elementwise::Sigmoid { scale } => {
                     let scale = F::of(scale);
-                    map(data, |x| scale * logistic(x) * logistic(-x))
+                    map2(data, grad, |x, grad| grad * scale * real::sigmoid(x) * real::sigmoid(-x))
                 }
                 Elementwise::LogSigmoid { divisor } => {
                     let divisor = F::of(divisor);
-                    map(data, |x| logistic(-x) / divisor)
+                    map2(data, grad, |x, grad| grad * real::sigmoid(-x) / divisor)
                 }
             };
-            let dx: Vec<F> = slope.iter().zip(grad).map(|(&slope, &grad)| slope * grad).collect();
             Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
         })
     }
@@ -181,7 +169,7 @@ impl Node for DecayGate {
                         let h = i % heads;
                         let x = a[i] + dt_bias[h];
                         let d = dg[i] * rates[h];
-                        da[i] = d * logistic(x);
+                        da[i] = d * real::sigmoid(x);
                         // The gate is its own derivative by a_log.
                         sums[h] += (d * softplus(x)).as_f64();
                         sums[heads + h] += da[i].as_f64();

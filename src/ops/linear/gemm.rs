@@ -3,6 +3,8 @@
 //! Every call runs on the calling thread; who wants threads splits the work into blocks whose size does
 //! not depend on the number of threads ([`rows_times`], [`transposed_times`]).
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 use crate::ops::real::Real;
@@ -27,6 +29,27 @@ impl<'a, F> Mat<'a, F> {
     /// A row-major matrix whose rows begin `row_stride` elements apart.
     pub fn strided(data: &'a [F], rows: usize, cols: usize, row_stride: usize) -> Self {
         Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// Its elements row by row: a view of them if they lie so.
+    fn in_rows(self) -> Cow<'a, [F]>
+    where
+        F: Real,
+    {
+        if self.col_stride == 1 && self.row_stride == self.cols {
+            return Cow::Borrowed(&self.data[..self.rows * self.cols]);
+        }
+        /// Rows that one task copies: as many as a cache line has elements, so that none is fetched twice.
+        const ROWS: usize = 16;
+        let mut out = vec![F::zero(); self.rows * self.cols];
+        out.par_chunks_mut((ROWS * self.cols).max(1)).enumerate().for_each(|(i, out)| {
+            for col in 0..self.cols {
+                let from = &self.data[i * ROWS * self.row_stride + col * self.col_stride..];
+                let column = out[col..].iter_mut().step_by(self.cols);
+                column.zip(from.iter().step_by(self.row_stride)).for_each(|(to, &from)| *to = from);
+            }
+        });
+        Cow::Owned(out)
     }
 
     /// The transpose, without moving anything.
@@ -124,6 +147,9 @@ pub fn rows_times<F: Real>(x: &[F], rows: usize, m: Mat<F>, bias: Option<&[F]>) 
     if y.is_empty() {
         return y;
     }
+    // Row by row it multiplies faster, and every block takes the same.
+    let in_rows = m.in_rows();
+    let m = Mat::new(&in_rows, inner, width);
     y.par_chunks_mut(BLOCK * width).enumerate().for_each(|(i, y)| {
         let count = y.len() / width;
         let x = &x[i * BLOCK * inner..(i * BLOCK + count) * inner];

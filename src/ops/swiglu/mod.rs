@@ -6,7 +6,7 @@ mod cuda;
 use candle_core::{Device, Result, Tensor};
 
 use super::real::{Real, sigmoid};
-use super::rows::{fill_blocks, map_rows, sum_parts};
+use super::rows::{add, fill_blocks, map_rows, sum_parts};
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
 
@@ -30,51 +30,54 @@ pub fn swiglu(x: impl Into<Arg>, beta: impl Into<Arg>, bias: Option<Arg>) -> Res
 
 struct SwiGlu;
 
-/// x + bias at one column.
-fn shifted<F: Real>(x: F, bias: Option<&[F]>, column: usize) -> F {
-    bias.map_or(x, |bias| x + bias[column])
-}
-
-fn forward<F: Real>(x: &[F], beta: F, bias: Option<&[F]>, n: usize) -> Vec<F> {
+fn forward<F: Real>(x: &[F], beta: F, bias: &[F], n: usize) -> Vec<F> {
+    let (a_bias, b_bias) = bias.split_at(n);
     map_rows(x.len() / (2 * n), n, |row, y: &mut [F]| {
         let (a, b) = x[row * 2 * n..(row + 1) * 2 * n].split_at(n);
-        for (i, ((y, &a), &b)) in y.iter_mut().zip(a).zip(b).enumerate() {
-            let (a, b) = (shifted(a, bias, i), shifted(b, bias, n + i));
+        for (y, ((&a, &b), (&a_bias, &b_bias))) in
+            y.iter_mut().zip(a.iter().zip(b).zip(a_bias.iter().zip(b_bias)))
+        {
+            let (a, b) = (a + a_bias, b + b_bias);
             *y = a * sigmoid(beta * a) * b;
         }
     })
 }
 
 /// Gradients of x, beta and the bias.
-fn backward<F: Real>(x: &[F], beta: F, bias: Option<&[F]>, dy: &[F], n: usize) -> (Vec<F>, F, Vec<F>) {
+fn backward<F: Real>(x: &[F], beta: F, bias: &[F], dy: &[F], n: usize) -> (Vec<F>, F, Vec<F>) {
+    let (a_bias, b_bias) = bias.split_at(n);
     let mut dx = vec![F::zero(); x.len()];
-    // For each block the gradient of the bias, and behind it that of beta.
+    // For each block the gradient of the bias, and behind it what each column gives to that of beta.
     let parts = fill_blocks(&mut dx, 2 * n, |first, block| {
-        let mut sums = vec![F::zero(); 2 * n + 1];
+        let mut sums = vec![F::zero(); 3 * n];
+        let (of_bias, of_beta) = sums.split_at_mut(2 * n);
         for (i, dx) in block.chunks_exact_mut(2 * n).enumerate() {
             let row = first + i;
             let (a, b) = x[row * 2 * n..(row + 1) * 2 * n].split_at(n);
             let (da, db) = dx.split_at_mut(n);
-            let dy = &dy[row * n..(row + 1) * n];
-            let mut slope = F::zero();
-            for (i, (((da, db), (&a, &b)), &dy)) in
-                da.iter_mut().zip(db).zip(a.iter().zip(b)).zip(dy).enumerate()
+            let inputs = a.iter().zip(b).zip(a_bias.iter().zip(b_bias)).zip(&dy[row * n..(row + 1) * n]);
+            for (((da, db), of_beta), (((&a, &b), (&a_bias, &b_bias)), &dy)) in
+                da.iter_mut().zip(db).zip(of_beta.iter_mut()).zip(inputs)
             {
-                let (a, b) = (shifted(a, bias, i), shifted(b, bias, n + i));
+                let (a, b) = (a + a_bias, b + b_bias);
                 let s = sigmoid(beta * a);
                 let bend = a * s * (F::one() - s);
                 *da = dy * b * bend.fma(beta, s);
                 *db = dy * a * s;
-                slope = (dy * b).fma(a * bend, slope);
+                *of_beta = (dy * b).fma(a * bend, *of_beta);
             }
-            sums.iter_mut().zip(dx.iter()).for_each(|(sum, &dx)| *sum += dx);
-            sums[2 * n] += slope;
+            add(dx, of_bias);
         }
         sums
     });
-    let mut sums = sum_parts(&parts, 2 * n + 1);
-    let d_beta = sums.pop().expect("beta stands behind the bias");
+    let mut sums = sum_parts(&parts, 3 * n);
+    let d_beta = sums.split_off(2 * n).into_iter().sum();
     (dx, d_beta, sums)
+}
+
+/// The bias of 2n columns, zeros if there is none.
+fn bias_of<F: Real>(args: &[Tensor], n: usize) -> Result<Vec<F>> {
+    args.get(2).map_or(Ok(vec![F::zero(); 2 * n]), Tensor::to_vec1)
 }
 
 impl Node for SwiGlu {
@@ -92,8 +95,8 @@ impl Node for SwiGlu {
         }
         let value = dispatch!(args[0].dtype(), F => {
             slices!(F; x = &args[0], beta = &args[1]);
-            let bias = args.get(2).map(Tensor::to_vec1::<F>).transpose()?;
-            Value::cpu(forward(x, beta[0], bias.as_deref(), n), shape)
+            let bias = bias_of(args, n)?;
+            Value::cpu(forward::<F>(x, beta[0], &bias, n), shape)
         });
         Ok(Forward { outputs: vec![value], saved: vec![] })
     }
@@ -107,8 +110,8 @@ impl Node for SwiGlu {
         let n = dy.dim(candle_core::D::Minus1)?;
         dispatch!(dy.dtype(), F => {
             slices!(F; x = &args[0], beta = &args[1], dy = dy);
-            let bias = args.get(2).map(Tensor::to_vec1::<F>).transpose()?;
-            let (dx, d_beta, d_bias) = backward(x, beta[0], bias.as_deref(), dy, n);
+            let bias = bias_of(args, n)?;
+            let (dx, d_beta, d_bias) = backward::<F>(x, beta[0], &bias, dy, n);
             [dx, vec![d_beta], d_bias]
                 .into_iter()
                 .zip(args)
