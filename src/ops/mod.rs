@@ -23,6 +23,7 @@ pub mod mesa;
 pub mod mlstm;
 pub mod norms;
 pub mod optim;
+pub mod panels;
 pub mod philox;
 pub mod real;
 pub mod residual_norm;

@@ -3,6 +3,7 @@
 //! Every reference implementation is written once for `F: Real` and runs in f32 for training and in f64
 //! for checks. Loops are plain slices and zips, so that the compiler vectorises them.
 
+use candle_core::cpu::erf::erfc_f64;
 use candle_core::{Result, WithDType};
 use rayon::prelude::*;
 use wide::{f32x8, f64x8};
@@ -18,6 +19,9 @@ pub trait Real: WithDType + num_traits::Float + std::iter::Sum + Default + std::
     fn ln_1p_unit(self) -> Self;
     /// tanh x, branch-free so that it vectorises; within 3 ulp in f32.
     fn tanh_fast(self) -> Self;
+    /// The share of a normal distribution below x, branch-free so that it vectorises; in f32 within 2e-6 of itself for
+    /// x ≥ −4, and 2e-5 down to −12.
+    fn normal_cdf(self) -> Self;
     /// `self · a + b`, fused where the machine has it.
     fn fma(self, a: Self, b: Self) -> Self;
     /// Sum of `N` numbers, a multiple of 8; the order is fixed. With explicit vectors: the compiler's own way goes
@@ -45,6 +49,10 @@ impl Real for f64 {
     #[inline(always)]
     fn tanh_fast(self) -> Self {
         self.tanh()
+    }
+    #[inline(always)]
+    fn normal_cdf(self) -> Self {
+        0.5 * erfc_f64(-self * std::f64::consts::FRAC_1_SQRT_2)
     }
     #[inline(always)]
     fn fma(self, a: Self, b: Self) -> Self {
@@ -116,6 +124,25 @@ impl Real for f32 {
             (62.0 / 2835.0f32).fma(square, -17.0 / 315.0).fma(square, 2.0 / 15.0).fma(square, -1.0 / 3.0);
         let near = (series * square).fma(x, x);
         (if x < 0.25 { near } else { far }).copysign(self)
+    }
+    #[inline(always)]
+    fn normal_cdf(self) -> Self {
+        // erfc z = t exp(p(t) − z²) with t = 1 / (1 + z / 2), a Chebyshev fit for z ≥ 0 with a relative error below
+        // 1.2e-7 (Press et al., Numerical Recipes, section 6.2).
+        let z = self.abs() * std::f32::consts::FRAC_1_SQRT_2;
+        let t = 1.0 / 0.5f32.fma(z, 1.0);
+        let fit = 0.170_872_77f32
+            .fma(t, -0.822_152_23)
+            .fma(t, 1.488_515_9)
+            .fma(t, -1.135_204)
+            .fma(t, 0.278_868_07)
+            .fma(t, -0.186_288_06)
+            .fma(t, 0.096_784_18)
+            .fma(t, 0.374_091_96)
+            .fma(t, 1.000_023_7)
+            .fma(t, -1.265_512_2);
+        let tail = 0.5 * t * (-z).fma(z, fit).exp_fast();
+        if self < 0.0 { tail } else { 1.0 - tail }
     }
     #[inline(always)]
     fn fma(self, a: Self, b: Self) -> Self {
@@ -298,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn fast_logarithm_and_tanh_are_within_a_few_ulp() {
+    fn fast_functions_are_as_exact_as_they_say() {
         let worst = |from: f32, to: f32, f: fn(f32) -> f32, want: fn(f64) -> f64| {
             let points = (0..100_000).map(|i| from + (to - from) * (i as f32 / 1e5)).filter(|x| *x != 0.0);
             points.map(|x| ((f(x) as f64 - want(x as f64)) / want(x as f64)).abs()).fold(0.0, f64::max)
@@ -311,6 +338,9 @@ mod tests {
         assert_eq!([-100.0f32, 100.0].map(f32::tanh_fast), [-1.0, 1.0]);
         assert_eq!((0.0f32.ln_1p_unit(), 0.0f32.tanh_fast()), (0.0, 0.0));
         assert!(f32::NAN.tanh_fast().is_nan());
+        assert!(worst(-4.0, 6.0, f32::normal_cdf, f64::normal_cdf) < 2e-6);
+        assert!(worst(-12.0, -4.0, f32::normal_cdf, f64::normal_cdf) < 2e-5);
+        assert!(f32::NAN.normal_cdf().is_nan());
     }
 
     #[test]

@@ -79,22 +79,6 @@ pub fn store<F: Real, const N: usize>(lanes: &[F; N], row: &mut [F], at: usize) 
     row[at..at + n].copy_from_slice(&lanes[..n]);
 }
 
-/// Columns `column..column + LANES` of the `index`-th state of an array of [K, V] states; zeros for none.
-pub fn panel<F: Real>(
-    array: Option<&[F]>,
-    index: usize,
-    (key, value): (usize, usize),
-    column: usize,
-) -> Vec<Lanes<F>> {
-    let size = key * value;
-    match array {
-        Some(array) => {
-            array[index * size..][..size].chunks_exact(value).map(|row| load(row, column)).collect()
-        }
-        None => vec![[F::zero(); LANES]; key],
-    }
-}
-
 /// S ← decay·S + kᵀu; returns Σ probeᵢ Sᵢ of the new state.
 #[inline(always)]
 pub fn write<F: Real>(s: &mut [Lanes<F>], decay: F, k: &[F], u: &Lanes<F>, probe: &[F]) -> Lanes<F> {

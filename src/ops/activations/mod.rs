@@ -4,7 +4,6 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::cpu::erf::erfc_f64;
 use candle_core::{D, Device, Result, Tensor};
 
 use super::real::{Real, sigmoid};
@@ -49,11 +48,6 @@ pub fn sigmoid_gate(a: impl Into<Arg>, b: impl Into<Arg>) -> Result<Tensor> {
         candle_core::bail!("sigmoid_gate: a has shape {:?}, its gate {:?}", a.shape(), b.shape())
     }
     Ok(apply(SigmoidGate, &[a, b])?.remove(0))
-}
-
-/// Φ(x), the share of a normal distribution below x.
-fn below<F: Real>(x: F) -> F {
-    F::of(0.5 * erfc_f64(-x.as_f64() * std::f64::consts::FRAC_1_SQRT_2))
 }
 
 /// Functions that saturate. Their derivatives are taken from x: a value that is rounded to bf16 is too near 1.
@@ -122,7 +116,7 @@ impl Node for Gelu {
         }
         let value = dispatch!(x.dtype(), F => {
             slices!(F; data = x);
-            Value::cpu(map::<F>(data, |x| x * below(x)), x.shape().clone())
+            Value::cpu(map::<F>(data, |x| x * x.normal_cdf()), x.shape().clone())
         });
         Ok(Forward { outputs: vec![value], saved: vec![] })
     }
@@ -138,7 +132,7 @@ impl Node for Gelu {
             let half = F::of(0.5);
             // 1 / √(2π)
             let height = F::of(0.398_942_280_401_432_7);
-            let slope = |x: F| below(x) + x * height * (-half * x * x).exp_fast();
+            let slope = |x: F| x.normal_cdf() + x * height * (-half * x * x).exp_fast();
             let dx: Vec<F> = map2(data, dy, |x, dy| dy * slope(x));
             Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
         })

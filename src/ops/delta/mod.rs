@@ -11,10 +11,11 @@ mod sum_rule;
 
 use candle_core::{Device, Result, Tensor};
 
-use self::reference::{Delta, DeltaForward, DeltaGrads};
+use self::reference::{Delta, DeltaGrads};
+use super::panels::Walked;
 use super::real::Real;
 use super::scan::{expect_shape, grad_or_zeros, slice_of_option};
-use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use super::tape::{Arg, Forward, Node, Run, apply};
 use crate::{dispatch, slices};
 
 /// Gated delta rule with `n` Householder steps per token.
@@ -180,18 +181,8 @@ impl Node for GatedRule {
         }
         let Dims { batch, steps, heads, key, value, .. } = self.dims(args)?;
         dispatch!(args[0].dtype(), F => {
-            let DeltaForward::<F> { o, state, checkpoints } =
-                self.with_slices(args, |delta| delta.forward(save))?;
-            let outputs = vec![
-                Value::cpu(o, (batch, steps, heads, value)),
-                Value::cpu(state, (batch, heads, key, value)),
-            ];
-            let count = checkpoints.len();
-            let saved = match save {
-                true => vec![Tensor::from_vec(checkpoints, count, &Device::Cpu)?],
-                false => vec![],
-            };
-            Ok(Forward { outputs, saved })
+            let walked: Walked<F> = self.with_slices(args, |delta| delta.forward(save))?;
+            walked.into_forward((batch, steps, heads, value), (batch, heads, key, value), save)
         })
     }
 

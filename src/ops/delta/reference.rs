@@ -1,10 +1,9 @@
-//! CPU reference of the delta rule family: the recurrence itself, one token after the other.
-//!
-//! Value columns are independent, so a head is worked through in panels of [`LANES`] columns: the state
-//! of a panel is K rows, and everything between the passes over them stays in registers.
+//! CPU reference of the delta rule family: the recurrence itself, one token after the other, in panels of value columns
+//! ([`super::super::panels`]); everything between the passes over a panel's state stays in registers.
 
-use super::super::real::{Real, joined, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, panel, store, write};
+use super::super::panels::{Panels, Step, Walked};
+use super::super::real::{Real, scatter_heads};
+use super::super::scan::{LANES, Lanes, Rows, load, store, write};
 
 /// The arguments of one call, as slices; shapes as in [`super::gated_delta_rule`].
 #[derive(Clone, Copy)]
@@ -26,16 +25,6 @@ pub struct Delta<'a, F> {
     pub beta: &'a [F],
     pub g: Option<&'a [F]>,
     pub state: Option<&'a [F]>,
-}
-
-/// What the forward pass computes.
-pub struct DeltaForward<F> {
-    /// [B, T, H, V]
-    pub o: Vec<F>,
-    /// [B, H, K, V]
-    pub state: Vec<F>,
-    /// [B, H, panels, ⌈T/CHUNK⌉, K, LANES]: the states before every CHUNK-th token; empty unless asked for.
-    pub checkpoints: Vec<F>,
 }
 
 /// Gradients of the arguments, each with its argument's shape.
@@ -171,136 +160,73 @@ impl<F: Real> Delta<'_, F> {
         }
     }
 
-    fn panels(&self) -> impl Iterator<Item = usize> {
-        (0..self.value).step_by(LANES)
-    }
-
-    /// The panel from `column` on of a [B, H, K, V] array; zeros for none.
-    fn panel(&self, array: Option<&[F]>, (b, h): (usize, usize), column: usize) -> Vec<Lanes<F>> {
-        panel(array, b * self.heads + h, (self.key, self.value), column)
-    }
-
-    /// Numbers in a head's checkpoints.
-    fn kept(&self) -> usize {
-        self.panels().count() * self.steps.div_ceil(CHUNK) * self.key * LANES
+    fn panels(&self) -> Panels {
+        let &Delta { batch, steps, heads, key, value, .. } = self;
+        Panels { batch, steps, heads, key, value }
     }
 
     /// Computes outputs and final state; with `save` also the checkpoints.
-    pub fn forward(&self, save: bool) -> DeltaForward<F> {
-        let parts = map_heads(self.batch, self.heads, |b, h| {
-            let head = self.head(b, h);
-            let mut o = vec![F::zero(); self.steps * self.value];
-            let mut state = vec![F::zero(); self.key * self.value];
-            let mut checkpoints = Vec::with_capacity(if save { self.kept() } else { 0 });
-            for column in self.panels() {
-                let mut s = self.panel(self.state, (b, h), column);
-                for (t, o) in o.chunks_exact_mut(self.value).enumerate() {
-                    if save && t % CHUNK == 0 {
-                        checkpoints.extend_from_slice(s.as_flattened());
-                    }
-                    let read = head.token(&mut s, t, column, |_| ());
-                    store(&read.map(|x| self.scale * x), o, column);
-                }
-                for (row, s) in state.chunks_exact_mut(self.value).zip(&s) {
-                    store(s, row, column);
-                }
-            }
-            (o, state, checkpoints)
-        });
-        let o: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        DeltaForward {
-            o: scatter_heads(&o, (self.steps, self.heads, self.value)),
-            state: joined(parts.iter().map(|part| &part.1)),
-            checkpoints: joined(parts.iter().map(|part| &part.2)),
-        }
+    pub fn forward(&self, save: bool) -> Walked<F> {
+        let token = |head: &Head<F>, s: &mut [Lanes<F>], t, column| {
+            head.token(s, t, column, |_| ()).map(|x| self.scale * x)
+        };
+        self.panels().forward(self.state, save, |b, h| self.head(b, h), token)
     }
 
     /// Gradients of the arguments from those of the outputs, `d_o` [B, T, H, V] and `d_state` [B, H, K, V].
     pub fn backward(&self, checkpoints: &[F], d_o: &[F], d_state: &[F]) -> DeltaGrads<F> {
-        let (per_head, per_panel) = (self.kept(), self.kept() / self.panels().count());
-        let parts = map_heads(self.batch, self.heads, |b, h| {
-            let mut grads = HeadGrads::zeros(self);
-            let kept = &checkpoints[(b * self.heads + h) * per_head..][..per_head];
-            // The state before a chunk and after each of its tokens.
-            let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * self.key];
-            for (column, kept) in self.panels().zip(kept.chunks_exact(per_panel)) {
-                self.backward_panel((b, h), column, (kept, &mut states), (d_o, d_state), &mut grads);
-            }
-            grads
-        });
+        let &Delta { steps, sub, heads, key, value, .. } = self;
+        let (parts, state) = self.panels().backward(
+            (checkpoints, d_state),
+            |b, h| (self.head(b, h), Rows::head(d_o, (b, h), (steps, heads, value))),
+            || HeadGrads::zeros(self),
+            sub,
+            |(head, _), s, t, column, kept| {
+                head.token(s, t, column, |error| kept.push(error));
+            },
+            |(head, d_o), grads, step| self.back(head, d_o.at(step.t), grads, step),
+        );
         let collect = |part: fn(&HeadGrads<F>) -> &[F], steps: usize, d: usize| {
             let parts: Vec<&[F]> = parts.iter().map(part).collect();
-            scatter_heads(&parts, (steps, self.heads, d))
+            scatter_heads(&parts, (steps, heads, d))
         };
-        let (t, n) = (self.steps, self.steps * self.sub);
         DeltaGrads {
-            q: collect(|part| &part.q, t, self.key),
-            k: collect(|part| &part.k, n, self.key),
-            v: collect(|part| &part.v, n, self.value),
-            beta: collect(|part| &part.beta, n, 1),
-            g: collect(|part| &part.g, t, 1),
-            state: joined(parts.iter().map(|part| &part.state)),
+            q: collect(|part| &part.q, steps, key),
+            k: collect(|part| &part.k, steps * sub, key),
+            v: collect(|part| &part.v, steps * sub, value),
+            beta: collect(|part| &part.beta, steps * sub, 1),
+            g: collect(|part| &part.g, steps, 1),
+            state,
         }
     }
 
-    fn backward_panel(
-        &self,
-        at: (usize, usize),
-        column: usize,
-        (checkpoints, states): (&[F], &mut [Lanes<F>]),
-        (d_o, d_state): (&[F], &[F]),
-        grads: &mut HeadGrads<F>,
-    ) {
+    /// Takes the gradient of a panel's state through a token; what the token kept are the errors of its sub-steps.
+    fn back(&self, head: &Head<F>, d_o: &[F], grads: &mut HeadGrads<F>, step: Step<F>) {
+        let Step { t, column, before, after, ds, kept: errors } = step;
         let (keys, sub) = (self.key, self.sub);
-        let head = self.head(at.0, at.1);
-        let d_o = Rows::head(d_o, at, (self.steps, self.heads, self.value));
-        let mut ds = self.panel(Some(d_state), at, column);
-        // Every sub-step's error.
-        let mut errors = Vec::with_capacity(CHUNK.min(self.steps) * sub);
-        for chunk in (0..self.steps.div_ceil(CHUNK)).rev() {
-            let first = chunk * CHUNK;
-            let last = self.steps.min(first + CHUNK);
-            states[..keys]
-                .as_flattened_mut()
-                .copy_from_slice(&checkpoints[chunk * keys * LANES..][..keys * LANES]);
-            errors.clear();
-            for t in first..last {
-                let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at_mut(keys);
-                after.copy_from_slice(before);
-                head.token(after, t, column, |error| errors.push(error));
+        let d_read: Lanes<F> = load::<F, LANES>(d_o, column).map(|x| self.scale * x);
+        read_back(after, &d_read, &mut grads.q[t * keys..][..keys]);
+        // The gradient of a read is a write.
+        let last = (t + 1) * sub - 1;
+        let mut du = write(ds, F::one(), head.q.at(t), &d_read, head.k.at(last));
+        for (j, error) in (t * sub..last + 1).zip(errors).rev() {
+            let (k, beta) = (head.k.at(j), head.beta.one(j));
+            if j < last {
+                du = read(ds, k);
             }
-            for t in (first..last).rev() {
-                let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at_mut(keys);
-                let decay = head.decay(t);
-                let d_read: Lanes<F> = load::<F, LANES>(d_o.at(t), column).map(|x| self.scale * x);
-                read_back(after, &d_read, &mut grads.q[t * keys..][..keys]);
-                // The gradient of a read is a write.
-                let last_key = (t + 1) * sub - 1;
-                let mut du = write(&mut ds, F::one(), head.q.at(t), &d_read, head.k.at(last_key));
-                for j in (t * sub..=last_key).rev() {
-                    let (k, beta) = (head.k.at(j), head.beta.one(j));
-                    if j < last_key {
-                        du = read(&ds, k);
-                    }
-                    let error = errors[j - first * sub];
-                    let u = error.map(|e| beta * e);
-                    let d_error = du.map(|x| beta * x);
-                    grads.beta[j] += F::sum_of::<LANES>(&std::array::from_fn(|l| du[l] * error[l]));
-                    store(&d_error, &mut grads.v[j * self.value..][..self.value], column);
-                    // What was erased depends on the key and on the state; nothing, if nothing was.
-                    let d_error = if self.erases { d_error } else { [F::zero(); LANES] };
-                    let dk = &mut grads.k[j * keys..][..keys];
-                    if j > t * sub {
-                        // Within a token nothing decays: the state before the write is found by undoing it.
-                        undo(after, &mut ds, k, [&u, &d_error], dk);
-                    } else {
-                        grads.g[t] += token_back(before, &mut ds, decay, k, [&u, &d_error], dk);
-                    }
-                }
+            let u = error.map(|e| beta * e);
+            let d_error = du.map(|x| beta * x);
+            grads.beta[j] += F::sum_of::<LANES>(&std::array::from_fn(|l| du[l] * error[l]));
+            store(&d_error, &mut grads.v[j * self.value..][..self.value], column);
+            // What was erased depends on the key and on the state; nothing, if nothing was.
+            let d_error = if self.erases { d_error } else { [F::zero(); LANES] };
+            let dk = &mut grads.k[j * keys..][..keys];
+            if j > t * sub {
+                // Within a token nothing decays: the state before the write is found by undoing it.
+                undo(after, ds, k, [&u, &d_error], dk);
+            } else {
+                grads.g[t] += token_back(before, ds, head.decay(t), k, [&u, &d_error], dk);
             }
-        }
-        for (row, ds) in grads.state.chunks_exact_mut(self.value).zip(&ds) {
-            store(ds, row, column);
         }
     }
 }
@@ -312,7 +238,6 @@ struct HeadGrads<F> {
     v: Vec<F>,
     beta: Vec<F>,
     g: Vec<F>,
-    state: Vec<F>,
 }
 
 impl<F: Real> HeadGrads<F> {
@@ -325,7 +250,6 @@ impl<F: Real> HeadGrads<F> {
             v: zeros(n * problem.value),
             beta: zeros(n),
             g: zeros(t),
-            state: zeros(problem.key * problem.value),
         }
     }
 }

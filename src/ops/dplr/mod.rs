@@ -6,10 +6,11 @@ pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
 
-use self::reference::{Dplr, DplrForward, DplrGrads};
+use self::reference::{Dplr, DplrGrads};
+use super::panels::Walked;
 use super::real::Real;
 use super::scan::{expect_shape, grad_or_zeros, slice_of_option};
-use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use super::tape::{Arg, Forward, Node, Run, apply};
 use crate::{dispatch, slices};
 
 const NAME: &str = "dplr";
@@ -121,17 +122,8 @@ impl Node for DplrNode {
         }
         let Dims { batch, steps, heads, key, value } = dims;
         dispatch!(args[0].dtype(), F => {
-            let DplrForward::<F> { o, state, checkpoints } = self.with_slices(args, |dplr| dplr.forward(save))?;
-            let outputs = vec![
-                Value::cpu(o, (batch, steps, heads, value)),
-                Value::cpu(state, (batch, heads, key, value)),
-            ];
-            let count = checkpoints.len();
-            let saved = match save {
-                true => vec![Tensor::from_vec(checkpoints, count, &Device::Cpu)?],
-                false => vec![],
-            };
-            Ok(Forward { outputs, saved })
+            let walked: Walked<F> = self.with_slices(args, |dplr| dplr.forward(save))?;
+            walked.into_forward((batch, steps, heads, value), (batch, heads, key, value), save)
         })
     }
 

@@ -1,10 +1,9 @@
-//! CPU reference of the generalised delta rule: one token after the other.
-//!
-//! Value columns are independent, so a head is worked through in panels of [`LANES`] columns: the state
-//! of a panel is K rows, and a token is two passes over them.
+//! CPU reference of the generalised delta rule: one token after the other, in panels of value columns
+//! ([`super::super::panels`]); a token is two passes over a panel's state.
 
-use super::super::real::{Real, joined, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, decays, load, panel, store};
+use super::super::panels::{Panels, Step, Walked};
+use super::super::real::{Real, scatter_heads};
+use super::super::scan::{LANES, Lanes, Rows, decays, load, store};
 
 /// The arguments of one call, as slices; shapes as in [`super::dplr`].
 #[derive(Clone, Copy)]
@@ -22,16 +21,6 @@ pub struct Dplr<'a, F> {
     pub a: &'a [F],
     pub b: &'a [F],
     pub state: Option<&'a [F]>,
-}
-
-/// What the forward pass computes.
-pub struct DplrForward<F> {
-    /// [B, T, H, V]
-    pub o: Vec<F>,
-    /// [B, H, K, V]
-    pub state: Vec<F>,
-    /// [B, H, panels, ⌈T/CHUNK⌉, K, LANES]: the states before every CHUNK-th token; empty unless asked for.
-    pub checkpoints: Vec<F>,
 }
 
 /// Gradients of the arguments, each with its argument's shape.
@@ -153,120 +142,56 @@ impl<F: Real> Dplr<'_, F> {
         }
     }
 
-    fn panels(&self) -> impl Iterator<Item = usize> {
-        (0..self.value).step_by(LANES)
-    }
-
-    /// The panel from `column` on of a [B, H, K, V] array; zeros for none.
-    fn panel(&self, array: Option<&[F]>, (b, h): (usize, usize), column: usize) -> Vec<Lanes<F>> {
-        panel(array, b * self.heads + h, (self.key, self.value), column)
-    }
-
-    /// Numbers in a head's checkpoints.
-    fn kept(&self) -> usize {
-        self.panels().count() * self.steps.div_ceil(CHUNK) * self.key * LANES
+    fn panels(&self) -> Panels {
+        let &Dplr { batch, steps, heads, key, value, .. } = self;
+        Panels { batch, steps, heads, key, value }
     }
 
     /// Computes outputs and final state; with `save` also the checkpoints.
-    pub fn forward(&self, save: bool) -> DplrForward<F> {
-        let parts = map_heads(self.batch, self.heads, |b, h| {
-            let head = self.head(b, h);
-            let mut o = vec![F::zero(); self.steps * self.value];
-            let mut state = vec![F::zero(); self.key * self.value];
-            let mut checkpoints = Vec::with_capacity(if save { self.kept() } else { 0 });
-            for column in self.panels() {
-                let mut s = self.panel(self.state, (b, h), column);
-                for (t, o) in o.chunks_exact_mut(self.value).enumerate() {
-                    if save && t % CHUNK == 0 {
-                        checkpoints.extend_from_slice(s.as_flattened());
-                    }
-                    let [_, read] = head.token(&mut s, t, column);
-                    store(&read.map(|x| self.scale * x), o, column);
-                }
-                for (row, s) in state.chunks_exact_mut(self.value).zip(&s) {
-                    store(s, row, column);
-                }
-            }
-            (o, state, checkpoints)
-        });
-        let o: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        DplrForward {
-            o: scatter_heads(&o, (self.steps, self.heads, self.value)),
-            state: joined(parts.iter().map(|part| &part.1)),
-            checkpoints: joined(parts.iter().map(|part| &part.2)),
-        }
+    pub fn forward(&self, save: bool) -> Walked<F> {
+        let token = |head: &Head<F>, s: &mut [Lanes<F>], t, column| {
+            let [_, o] = head.token(s, t, column);
+            o.map(|x| self.scale * x)
+        };
+        self.panels().forward(self.state, save, |b, h| self.head(b, h), token)
     }
 
     /// Gradients of the arguments from those of the outputs, `d_o` [B, T, H, V] and `d_state` [B, H, K, V].
     pub fn backward(&self, checkpoints: &[F], d_o: &[F], d_state: &[F]) -> DplrGrads<F> {
-        let (per_head, per_panel) = (self.kept(), self.kept() / self.panels().count());
-        let parts = map_heads(self.batch, self.heads, |b, h| {
-            let head = self.head(b, h);
-            let mut grads = HeadGrads::zeros(self);
-            let kept = &checkpoints[(b * self.heads + h) * per_head..][..per_head];
-            // The state before a chunk and after each of its tokens.
-            let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * self.key];
-            for (column, kept) in self.panels().zip(kept.chunks_exact(per_panel)) {
-                self.backward_panel(&head, (b, h), column, (kept, &mut states), (d_o, d_state), &mut grads);
-            }
-            grads
-        });
-        let collect = |part: fn(&HeadGrads<F>) -> &[F], d: usize| {
-            let parts: Vec<&[F]> = parts.iter().map(part).collect();
-            scatter_heads(&parts, (self.steps, self.heads, d))
-        };
-        DplrGrads {
-            q: collect(|part| &part.q, self.key),
-            k: collect(|part| &part.k, self.key),
-            v: collect(|part| &part.v, self.value),
-            g: collect(|part| &part.g, self.key),
-            a: collect(|part| &part.a, self.key),
-            b: collect(|part| &part.b, self.key),
-            state: joined(parts.iter().map(|part| &part.state)),
-        }
-    }
-
-    fn backward_panel(
-        &self,
-        head: &Head<'_, F>,
-        at: (usize, usize),
-        column: usize,
-        (checkpoints, states): (&[F], &mut [Lanes<F>]),
-        (d_o, d_state): (&[F], &[F]),
-        grads: &mut HeadGrads<F>,
-    ) {
-        let keys = self.key;
-        let d_o = Rows::head(d_o, at, (self.steps, self.heads, self.value));
-        let mut ds = self.panel(Some(d_state), at, column);
-        // What the tokens of a chunk read.
-        let mut reads = vec![[F::zero(); LANES]; CHUNK.min(self.steps)];
-        for chunk in (0..self.steps.div_ceil(CHUNK)).rev() {
-            let first = chunk * CHUNK;
-            let last = self.steps.min(first + CHUNK);
-            states[..keys]
-                .as_flattened_mut()
-                .copy_from_slice(&checkpoints[chunk * keys * LANES..][..keys * LANES]);
-            for t in first..last {
-                let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at_mut(keys);
-                after.copy_from_slice(before);
-                [reads[t - first], _] = head.token(after, t, column);
-            }
-            for t in (first..last).rev() {
-                let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at(keys);
-                let u = &reads[t - first];
+        let &Dplr { steps, heads, key, value, .. } = self;
+        let (parts, state) = self.panels().backward(
+            (checkpoints, d_state),
+            |b, h| (self.head(b, h), Rows::head(d_o, (b, h), (steps, heads, value))),
+            || HeadGrads::zeros(self),
+            1,
+            |(head, _), s, t, column, kept| {
+                let [read, _] = head.token(s, t, column);
+                kept.push(read);
+            },
+            |(head, d_o), grads: &mut HeadGrads<F>, Step { t, column, before, after, ds, kept }| {
                 let v: Lanes<F> = load(head.v.at(t), column);
                 let d_read: Lanes<F> = load::<F, LANES>(d_o.at(t), column).map(|x| self.scale * x);
-                let span = t * keys..(t + 1) * keys;
+                let span = t * key..(t + 1) * key;
                 let [dq, dk, db] = [&mut grads.q, &mut grads.k, &mut grads.b].map(|x| &mut x[span.clone()]);
                 let inputs = [head.q.at(t), head.k.at(t), head.b.at(t)];
-                let [dv, du] = written_back(&mut ds, after, inputs, [&d_read, &v, u], [dq, dk, db]);
+                let [dv, du] = written_back(ds, after, inputs, [&d_read, &v, &kept[0]], [dq, dk, db]);
                 let [da, dg] = [&mut grads.a, &mut grads.g].map(|x| &mut x[span.clone()]);
-                kept_back(&mut ds, before, [head.a.at(t), head.decay(t)], &du, [da, dg]);
-                store(&dv, &mut grads.v[t * self.value..][..self.value], column);
-            }
-        }
-        for (row, ds) in grads.state.chunks_exact_mut(self.value).zip(&ds) {
-            store(ds, row, column);
+                kept_back(ds, before, [head.a.at(t), head.decay(t)], &du, [da, dg]);
+                store(&dv, &mut grads.v[t * value..][..value], column);
+            },
+        );
+        let collect = |part: fn(&HeadGrads<F>) -> &[F], d: usize| {
+            let parts: Vec<&[F]> = parts.iter().map(part).collect();
+            scatter_heads(&parts, (steps, heads, d))
+        };
+        DplrGrads {
+            q: collect(|part| &part.q, key),
+            k: collect(|part| &part.k, key),
+            v: collect(|part| &part.v, value),
+            g: collect(|part| &part.g, key),
+            a: collect(|part| &part.a, key),
+            b: collect(|part| &part.b, key),
+            state,
         }
     }
 }
@@ -279,21 +204,12 @@ struct HeadGrads<F> {
     g: Vec<F>,
     a: Vec<F>,
     b: Vec<F>,
-    state: Vec<F>,
 }
 
 impl<F: Real> HeadGrads<F> {
     fn zeros(problem: &Dplr<'_, F>) -> Self {
         let rows = |d: usize| vec![F::zero(); problem.steps * d];
         let keys = || rows(problem.key);
-        Self {
-            q: keys(),
-            k: keys(),
-            v: rows(problem.value),
-            g: keys(),
-            a: keys(),
-            b: keys(),
-            state: vec![F::zero(); problem.key * problem.value],
-        }
+        Self { q: keys(), k: keys(), v: rows(problem.value), g: keys(), a: keys(), b: keys() }
     }
 }

@@ -6,10 +6,11 @@ pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
 
-use self::reference::{Gla, GlaForward, GlaGrads};
+use self::reference::{Gla, GlaGrads};
+use super::panels::Walked;
 use super::real::Real;
 use super::scan::{expect_shape, grad_or_zeros, slice_of_option};
-use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use super::tape::{Arg, Forward, Node, Run, apply};
 use crate::{dispatch, slices};
 
 const NAME: &str = "gla";
@@ -112,17 +113,8 @@ impl Node for GlaNode {
         }
         let Dims { batch, steps, heads, key, value } = dims;
         dispatch!(args[0].dtype(), F => {
-            let GlaForward::<F> { o, state, checkpoints } = self.with_slices(args, |gla| gla.forward(save))?;
-            let outputs = vec![
-                Value::cpu(o, (batch, steps, heads, value)),
-                Value::cpu(state, (batch, heads, key, value)),
-            ];
-            let count = checkpoints.len();
-            let saved = match save {
-                true => vec![Tensor::from_vec(checkpoints, count, &Device::Cpu)?],
-                false => vec![],
-            };
-            Ok(Forward { outputs, saved })
+            let walked: Walked<F> = self.with_slices(args, |gla| gla.forward(save))?;
+            walked.into_forward((batch, steps, heads, value), (batch, heads, key, value), save)
         })
     }
 

@@ -1,10 +1,9 @@
-//! CPU reference of gated linear attention: one token after the other.
-//!
-//! Value columns are independent, so a head is worked through in panels of [`LANES`] columns: the state
-//! of a panel is K rows, and a token is one pass over them.
+//! CPU reference of gated linear attention: one token after the other, in panels of value columns
+//! ([`super::super::panels`]).
 
-use super::super::real::{Real, joined, map_heads, scatter_heads};
-use super::super::scan::{CHUNK, LANES, Lanes, Rows, decays, load, panel, store};
+use super::super::panels::{Panels, Step, Walked};
+use super::super::real::{Real, scatter_heads};
+use super::super::scan::{LANES, Lanes, Rows, decays, load, store};
 
 /// The arguments of one call, as slices; shapes as in [`super::gla`].
 #[derive(Clone, Copy)]
@@ -20,16 +19,6 @@ pub struct Gla<'a, F> {
     pub v: &'a [F],
     pub gk: &'a [F],
     pub state: Option<&'a [F]>,
-}
-
-/// What the forward pass computes.
-pub struct GlaForward<F> {
-    /// [B, T, H, V]
-    pub o: Vec<F>,
-    /// [B, H, K, V]
-    pub state: Vec<F>,
-    /// [B, H, panels, ⌈T/CHUNK⌉, K, LANES]: the states before every CHUNK-th token; empty unless asked for.
-    pub checkpoints: Vec<F>,
 }
 
 /// Gradients of the arguments, each with its argument's shape.
@@ -116,113 +105,49 @@ impl<F: Real> Gla<'_, F> {
         }
     }
 
-    fn panels(&self) -> impl Iterator<Item = usize> {
-        (0..self.value).step_by(LANES)
-    }
-
-    /// The panel from `column` on of a [B, H, K, V] array; zeros for none.
-    fn panel(&self, array: Option<&[F]>, (b, h): (usize, usize), column: usize) -> Vec<Lanes<F>> {
-        panel(array, b * self.heads + h, (self.key, self.value), column)
-    }
-
-    /// Numbers in a head's checkpoints.
-    fn kept(&self) -> usize {
-        self.panels().count() * self.steps.div_ceil(CHUNK) * self.key * LANES
+    fn panels(&self) -> Panels {
+        let &Gla { batch, steps, heads, key, value, .. } = self;
+        Panels { batch, steps, heads, key, value }
     }
 
     /// Computes outputs and final state; with `save` also the checkpoints.
-    pub fn forward(&self, save: bool) -> GlaForward<F> {
-        let parts = map_heads(self.batch, self.heads, |b, h| {
-            let head = self.head(b, h);
-            let mut o = vec![F::zero(); self.steps * self.value];
-            let mut state = vec![F::zero(); self.key * self.value];
-            let mut checkpoints = Vec::with_capacity(if save { self.kept() } else { 0 });
-            for column in self.panels() {
-                let mut s = self.panel(self.state, (b, h), column);
-                for (t, o) in o.chunks_exact_mut(self.value).enumerate() {
-                    if save && t % CHUNK == 0 {
-                        checkpoints.extend_from_slice(s.as_flattened());
-                    }
-                    let read = head.token(&mut s, t, column);
-                    store(&read.map(|x| self.scale * x), o, column);
-                }
-                for (row, s) in state.chunks_exact_mut(self.value).zip(&s) {
-                    store(s, row, column);
-                }
-            }
-            (o, state, checkpoints)
-        });
-        let o: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        GlaForward {
-            o: scatter_heads(&o, (self.steps, self.heads, self.value)),
-            state: joined(parts.iter().map(|part| &part.1)),
-            checkpoints: joined(parts.iter().map(|part| &part.2)),
-        }
+    pub fn forward(&self, save: bool) -> Walked<F> {
+        let token =
+            |head: &Head<F>, s: &mut [Lanes<F>], t, column| head.token(s, t, column).map(|x| self.scale * x);
+        self.panels().forward(self.state, save, |b, h| self.head(b, h), token)
     }
 
     /// Gradients of the arguments from those of the outputs, `d_o` [B, T, H, V] and `d_state` [B, H, K, V].
     pub fn backward(&self, checkpoints: &[F], d_o: &[F], d_state: &[F]) -> GlaGrads<F> {
-        let (per_head, per_panel) = (self.kept(), self.kept() / self.panels().count());
-        let parts = map_heads(self.batch, self.heads, |b, h| {
-            let head = self.head(b, h);
-            let mut grads = HeadGrads::zeros(self);
-            let kept = &checkpoints[(b * self.heads + h) * per_head..][..per_head];
-            // The state before a chunk and after each of its tokens.
-            let mut states = vec![[F::zero(); LANES]; (CHUNK.min(self.steps) + 1) * self.key];
-            for (column, kept) in self.panels().zip(kept.chunks_exact(per_panel)) {
-                self.backward_panel(&head, (b, h), column, (kept, &mut states), (d_o, d_state), &mut grads);
-            }
-            grads
-        });
-        let collect = |part: fn(&HeadGrads<F>) -> &[F], d: usize| {
-            let parts: Vec<&[F]> = parts.iter().map(part).collect();
-            scatter_heads(&parts, (self.steps, self.heads, d))
-        };
-        GlaGrads {
-            q: collect(|part| &part.q, self.key),
-            k: collect(|part| &part.k, self.key),
-            v: collect(|part| &part.v, self.value),
-            gk: collect(|part| &part.gk, self.key),
-            state: joined(parts.iter().map(|part| &part.state)),
-        }
-    }
-
-    fn backward_panel(
-        &self,
-        head: &Head<'_, F>,
-        at: (usize, usize),
-        column: usize,
-        (checkpoints, states): (&[F], &mut [Lanes<F>]),
-        (d_o, d_state): (&[F], &[F]),
-        grads: &mut HeadGrads<F>,
-    ) {
-        let keys = self.key;
-        let d_o = Rows::head(d_o, at, (self.steps, self.heads, self.value));
-        let mut ds = self.panel(Some(d_state), at, column);
-        for chunk in (0..self.steps.div_ceil(CHUNK)).rev() {
-            let first = chunk * CHUNK;
-            let last = self.steps.min(first + CHUNK);
-            states[..keys]
-                .as_flattened_mut()
-                .copy_from_slice(&checkpoints[chunk * keys * LANES..][..keys * LANES]);
-            for t in first..last {
-                let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at_mut(keys);
-                after.copy_from_slice(before);
-                head.token(after, t, column);
-            }
-            for t in (first..last).rev() {
-                let (before, after) = states[(t - first) * keys..(t - first + 2) * keys].split_at(keys);
+        let &Gla { steps, heads, key, value, .. } = self;
+        let (parts, state) = self.panels().backward(
+            (checkpoints, d_state),
+            |b, h| (self.head(b, h), Rows::head(d_o, (b, h), (steps, heads, value))),
+            || HeadGrads::zeros(self),
+            0,
+            |(head, _), s, t, column, _| {
+                head.token(s, t, column);
+            },
+            |(head, d_o), grads: &mut HeadGrads<F>, Step { t, column, before, after, ds, .. }| {
                 let v: Lanes<F> = load(head.v.at(t), column);
                 let d_read: Lanes<F> = load::<F, LANES>(d_o.at(t), column).map(|x| self.scale * x);
-                let span = t * keys..(t + 1) * keys;
+                let span = t * key..(t + 1) * key;
                 let grads_of = [&mut grads.q, &mut grads.k, &mut grads.gk].map(|x| &mut x[span.clone()]);
                 let inputs = [head.q.at(t), head.k.at(t), head.decay(t)];
-                let dv = token_back(&mut ds, [before, after], inputs, [&d_read, &v], grads_of);
-                store(&dv, &mut grads.v[t * self.value..][..self.value], column);
-            }
-        }
-        for (row, ds) in grads.state.chunks_exact_mut(self.value).zip(&ds) {
-            store(ds, row, column);
+                let dv = token_back(ds, [before, after], inputs, [&d_read, &v], grads_of);
+                store(&dv, &mut grads.v[t * value..][..value], column);
+            },
+        );
+        let collect = |part: fn(&HeadGrads<F>) -> &[F], d: usize| {
+            let parts: Vec<&[F]> = parts.iter().map(part).collect();
+            scatter_heads(&parts, (steps, heads, d))
+        };
+        GlaGrads {
+            q: collect(|part| &part.q, key),
+            k: collect(|part| &part.k, key),
+            v: collect(|part| &part.v, value),
+            gk: collect(|part| &part.gk, key),
+            state,
         }
     }
 }
@@ -233,7 +158,6 @@ struct HeadGrads<F> {
     k: Vec<F>,
     v: Vec<F>,
     gk: Vec<F>,
-    state: Vec<F>,
 }
 
 impl<F: Real> HeadGrads<F> {
@@ -245,7 +169,6 @@ impl<F: Real> HeadGrads<F> {
             k: zeros(t * problem.key),
             v: zeros(t * problem.value),
             gk: zeros(t * problem.key),
-            state: zeros(problem.key * problem.value),
         }
     }
 }

@@ -6,10 +6,11 @@ pub mod reference;
 
 use candle_core::{Device, Result, Tensor};
 
-use self::reference::{Ssd, SsdForward, SsdGrads};
+use self::reference::{Ssd, SsdGrads};
+use super::panels::Walked;
 use super::real::Real;
 use super::scan::{expect_shape, grad_or_zeros, slice_of_option};
-use super::tape::{Arg, Forward, Node, Run, Value, apply};
+use super::tape::{Arg, Forward, Node, Run, apply};
 use crate::{dispatch, slices};
 
 const NAME: &str = "ssd";
@@ -119,17 +120,8 @@ impl Node for SsdNode {
         }
         let Dims { batch, steps, heads, dim, states, .. } = dims;
         dispatch!(args[0].dtype(), F => {
-            let SsdForward::<F> { y, state, checkpoints } = self.with_slices(args, |ssd| ssd.forward(save))?;
-            let outputs = vec![
-                Value::cpu(y, (batch, steps, heads, dim)),
-                Value::cpu(state, (batch, heads, dim, states)),
-            ];
-            let count = checkpoints.len();
-            let saved = match save {
-                true => vec![Tensor::from_vec(checkpoints, count, &Device::Cpu)?],
-                false => vec![],
-            };
-            Ok(Forward { outputs, saved })
+            let walked: Walked<F> = self.with_slices(args, |ssd| ssd.forward(save))?;
+            walked.into_forward((batch, steps, heads, dim), (batch, heads, dim, states), save)
         })
     }
 

@@ -7,6 +7,7 @@
 
 use rayon::prelude::*;
 
+use super::super::panels::Walked;
 use super::super::real::{Real, dot, joined, map_heads, scatter_heads, sigmoid, softplus, sum_in_order};
 use super::super::scan::{CHUNK, LANES, Lanes, Rows, load, store, write};
 use crate::ops::linear::gemm::{Mat, MatMut, gemm};
@@ -30,16 +31,6 @@ pub struct Ssd<'a, F> {
     pub d: &'a [F],
     pub dt_bias: &'a [F],
     pub state: Option<&'a [F]>,
-}
-
-/// What the forward pass computes.
-pub struct SsdForward<F> {
-    /// [B, T, H, P]
-    pub y: Vec<F>,
-    /// [B, H, P, N]
-    pub state: Vec<F>,
-    /// [B, H, ⌈T/CHUNK⌉, N, P]: the states before every CHUNK-th token; empty unless asked for.
-    pub checkpoints: Vec<F>,
 }
 
 /// Gradients of the arguments, each with its argument's shape.
@@ -87,8 +78,9 @@ impl<F: Real> Ssd<'_, F> {
         }
     }
 
-    /// Computes outputs and final state; with `save` also the checkpoints.
-    pub fn forward(&self, save: bool) -> SsdForward<F> {
+    /// Computes outputs [B, T, H, P] and final state [B, H, P, N]; with `save` also the states before every CHUNK-th
+    /// token, [B, H, ⌈T/CHUNK⌉, N, P].
+    pub fn forward(&self, save: bool) -> Walked<F> {
         let (dim, n) = (self.dim, self.states);
         let size = dim * n;
         let parts = map_heads(self.batch, self.heads, |b, h| {
@@ -124,8 +116,8 @@ impl<F: Real> Ssd<'_, F> {
             (y, state, checkpoints)
         });
         let y: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
-        SsdForward {
-            y: scatter_heads(&y, (self.steps, self.heads, dim)),
+        Walked {
+            o: scatter_heads(&y, (self.steps, self.heads, dim)),
             state: joined(parts.iter().map(|part| &part.1)),
             checkpoints: joined(parts.iter().map(|part| &part.2)),
         }
