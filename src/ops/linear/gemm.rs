@@ -32,7 +32,7 @@ impl<'a, F> Mat<'a, F> {
     }
 
     /// Its elements row by row: a view of them if they lie so.
-    fn in_rows(self) -> Cow<'a, [F]>
+    pub fn in_rows(self) -> Cow<'a, [F]>
     where
         F: Real,
     {

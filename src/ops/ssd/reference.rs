@@ -56,12 +56,6 @@ struct Head<'a, F> {
     rate: F,
 }
 
-/// The transpose of a matrix of `rows` rows.
-fn transposed<F: Real>(x: &[F], rows: usize) -> Vec<F> {
-    let cols = x.len() / rows.max(1);
-    (0..cols).flat_map(|j| (0..rows).map(move |i| x[i * cols + j])).collect()
-}
-
 impl<F: Real> Ssd<'_, F> {
     fn head(&self, b: usize, h: usize) -> Head<'_, F> {
         let group = h / (self.heads / self.groups);
@@ -202,7 +196,7 @@ impl<F: Real> Ssd<'_, F> {
         let kept = &checkpoints[index * scores.len() * size..][..scores.len() * size];
         let d_y = Rows::head(d_y, at, (steps, self.heads, dim));
         // [N, P], as the checkpoints
-        let mut ds = transposed(&d_state[index * size..][..size], dim);
+        let mut ds = Mat::new(&d_state[index * size..][..size], dim, n).t().in_rows().into_owned();
         let mut grads = HeadGrads {
             x: vec![zero; steps * dim],
             dt: vec![zero; steps],
@@ -277,7 +271,7 @@ impl<F: Real> Ssd<'_, F> {
             grads.scores.push(d_pairs);
         }
         grads.scores.reverse();
-        grads.state = transposed(&ds, n);
+        grads.state = Mat::new(&ds, n, dim).t().in_rows().into_owned();
         grads
     }
 
