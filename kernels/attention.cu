@@ -938,6 +938,9 @@ attention_forget_sums(const float* g, float* of_queries, float* of_keys, int ste
         of_keys[s] = hi, of_keys[keys4 + s] = lo;
         if (s >= past) of_queries[s - past] = hi, of_queries[steps4 + s - past] = lo;
     });
+    // Tiles are copied four at a time, to the end of a row.
+    if (const int s = keys + threadIdx.x; s < keys4) of_keys[s] = of_keys[keys4 + s] = 0.f;
+    if (const int t = steps + threadIdx.x; t < steps4) of_queries[t] = of_queries[steps4 + t] = 0.f;
 }
 
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)

@@ -11,11 +11,12 @@ __device__ __forceinline__ void dropout_apply(const T* x, T* y, int rows, int n,
     const int width = 1 << log_width, height = THREADS >> log_width;
     const int c = (blockIdx.x * width + (threadIdx.x & (width - 1))) * VEC;
     if (c >= n) return;
-    for (long long r = (long long)blockIdx.y * height + (threadIdx.x >> log_width); r < rows;
-         r += (long long)gridDim.y * height) {
+    const int first = blockIdx.y * height + (threadIdx.x >> log_width), stride = gridDim.y * height;
+    Step step(first, stride, mask.steps);
+    for (long long r = first; r < rows; r += stride, step.next()) {
         float u[VEC];
         load_vec<VEC>(x + r * n + c, u);
-        const uint32_t bits = mask.bits<VEC>((uint32_t)r, c);
+        const uint32_t bits = mask.bits<VEC>(step, c);
 #pragma unroll
         for (int i = 0; i < VEC; i++) u[i] *= mask.factor(bits, i);
         store_vec<VEC>(y + r * n + c, u);

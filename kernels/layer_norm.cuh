@@ -9,21 +9,27 @@
 #include "rows.cuh"
 
 // The input of one row: this thread's elements, and which of the branch are kept.
-template <class T, int VEC, int NV, bool RESIDUAL>
-__device__ __forceinline__ uint32_t load_sum(const T* branch, const T* input, int row, int n, bool live,
-                                             const Mask& mask, const Team& team, float (&x)[VEC * NV]) {
-    const long long at = (long long)row * n;
-    load_row<VEC, NV>(input + at, n, live, team, x);
-    if constexpr (!RESIDUAL) return 0;
+template <class T, int VEC, int NV, bool RESIDUAL, int ARRAYS>
+__device__ __forceinline__ uint32_t load_sum(const Ahead<T, VEC, NV, ARRAYS>& ahead, const T* branch, const T* input,
+                                             int row, int n, const Step& step, const Mask& mask, const Team& team,
+                                             float (&x)[VEC * NV]) {
+    if constexpr (!RESIDUAL) {
+        ahead.get(0, input, row, team, x);
+        return 0;
+    }
+    const uint32_t bits = mask.row_bits<VEC, NV>(step, n, team);
     float y[VEC * NV];
-    load_row<VEC, NV>(branch + at, n, live, team, y);
-    const uint32_t bits = mask.row_bits<VEC, NV>(row, n, team);
+    ahead.get(0, input, row, team, x);
+    ahead.get(1, branch, row, team, y);
 #pragma unroll
     for (int i = 0; i < VEC * NV; i++) x[i] += mask.factor(bits, i) * y[i];
     return bits;
 }
 
-// Shared memory: 2 n floats, for the kernels with several vectors a thread.
+// Matrices that a row's input is the sum of.
+template <bool RESIDUAL> constexpr int PARTS = RESIDUAL ? 2 : 1;
+
+// Shared memory: 2 n floats, then what is copied ahead of PARTS matrices.
 template <class T, int VEC, int NV, bool RESIDUAL>
 __device__ __forceinline__ void layer_norm_forward(const T* branch, const T* input, const float* w, const float* b,
                                                    T* y, int rows, int n, int log_lanes, float eps,
@@ -34,11 +40,19 @@ __device__ __forceinline__ void layer_norm_forward(const T* branch, const T* inp
     const Team team(log_lanes, scratch);
     const RowParam<VEC, NV> scale(w, n, team, shared), shift(b, n, team, shared + n);
     if (NV > 1) __syncthreads();
-    for (int first = blockIdx.x * team.count; first < rows; first += gridDim.x * team.count) {
-        const int row = first + team.index;
-        const bool live = row < rows;
+    Ahead<T, VEC, NV, PARTS<RESIDUAL>> ahead(shared + 2 * n, rows, n);
+    const int stride = gridDim.x * team.count;
+    int row = blockIdx.x * team.count + team.index;
+    const auto start = [&](int row) {
+        if constexpr (RESIDUAL) ahead.start({input, branch}, row, team);
+        else ahead.start({input}, row, team);
+    };
+    start(row);
+    Step step(row, stride, mask.steps);
+    for (int first = row - team.index; first < rows; first += stride, row += stride, step.next()) {
+        start(row + stride);
         float x[VEC * NV];
-        load_sum<T, VEC, NV, RESIDUAL>(branch, input, row, n, live, mask, team, x);
+        load_sum<T, VEC, NV, RESIDUAL>(ahead, branch, input, row, n, step, mask, team, x);
         float sum[1] = {0.f};
 #pragma unroll
         for (int i = 0; i < VEC * NV; i++) sum[0] += x[i];
@@ -63,12 +77,14 @@ __device__ __forceinline__ void layer_norm_forward(const T* branch, const T* inp
 #pragma unroll
             for (int i = 0; i < VEC; i++) x[v * VEC + i] = x[v * VEC + i] * rstd * w[i] + b[i];
         }
-        store_row<VEC, NV>(y + (long long)row * n, n, live, team, x);
+        store_row<VEC, NV>(y + (long long)row * n, n, row < rows, team, x);
     }
+    cp_async_wait<0>();
 }
 
 // Gradients of branch (null: not wanted), input, and, as partial[blocks][2][n], of w and b.
-// Shared memory: n floats.
+// Shared memory: n floats, or n for each warp where a thread has one vector, then what is copied ahead of PARTS + 1
+// matrices.
 template <class T, int VEC, int NV, bool RESIDUAL>
 __device__ __forceinline__ void layer_norm_backward(const T* branch, const T* input, const float* w, const T* dy,
                                                     T* dbranch, T* dinput, float* partial, int rows, int n,
@@ -82,12 +98,22 @@ __device__ __forceinline__ void layer_norm_backward(const T* branch, const T* in
     float dw[VEC * NV], db[VEC * NV];
 #pragma unroll
     for (int i = 0; i < VEC * NV; i++) dw[i] = db[i] = 0.f;
-    for (int first = blockIdx.x * team.count; first < rows; first += gridDim.x * team.count) {
-        const int row = first + team.index;
+    constexpr int DY = PARTS<RESIDUAL>;
+    Ahead<T, VEC, NV, DY + 1> ahead(shared + (NV == 1 ? blockDim.x / WARP : 1) * n, rows, n);
+    const int stride = gridDim.x * team.count;
+    int row = blockIdx.x * team.count + team.index;
+    const auto start = [&](int row) {
+        if constexpr (RESIDUAL) ahead.start({input, branch, dy}, row, team);
+        else ahead.start({input, dy}, row, team);
+    };
+    start(row);
+    Step step(row, stride, mask.steps);
+    for (int first = row - team.index; first < rows; first += stride, row += stride, step.next()) {
+        start(row + stride);
         const bool live = row < rows;
         float x[VEC * NV], g[VEC * NV];
-        load_row<VEC, NV>(dy + (long long)row * n, n, live, team, g);
-        const uint32_t bits = load_sum<T, VEC, NV, RESIDUAL>(branch, input, row, n, live, mask, team, x);
+        const uint32_t bits = load_sum<T, VEC, NV, RESIDUAL>(ahead, branch, input, row, n, step, mask, team, x);
+        ahead.get(DY, dy, row, team, g);
         float sums[2] = {0.f, 0.f};
 #pragma unroll
         for (int v = 0; v < NV; v++) {
@@ -137,6 +163,7 @@ __device__ __forceinline__ void layer_norm_backward(const T* branch, const T* in
             store_row<VEC, NV>(dbranch + (long long)row * n, n, live, team, x);
         }
     }
+    cp_async_wait<0>();
     float* out = partial + 2LL * n * blockIdx.x;
     store_block_sum<VEC, NV>(dw, n, team, shared, out);
     store_block_sum<VEC, NV>(db, n, team, shared, out + n);

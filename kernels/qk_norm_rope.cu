@@ -24,7 +24,8 @@ inline void sincospif(float x, float* sin, float* cos) { sincosf((float)(x * 3.1
 constexpr int PAIRS = 4;   // of a lane
 constexpr int HALF = 64;   // most pairs of a head
 constexpr int BLOCK = 256;
-constexpr int HEADS = 2, AT_ONCE = 1; // loaded at a time, forward and backward
+constexpr int HEADS = 2;   // copied at a time in the forward pass
+constexpr int FORWARD_BLOCKS = 4, BACKWARD_BLOCKS = 3;  // of a multiprocessor
 
 // The first and the second halves of a lane's pairs.
 struct Pairs {
@@ -58,11 +59,63 @@ __device__ __forceinline__ void store_pairs(T* row, int at, int half, bool vecto
     }
 }
 
-// base^(−2i/D) / 2π of every pair; `log2_base` are the bits of a double.
+// ROWS rows, copied to shared memory while those before are worked on: a thread asks for what it copied alone, so that
+// no barrier is needed.
+template <class T, int ROWS>
+struct Ahead {
+    struct alignas(16) Memory { T halves[2][ROWS][2][BLOCK][PAIRS]; };
+    Memory& memory;
+    int at, half, turn = 0;
+    bool vector;
+
+    __device__ __forceinline__ Ahead(Memory& memory, int at, int half, bool vector)
+        : memory(memory), at(at), half(half), vector(vector) {}
+
+    __device__ __forceinline__ T* slot(int row, int b) const { return memory.halves[turn][row][b][threadIdx.x]; }
+    // Starts the copy of this lane's pairs of a row.
+    __device__ __forceinline__ void start(int i, const T* row) const {
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            T* to = slot(i, b);
+            const T* from = row + b * half + at;
+            if (vector && at < half) {
+                cp_async<PAIRS * sizeof(T)>(to, from);
+            } else {
+#pragma unroll
+                for (int j = 0; j < PAIRS; j++) to[j] = at + j < half ? from[j] : from_f<T>(0.f);
+            }
+        }
+    }
+    // Ends a group of copies; `get` then gives the group before it.
+    __device__ __forceinline__ void end() {
+        cp_async_commit();
+        turn ^= 1;
+    }
+    __device__ __forceinline__ Pairs get(int i) const {
+        Pairs x;
+        load_vec<PAIRS>(slot(i, 0), x.a);
+        load_vec<PAIRS>(slot(i, 1), x.b);
+        return x;
+    }
+};
+
+// base^(−2i/D) / 2π of every pair; `log2_base` are the bits of a double. A barrier follows.
 __device__ __forceinline__ void fill_turns(double* turns, int half, long long log2_base) {
     for (int i = threadIdx.x; i < half; i += blockDim.x)
         turns[i] = exp2(-(double)i / half * __longlong_as_double(log2_base)) * 0.15915494309189535;
     __syncthreads();
+}
+
+// The weights in shared memory, the halves HALF apart; zeros behind them. For a barrier to come.
+__device__ __forceinline__ void fill_weights(float* weights, const float* w, int half) {
+    for (int i = threadIdx.x; i < 2 * HALF; i += blockDim.x)
+        weights[i] = i % HALF < half ? w[i / HALF * half + i % HALF] : 0.f;
+}
+__device__ __forceinline__ Pairs own_weights(const float* weights, int at) {
+    Pairs w;
+    load_vec<PAIRS>(weights + at, w.a);
+    load_vec<PAIRS>(weights + HALF + at, w.b);
+    return w;
 }
 
 // In 32 bits, where that is enough: the remainder of a long division takes as long as a load.
@@ -108,41 +161,53 @@ template <class T>
 __device__ __forceinline__ void forward(const T* __restrict__ x, const float* __restrict__ w, T* __restrict__ y,
                                         long long tokens, int steps, int heads, int half, int offset, long long log2_base) {
     __shared__ double turns[HALF];
-    fill_turns(turns, half, log2_base);
+    __shared__ __align__(16) float weights[2 * HALF];
     const Work work(half);
     const int at = work.at, dim = 2 * half;
     const bool vector = vectors(x, half) && vectors(y, half);
-    const Pairs weight = load_pairs(w, at, half, vectors(w, half));
-    // All lanes of a warp go round equally often: a warp has tokens side by side, `past` ones are computed for nothing.
-    for (long long base = work.first - threadIdx.x % WARP / work.lanes; base < tokens; base += work.stride) {
-        const long long token = base + threadIdx.x % WARP / work.lanes;
+    __shared__ typename Ahead<T, HEADS>::Memory memory;
+    Ahead<T, HEADS> ahead(memory, at, half, vector);
+    // The heads from h0 on of a token; behind the last token there are none.
+    const auto start = [&](long long token, int h0) {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)
+            if (token < tokens && h0 + h < heads) ahead.start(h, x + (token * heads + h0 + h) * dim);
+        ahead.end();
+    };
+    // All lanes of a warp go round equally often: a warp has tokens side by side, some behind the last.
+    const int own = threadIdx.x % WARP / work.lanes;
+    start(work.first, 0);
+    fill_weights(weights, w, half);
+    fill_turns(turns, half, log2_base);
+    for (long long base = work.first - own; base < tokens; base += work.stride) {
+        const long long token = base + own;
         const bool past = token >= tokens;
-        const long long row = past ? 0 : token * heads * dim;
         float cos[PAIRS], sin[PAIRS];
         angles(turns, at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
         for (int h0 = 0; h0 < heads; h0 += HEADS) {
-            Pairs in[HEADS];
-#pragma unroll
-            for (int h = 0; h < HEADS; h++)
-                if (h0 + h < heads) in[h] = load_pairs(x + row + (h0 + h) * dim, at, half, vector);
+            if (h0 + HEADS < heads) start(token, h0 + HEADS);
+            else start(token + work.stride, 0);
+            cp_async_wait<1>();
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
                 if (h0 + h >= heads) break;
+                const Pairs in = ahead.get(h), weight = own_weights(weights, at);
                 float square = 0.f;
 #pragma unroll
-                for (int i = 0; i < PAIRS; i++) square = fmaf(in[h].a[i], in[h].a[i], fmaf(in[h].b[i], in[h].b[i], square));
+                for (int i = 0; i < PAIRS; i++) square = fmaf(in.a[i], in.a[i], fmaf(in.b[i], in.b[i], square));
                 const float r = 1.f / (sqrtf(lanes_sum(square, work.lanes) / dim) + 1e-8f);
                 Pairs out;
 #pragma unroll
                 for (int i = 0; i < PAIRS; i++) {
-                    const float a = in[h].a[i] * r * weight.a[i], b = in[h].b[i] * r * weight.b[i];
+                    const float a = in.a[i] * r * weight.a[i], b = in.b[i] * r * weight.b[i];
                     out.a[i] = fmaf(a, cos[i], b * sin[i]);
                     out.b[i] = fmaf(b, cos[i], -a * sin[i]);
                 }
-                if (!past) store_pairs(y + row + (h0 + h) * dim, at, half, vector, out);
+                if (!past) store_pairs(y + (token * heads + h0 + h) * dim, at, half, vector, out);
             }
         }
     }
+    cp_async_wait<0>();
 }
 
 template <class T>
@@ -150,59 +215,59 @@ __device__ __forceinline__ void backward(const T* __restrict__ x, const float* _
                                          T* __restrict__ dx, float* __restrict__ partial, long long tokens, int steps,
                                          int heads, int half, int offset, long long log2_base) {
     __shared__ double turns[HALF];
+    __shared__ __align__(16) float weights[2 * HALF];
     __shared__ float sums[BLOCK / WARP][2 * HALF];
-    fill_turns(turns, half, log2_base);
     const Work work(half);
     const int at = work.at, dim = 2 * half;
     const bool vector = vectors(x, half) && vectors(dy, half) && vectors(dx, half);
-    const Pairs weight = load_pairs(w, at, half, vectors(w, half));
+    __shared__ typename Ahead<T, 2>::Memory memory;
+    Ahead<T, 2> ahead(memory, at, half, vector);
+    const auto start = [&](long long token, int h) {
+        const long long row = (token * heads + h) * dim;
+        if (token < tokens) ahead.start(0, x + row), ahead.start(1, dy + row);
+        ahead.end();
+    };
+    const int own = threadIdx.x % WARP / work.lanes;
+    start(work.first, 0);
+    fill_weights(weights, w, half);
+    fill_turns(turns, half, log2_base);
     Pairs dw = {};
-    for (long long base = work.first - threadIdx.x % WARP / work.lanes; base < tokens; base += work.stride) {
-        const long long token = base + threadIdx.x % WARP / work.lanes;
+    for (long long base = work.first - own; base < tokens; base += work.stride) {
+        const long long token = base + own;
         const bool past = token >= tokens;
-        const long long row = past ? 0 : token * heads * dim;
         float cos[PAIRS], sin[PAIRS];
         angles(turns, at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
-        for (int h0 = 0; h0 < heads; h0 += AT_ONCE) {
-            Pairs in[AT_ONCE], grad[AT_ONCE];
+        for (int h = 0; h < heads; h++) {
+            if (h + 1 < heads) start(token, h + 1);
+            else start(token + work.stride, 0);
+            cp_async_wait<1>();
+            const Pairs in = ahead.get(0), grad = ahead.get(1), weight = own_weights(weights, at);
+            Pairs g;
+            float square = 0.f, along = 0.f;
 #pragma unroll
-            for (int h = 0; h < AT_ONCE; h++)
-                if (h0 + h < heads) {
-                    in[h] = load_pairs(x + row + (h0 + h) * dim, at, half, vector);
-                    grad[h] = load_pairs(dy + row + (h0 + h) * dim, at, half, vector);
-                }
-#pragma unroll
-            for (int h = 0; h < AT_ONCE; h++) {
-                if (h0 + h >= heads) break;
-                Pairs g;
-                float square = 0.f, along = 0.f;
-#pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    // The transpose of a rotation turns back.
-                    g.a[i] = fmaf(grad[h].a[i], cos[i], -grad[h].b[i] * sin[i]);
-                    g.b[i] = fmaf(grad[h].b[i], cos[i], grad[h].a[i] * sin[i]);
-                    square = fmaf(in[h].a[i], in[h].a[i], fmaf(in[h].b[i], in[h].b[i], square));
-                    along = fmaf(g.a[i] * weight.a[i], in[h].a[i], fmaf(g.b[i] * weight.b[i], in[h].b[i], along));
-                }
-                square = lanes_sum(square, work.lanes), along = lanes_sum(along, work.lanes);
-                const float root = sqrtf(square / dim), r = 1.f / (root + 1e-8f);
-                const float back = root > 0.f ? r * (r / (dim * root)) * along : 0.f;
-                Pairs out;
-#pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    out.a[i] = fmaf(r, g.a[i] * weight.a[i], -in[h].a[i] * back);
-                    out.b[i] = fmaf(r, g.b[i] * weight.b[i], -in[h].b[i] * back);
-                }
-                if (past) continue;
-#pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    dw.a[i] = fmaf(g.a[i], in[h].a[i] * r, dw.a[i]);
-                    dw.b[i] = fmaf(g.b[i], in[h].b[i] * r, dw.b[i]);
-                }
-                store_pairs(dx + row + (h0 + h) * dim, at, half, vector, out);
+            for (int i = 0; i < PAIRS; i++) {
+                // The transpose of a rotation turns back.
+                g.a[i] = fmaf(grad.a[i], cos[i], -grad.b[i] * sin[i]);
+                g.b[i] = fmaf(grad.b[i], cos[i], grad.a[i] * sin[i]);
+                square = fmaf(in.a[i], in.a[i], fmaf(in.b[i], in.b[i], square));
+                along = fmaf(g.a[i] * weight.a[i], in.a[i], fmaf(g.b[i] * weight.b[i], in.b[i], along));
             }
+            square = lanes_sum(square, work.lanes), along = lanes_sum(along, work.lanes);
+            if (past) continue;
+            const float root = sqrtf(square / dim), r = 1.f / (root + 1e-8f);
+            const float back = root > 0.f ? r * (r / (dim * root)) * along : 0.f;
+            Pairs out;
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                out.a[i] = fmaf(r, g.a[i] * weight.a[i], -in.a[i] * back);
+                out.b[i] = fmaf(r, g.b[i] * weight.b[i], -in.b[i] * back);
+                dw.a[i] = fmaf(g.a[i], in.a[i] * r, dw.a[i]);
+                dw.b[i] = fmaf(g.b[i], in.b[i] * r, dw.b[i]);
+            }
+            store_pairs(dx + (token * heads + h) * dim, at, half, vector, out);
         }
     }
+    cp_async_wait<0>();
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         for (int offset = WARP / 2; offset >= work.lanes; offset /= 2) {
@@ -255,12 +320,12 @@ __device__ __forceinline__ void rope(const T* __restrict__ x, T* __restrict__ y,
         float sign) {                                                                                                  \
         rope<T>(x, y, tokens, steps, heads, half, offset, log2_base, sign);                                            \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 3) qk_norm_rope_forward_##NAME(                                    \
+    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_BLOCKS) qk_norm_rope_forward_##NAME(                       \
         const T* x, const float* w, T* y, long long tokens, int steps, int heads, int half, int offset,                \
         long long log2_base) {                                                                                             \
         forward<T>(x, w, y, tokens, steps, heads, half, offset, log2_base);                                            \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 3) qk_norm_rope_backward_##NAME(                                   \
+    extern "C" __global__ void __launch_bounds__(BLOCK, BACKWARD_BLOCKS) qk_norm_rope_backward_##NAME(                     \
         const T* x, const float* w, const T* dy, T* dx, float* partial, long long tokens, int steps, int heads,        \
         int half, int offset, long long log2_base) {                                                                       \
         backward<T>(x, w, dy, dx, partial, tokens, steps, heads, half, offset, log2_base);                             \

@@ -137,7 +137,8 @@ struct RowParam {
 };
 
 // Writes the block's sum over its teams of `x`, which every team holds as it holds a row, to out[n].
-// `shared` has n floats, unless the block is one team. All threads call it; barriers begin and end it.
+// `shared` has n floats, unless the block is one team; n for each warp where a thread has one vector. All threads call
+// it; barriers begin and end it.
 template <int VEC, int NV>
 __device__ __forceinline__ void store_block_sum(float (&x)[VEC * NV], int n, const Team& team, float* shared,
                                                 float* out) {
@@ -152,26 +153,88 @@ __device__ __forceinline__ void store_block_sum(float (&x)[VEC * NV], int n, con
             for (int i = 0; i < VEC * NV; i++) x[i] += __shfl_xor_sync(FULL, x[i], offset);
         }
     }
+    const int warps = blockDim.x / WARP;
     __syncthreads();
-    // The warps add one after the other: a fixed order, and room for one row only.
-    for (int w = 0; w < (int)blockDim.x / WARP; w++) {
-        if (w == warp_id() && lane_id() < team.lanes) {
+    if constexpr (NV == 1) {
+        const int c = team.column<VEC>(0);
+        if (lane_id() < team.lanes && c < n) store_elements(shared + warp_id() * n + c, x);
+        __syncthreads();
+    } else {
+        // The warps add one after the other: a fixed order, and room for one row only.
+        for (int w = 0; w < warps; w++) {
+            if (w == warp_id() && lane_id() < team.lanes) {
 #pragma unroll
-            for (int v = 0; v < NV; v++) {
+                for (int v = 0; v < NV; v++) {
 #pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    const int c = team.column<VEC>(v) + i;
-                    if (c < n) shared[c] = (w == 0 ? 0.f : shared[c]) + x[v * VEC + i];
+                    for (int i = 0; i < VEC; i++) {
+                        const int c = team.column<VEC>(v) + i;
+                        if (c < n) shared[c] = (w == 0 ? 0.f : shared[c]) + x[v * VEC + i];
+                    }
                 }
             }
+            __syncthreads();
         }
-        __syncthreads();
     }
-    for (int c = threadIdx.x; c < n; c += blockDim.x) out[c] = shared[c];
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
+        float sum = shared[c];
+        for (int w = 1; NV == 1 && w < warps; w++) sum += shared[w * n + c];
+        out[c] = sum;
+    }
     __syncthreads();
 }
 
+// ---- rows on their way
+
+// Rows of ARRAYS matrices [rows, n], copied to shared memory while the rows before them are worked on, where a thread
+// has one vector of 16 bytes of each; else loaded when they are asked for. A thread asks for what it copied alone: no
+// barrier. `memory`: 2 ARRAYS vectors for each thread of the block.
+template <class T, int VEC, int NV, int ARRAYS>
+struct Ahead {
+    static constexpr bool COPIES = NV == 1 && VEC == VECTOR<T>;
+    T* slots;
+    int rows, n, turn = 0;
+
+    __device__ __forceinline__ Ahead(void* memory, int rows, int n)
+        : slots(reinterpret_cast<T*>(memory) + threadIdx.x * VEC), rows(rows), n(n) {}
+
+    __device__ __forceinline__ T* slot(int array) const { return slots + (turn * ARRAYS + array) * blockDim.x * VEC; }
+    // Starts the copies of a row of each matrix.
+    __device__ __forceinline__ void start(const T* const (&matrices)[ARRAYS], int row, const Team& team) {
+        if constexpr (COPIES) {
+            const int c = team.column<VEC>(0);
+            const bool exists = row < rows && c < n;
+            const long long at = exists ? (long long)row * n + c : 0;
+#pragma unroll
+            for (int a = 0; a < ARRAYS; a++) cp_async16(slot(a), matrices[a] + at, exists ? 16 : 0);
+            cp_async_commit();
+            turn ^= 1;
+        }
+    }
+    // This thread's elements of the row that was started before the last, which is row `row` of `matrix`; zeros past
+    // its end or behind the last row.
+    __device__ __forceinline__ void get(int array, const T* matrix, int row, const Team& team,
+                                        float (&x)[VEC * NV]) const {
+        if constexpr (COPIES) {
+            cp_async_wait<1>();
+            load_elements(slot(array), x);
+        } else {
+            load_row<VEC, NV>(matrix + (long long)row * n, n, row < rows, team, x);
+        }
+    }
+};
+
 // ---- dropout
+
+// The sample and the timestep of rows that are `stride` apart, without a division for each.
+struct Step {
+    uint32_t b, t, stride_b, stride_t, steps;
+    __device__ __forceinline__ Step(uint32_t row, uint32_t stride, uint32_t steps)
+        : b(row / steps), t(row % steps), stride_b(stride / steps), stride_t(stride % steps), steps(steps) {}
+    __device__ __forceinline__ void next() {
+        b += stride_b, t += stride_t;
+        if (t >= steps) t -= steps, b++;
+    }
+};
 
 // The arguments of a dropout mask over [B, T, D]; see src/ops/dropout. A null key: nothing is dropped.
 struct Mask {
@@ -189,40 +252,39 @@ struct Mask {
           // unit_f32(bits) >= p, as a comparison of integers: both are multiples of 2^-24 or p lies between two.
           threshold((uint32_t)ceilf(p * 16777216.f)), first(first), site(site), steps(steps), keep(key ? keep : 1.f) {}
 
-    __device__ __forceinline__ uint4 draw(uint32_t row, uint32_t block) const {
-        const uint32_t b = row / steps, t = tied ? 0 : row % steps;
-        return philox4x32(make_uint4(block, t, first + b, site), key);
+    __device__ __forceinline__ uint4 draw(const Step& at, uint32_t block) const {
+        return philox4x32(make_uint4(block, tied ? 0 : at.t, first + at.b, site), key);
     }
     __device__ __forceinline__ bool kept(uint32_t bits) const { return bits >> 8 >= threshold; }
 
     // Which of N consecutive elements are kept, as bits; N is 1 or a multiple of 4, as is then `column`.
     template <int N>
-    __device__ __forceinline__ uint32_t bits(uint32_t row, int column) const {
+    __device__ __forceinline__ uint32_t bits(const Step& at, int column) const {
         uint32_t bits = 0;
         if constexpr (N == 1) {
-            const uint4 x = draw(row, column / 4);
+            const uint4 x = draw(at, column / 4);
             const int l = column % 4;
             bits = kept(l == 0 ? x.x : l == 1 ? x.y : l == 2 ? x.z : x.w);
         } else {
 #pragma unroll
             for (int j = 0; j < N; j += 4) {
-                const uint4 x = draw(row, (column + j) / 4);
+                const uint4 x = draw(at, (column + j) / 4);
                 bits |= kept(x.x) << j | kept(x.y) << (j + 1) | kept(x.z) << (j + 2) | kept(x.w) << (j + 3);
             }
         }
         return bits;
     }
 
-    // Which of this thread's elements of a row are kept.
+    // Which of this thread's elements of the row of a timestep are kept.
     template <int VEC, int NV>
-    __device__ __forceinline__ uint32_t row_bits(uint32_t row, int n, const Team& team) const {
+    __device__ __forceinline__ uint32_t row_bits(const Step& at, int n, const Team& team) const {
         static_assert(VEC * NV <= 32, "one bit an element");
         if (!on) return 0xffffffffu;
         uint32_t all = 0;
 #pragma unroll(VEC == 1 ? 1 : NV)
         for (int v = 0; v < NV; v++) {
             const int c = team.column<VEC>(v);
-            if (c < n) all |= bits<VEC>(row, c) << (v * VEC);
+            if (c < n) all |= bits<VEC>(at, c) << (v * VEC);
         }
         return all;
     }

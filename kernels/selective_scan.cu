@@ -68,15 +68,7 @@ __device__ __forceinline__ bool aligned(const T* p, int row) {
 template <class T>
 __device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bool vector) {
     if (valid == PIECE && vector) {
-#ifdef SB_EMULATE
-        if (sizeof(T) == 4) emu::cp_async16(slot, src); else emu::cp_async8(slot, src);
-#else
-        const uint32_t to = (uint32_t)__cvta_generic_to_shared(slot);
-        if (sizeof(T) == 4)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(src) : "memory");
-        else
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(src) : "memory");
-#endif
+        cp_async<PIECE * sizeof(T)>(slot, src);
     } else {
 #pragma unroll
         for (int i = 0; i < PIECE; i++) slot[i] = i < valid ? src[i] : from_f<T>(0.f);
@@ -86,15 +78,7 @@ __device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bo
 // A whole aligned piece, or zeros where there is none; no branch.
 template <class T>
 __device__ __forceinline__ void stage_whole(T* slot, const T* src, bool exists) {
-#ifdef SB_EMULATE
-    if (sizeof(T) == 4) emu::cp_async16(slot, src, exists ? 16 : 0); else emu::cp_async8(slot, src, exists ? 8 : 0);
-#else
-    const uint32_t to = (uint32_t)__cvta_generic_to_shared(slot), bytes = exists ? PIECE * sizeof(T) : 0;
-    if (sizeof(T) == 4)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
-#endif
+    cp_async<PIECE * sizeof(T)>(slot, src, exists ? PIECE * sizeof(T) : 0);
 }
 
 // Row and column of piece `i` of an array with `per_row` pieces a row, a power of two.

@@ -152,6 +152,13 @@ const EXCEPTIONS: &[Exception] = &[
         reason: "sums along time, in which what belongs to pairs on the same side of a gate cancels",
     },
     Exception {
+        op: "forgetting_attention",
+        tensor: "*",
+        route: Route::Bf16,
+        tolerance: 2e-2,
+        reason: "of three tokens: the gradients of q and k are small differences of large products",
+    },
+    Exception {
         op: "gated_delta_product",
         tensor: "gradient of g",
         route: Route::Bf16,
@@ -211,8 +218,8 @@ const EXCEPTIONS: &[Exception] = &[
         op: "mlstm",
         tensor: "*",
         route: Route::F32,
-        tolerance: 3e-5,
-        reason: "three tf32 products stand for one of f32: a few units in the last place more",
+        tolerance: 1e-4,
+        reason: "decays are differences of a running maximum, whose rounding adds up over the sequence",
     },
     Exception {
         op: "mlstm",

@@ -261,11 +261,12 @@ fn step_table(steps: &[Step]) -> Table {
             "batch",
             "ms",
             "spread",
+            "on the GPU",
             "tokens/s",
             "data ms",
             "peak GiB",
         ],
-        [1, 3, 4, 5, 6, 7, 8, 9],
+        [1, 3, 4, 5, 6, 7, 8, 9, 10],
     );
     for step in steps {
         table.add_row([
@@ -276,6 +277,7 @@ fn step_table(steps: &[Step]) -> Table {
             format!("{} x {}", step.batch, step.steps),
             ms(step.update.median),
             format!("{:.0} %", 100.0 * step.update.spread()),
+            step.gpu.map_or("-".into(), ms),
             count(step.tokens_per_s),
             ms(step.data),
             step.peak_memory.map_or("-".into(), |bytes| format!("{:.2}", bytes as f64 / f64::from(1 << 30))),

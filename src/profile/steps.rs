@@ -40,6 +40,8 @@ pub struct Step {
     pub parameters: usize,
     /// By the host's clock, from the samples in memory to the loss on the host.
     pub update: Timing,
+    /// Of captured updates: what one takes on the GPU while the host keeps it busy.
+    pub gpu: Option<f64>,
     pub tokens_per_s: f64,
     /// Drawing and packing the samples of a step on one thread; a run does it beside the step before.
     pub data: f64,
@@ -94,6 +96,7 @@ pub fn step(model: &'static str, width: usize, options: &Options, config: &Confi
     }
     let peak_memory = peak_memory(device);
     let total: f64 = times.iter().sum();
+    let gpu = busy(&trainer, rounds)?;
 
     let parts = Rc::new(RefCell::new(Parts::new(device)?));
     watching(Log(parts.clone()), || update(&mut trainer))?;
@@ -107,11 +110,31 @@ pub fn step(model: &'static str, width: usize, options: &Options, config: &Confi
         steps: tokens / rounds / batch,
         parameters: trainer.net().params().count(),
         update: Timing::of(times, 1),
+        gpu,
         tokens_per_s: tokens as f64 / total,
         data: data[data.len() / 2],
         peak_memory,
         parts: parts.sum()?,
     })
+}
+
+/// Seconds of an update that is launched `rounds` times without waiting for it.
+#[cfg(feature = "cuda")]
+fn busy(trainer: &Trainer, rounds: usize) -> Result<Option<f64>> {
+    let Some(gpu) = trainer.gpu() else { return Ok(None) };
+    let mut again = true;
+    let stretch = super::gpu::stretch(gpu, || {
+        for _ in 0..rounds {
+            again &= trainer.relaunch()?;
+        }
+        Ok(())
+    })?;
+    Ok(if again { Some(stretch.seconds()? / rounds as f64) } else { None })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn busy(_: &Trainer, _: usize) -> Result<Option<f64>> {
+    Ok(None)
 }
 
 /// A moment, by the clock of a device.

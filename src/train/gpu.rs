@@ -169,6 +169,21 @@ impl Trainer {
         stats
     }
 
+    /// The GPU that updates run on, once there was one.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        self.updates.as_ref().map(|updates| &updates.gpu)
+    }
+
+    /// Launches the last update again, with the samples and the step's numbers that it had, if it was captured; for
+    /// measuring. Gives whether it was.
+    pub fn relaunch(&self) -> Result<bool> {
+        let size = self.updates.as_ref().and_then(|updates| updates.sizes.last());
+        match size.and_then(|size| size.graph.as_ref()) {
+            Some(graph) => graph.launch().map(|()| true).map_err(anyhow::Error::from),
+            None => Ok(false),
+        }
+    }
+
     fn update_through(&mut self, updates: &mut Updates, compact: Compact) -> Result<StepStats> {
         let (dtype, lr, dropout) = (self.net.dtype(), self.learning_rate(), self.dropout());
         trace::part("upload", || {

@@ -19,7 +19,7 @@ pub fn layer_norm(node: &LayerNorm, args: &[Tensor]) -> Result<Forward> {
     let y = gpu.empty(args[0].shape(), dtype)?;
     let mut list = args.iter().map(|arg| gpu.ptr(arg)).collect::<Result<Vec<_>>>()?;
     list.push(gpu.of_value(&y)?);
-    let teams = Teams::new(width, dtype, &list)?;
+    let teams = Teams::new(width, dtype, &list)?.ahead(1);
     list.extend([rows.into(), width.into(), teams.log_lanes(), (node.eps as f32).into()]);
     gpu.launch(&kernels::NORMS, &teams.name("norms_layer_forward"), teams.map(&gpu, rows), &list)?;
     Ok(Forward { outputs: vec![y], saved: vec![] })
@@ -30,7 +30,7 @@ pub fn layer_norm_backward(node: &LayerNorm, run: &Run, dy: &Tensor) -> Result<V
     let (rows, width) = shape(&args[0], &args[1]);
     let dx = gpu.empty(args[0].shape(), dtype)?.into_tensor();
     let mut list = vec![gpu.ptr(&args[0])?, gpu.ptr(&args[1])?, gpu.ptr(dy)?, gpu.ptr(&dx)?];
-    let teams = Teams::new(width, dtype, &list)?;
+    let teams = Teams::new(width, dtype, &list)?.ahead(2);
     let launch = teams.sum(rows);
     let slabs = launch.grid.0 as usize;
     let partial = gpu.empty((slabs, 2, width), DType::F32)?;

@@ -37,7 +37,7 @@ pub fn forward(node: &ResidualNorm, args: &[Tensor]) -> Result<Forward> {
     let mask = mask_args(&gpu, node.dropout.as_ref(), node.steps)?;
     let mut list = args.iter().map(|arg| gpu.ptr(arg)).collect::<Result<Vec<_>>>()?;
     list.push(gpu.of_value(&y)?);
-    let teams = Teams::new(width, dtype, &list)?;
+    let teams = Teams::new(width, dtype, &list)?.ahead(2);
     list.extend(node.tail(&teams, rows, width, mask));
     let name = teams.name("residual_norm_forward");
     gpu.launch(&kernels::RESIDUAL_NORM, &name, teams.map(&gpu, rows), &list)?;
@@ -61,7 +61,7 @@ pub fn backward(node: &ResidualNorm, run: &Run, dy: &Tensor) -> Result<Vec<Optio
         dbranch.as_ref().map_or(Ok(NULL), |tensor| gpu.ptr(tensor))?,
         gpu.ptr(&dresidual)?,
     ];
-    let teams = Teams::new(width, dtype, &list)?;
+    let teams = Teams::new(width, dtype, &list)?.ahead(3);
     let launch = teams.sum(rows);
     let slabs = launch.grid.0 as usize;
     let partial = gpu.empty((slabs, 2, width), DType::F32)?;

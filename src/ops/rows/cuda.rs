@@ -34,6 +34,8 @@ pub struct Teams {
     variant: &'static str,
     suffix: &'static str,
     log_lanes: usize,
+    /// Matrices whose rows are copied ahead.
+    ahead: usize,
 }
 
 impl Teams {
@@ -53,12 +55,21 @@ impl Teams {
                 candle_core::bail!("rows of {width} elements are too long for a GPU's norms: at most {limit}")
             }
         };
-        Ok(Self { width, variant, suffix: suffix(dtype)?, log_lanes })
+        Ok(Self { width, variant, suffix: suffix(dtype)?, log_lanes, ahead: 0 })
+    }
+
+    /// For a kernel that has the next rows of `matrices` matrices copied meanwhile (`rows.cuh`, `Ahead`).
+    pub fn ahead(self, matrices: usize) -> Self {
+        Self { ahead: matrices, ..self }
     }
 
     /// The kernel's name, with its variant and suffix.
     pub fn name(&self, kernel: &str) -> String {
         format!("{kernel}_{}_{}", self.variant, self.suffix)
+    }
+
+    fn small(&self) -> bool {
+        self.variant == "small"
     }
 
     pub fn log_lanes(&self) -> KernelArg {
@@ -72,17 +83,21 @@ impl Teams {
     fn launch(&self, rows: usize, most: usize) -> Launch {
         let threads = self.threads();
         let blocks = rows.div_ceil(threads >> self.log_lanes).min(most);
-        Launch::new(blocks, threads as u32).shared(2 * self.width * size_of::<f32>())
+        // A row of sums for each warp, or two of parameters; then twice a vector of each matrix for each thread.
+        let (floats, copies) = if self.small() { (threads / 32, 2 * self.ahead) } else { (2, 0) };
+        let shared = floats * self.width * size_of::<f32>() + copies * threads * 16;
+        Launch::new(blocks, threads as u32).shared(shared)
     }
 
     /// For a kernel that only maps rows.
     pub fn map(&self, gpu: &Gpu, rows: usize) -> Launch {
-        self.launch(rows, 2048 * gpu.multiprocessors() / self.threads())
+        let resident = if self.small() && self.ahead > 0 { 1024 } else { 2048 };
+        self.launch(rows, resident * gpu.multiprocessors() / self.threads())
     }
 
     /// For a kernel that also sums over the rows; a block writes one slab of partial sums.
     pub fn sum(&self, rows: usize) -> Launch {
-        let resident = if self.variant == "small" { 768 } else { 512 };
+        let resident = if self.small() && self.ahead == 0 { 768 } else { 512 };
         self.launch(rows, 132 * resident / self.threads())
     }
 }
