@@ -1307,10 +1307,14 @@ def main():
     option("--model", metavar="MODEL,..", help="only these models, and without --op no ops")
     option("--slices", choices=["unbind", "index"], default="unbind", help="how loops take their steps")
     option("--rounds", type=int, help="rounds of every measurement")
+    option("--deterministic", action="store_true", help="only algorithms that give the same bits again, as ours do")
     option("--markdown", type=Path, metavar="FILE", help="write the tables to a file as well")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(1)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if args.check:
         sys.exit(0 if check() else "not all layers are those of the golden vectors")
     if args.profile is None:
@@ -1330,6 +1334,8 @@ def main():
     theirs = f"the CPU with {torch.get_num_threads()} threads"
     if args.device == "cuda":
         theirs = torch.cuda.get_device_name()
+    if args.deterministic:
+        theirs += ", deterministic algorithms"
     report = Report(args.markdown)
     report.add(f"selectivbench on {ours}; PyTorch {torch.__version__} on {theirs}, loops by {args.slices}.")
     if ops:

@@ -403,10 +403,12 @@ extern "C" __global__ void __launch_bounds__(MANY) head_count(const uint32_t* vo
     }
 }
 
-// report [5] f64: loss_sum, steps, right, windows (+)=; then `other`, if there is one. What a host reads at once.
+// report [6] f64: loss_sum, steps, right, windows (+)=; then `other`, if there is one; and 1 from the first loss_sum or
+// `other` on that is not finite. What a host reads at once.
 extern "C" __global__ void head_report(const double* loss_sum, const uint32_t* steps, const uint32_t* counts,
                                        const double* other, double* report, int more) {
     const double totals[4] = {*loss_sum, (double)*steps, (double)counts[0], (double)counts[1]};
     for (int i = 0; i < 4; i++) report[i] = more ? report[i] + totals[i] : totals[i];
     if (other) report[4] = *other;
+    if (!isfinite(report[0]) || (other && !isfinite(*other))) report[5] = 1.;
 }

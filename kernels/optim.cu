@@ -86,13 +86,15 @@ struct Adam {
 
 // Grid any, 256 threads. value, grad, m, v [n]; shadow [n] or null: the new values in bf16. step [4] f64, written by
 // the host: lr / (1 - beta1^t), sqrt(1 - beta2^t), what values are multiplied with, the largest norm. Gradients are
-// multiplied with min(1, largest / (sqrt(squares) + 1e-6)). If squares or the loss is not finite, nothing is
-// written. Without squares (null), step[3] is what gradients are multiplied with; without a loss, none is asked.
+// multiplied with min(1, largest / (sqrt(squares) + 1e-6)). If squares or the loss is not finite, or `halted` is not zero,
+// nothing is written. Without squares (null), step[3] is what gradients are multiplied with; without a loss or
+// `halted`, none is asked.
 extern "C" __global__ void __launch_bounds__(256)
 optim_adam_f32(float* __restrict__ value, const float* __restrict__ grad, float* __restrict__ m,
                float* __restrict__ v, bf16* __restrict__ shadow, const double* __restrict__ step,
-               const double* __restrict__ squares, const float* __restrict__ loss, long long n, float rate1,
-               float beta2, float rate2, float eps, float l2) {
+               const double* __restrict__ squares, const float* __restrict__ loss,
+               const double* __restrict__ halted, long long n, float rate1, float beta2, float rate2, float eps,
+               float l2) {
     double scale = step[3];
     if (squares) {
         const double norm = sqrt(*squares);
@@ -100,7 +102,7 @@ optim_adam_f32(float* __restrict__ value, const float* __restrict__ grad, float*
         scale /= norm + 1e-6;
         if (scale > 1.) scale = 1.;
     }
-    if (loss && !isfinite(*loss)) return;
+    if ((loss && !isfinite(*loss)) || (halted && *halted != 0.)) return;
     Adam adam;
     adam.rate1 = rate1;
     adam.beta2 = beta2;

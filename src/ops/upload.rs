@@ -1,4 +1,4 @@
-//! Copies from the host to the GPU that the host does not wait for.
+//! Copies from the host to the GPU that the host does not wait for, and back to a place where it waits later.
 //!
 //! A copy from ordinary memory may wait until the GPU has done all that was launched before. Here the numbers
 //! go through page-locked memory, a ring of a few buffers, so that the host can be some steps ahead; it waits
@@ -14,7 +14,7 @@ use cudarc::driver::{CudaEvent, PinnedHostSlice};
 use crate::cuda::{Gpu, KernelArg};
 
 /// Copies that may be under way at a time.
-const RING: usize = 8;
+const RING: usize = 16;
 
 #[derive(Default)]
 struct Buffer {
@@ -80,4 +80,45 @@ pub fn write<T: WithDType>(gpu: &Gpu, data: &[T], to: &Tensor) -> Result<()> {
     }
     buffer.read = Some(stream.record_event(None).w()?);
     Ok(())
+}
+
+/// A place in page-locked memory for a few numbers from the GPU.
+pub struct Landing {
+    memory: PinnedHostSlice<f64>,
+    /// Passed when they are there.
+    arrived: Option<CudaEvent>,
+}
+
+impl Landing {
+    /// For `count` numbers.
+    pub fn new(gpu: &Gpu, count: usize) -> Result<Self> {
+        // SAFETY: the memory is written by a copy before it is read.
+        let memory = unsafe { gpu.stream().context().alloc_pinned_with_flags(count, 0).w()? };
+        Ok(Self { memory, arrived: None })
+    }
+
+    /// Puts the copy of a contiguous tensor in f64 on the stream.
+    pub fn start(&mut self, from: &Tensor) -> Result<()> {
+        let gpu = Gpu::of(from)?;
+        if from.dtype() != DType::F64 || from.elem_count() != self.memory.len() {
+            candle_core::bail!("download: {:?} of {:?} do not fit their place", from.shape(), from.dtype())
+        }
+        let KernelArg::Ptr(address) = gpu.ptr(from)? else { unreachable!("a tensor has an address") };
+        let stream = gpu.stream();
+        stream.context().bind_to_thread().w()?;
+        let memory = self.memory.as_mut_slice().w()?;
+        // SAFETY: both have room for the same numbers, which nobody reads before `arrived` has passed.
+        unsafe { cudarc::driver::result::memcpy_dtoh_async(memory, address, stream.cu_stream()).w()? };
+        self.arrived = Some(stream.record_event(None).w()?);
+        Ok(())
+    }
+
+    /// Waits for what was started last.
+    pub fn wait(&mut self) -> Result<&[f64]> {
+        match self.arrived.take() {
+            Some(arrived) => arrived.synchronize().w()?,
+            None => candle_core::bail!("download: nothing was started"),
+        }
+        self.memory.as_slice().w()
+    }
 }

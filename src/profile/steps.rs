@@ -38,7 +38,7 @@ pub struct Step {
     pub batch: usize,
     pub steps: usize,
     pub parameters: usize,
-    /// By the host's clock, from the samples in memory to the loss on the host.
+    /// By the host's clock, from the loss of one update on the host to the next; samples are in memory.
     pub update: Timing,
     /// Of captured updates: what one takes on the GPU while the host keeps it busy.
     pub gpu: Option<f64>,
@@ -76,30 +76,36 @@ pub fn step(model: &'static str, width: usize, options: &Options, config: &Confi
     };
 
     let mut at = 0;
-    let mut update = |trainer: &mut Trainer| -> Result<(f64, f64, usize)> {
-        let (feed, data) = samples(at)?;
-        at += 1;
-        let begin = Instant::now();
-        let stats = trainer.update_with(feed)?;
-        Ok((begin.elapsed().as_secs_f64(), data, stats.tokens))
+    let mut draw = |count: usize| -> Result<Vec<(Feed, f64)>> {
+        at += count;
+        (at - count..at).map(samples).collect()
     };
-    for _ in 0..3 {
-        update(&mut trainer)?;
+    for (feed, _) in draw(3)? {
+        trainer.update_with(feed)?;
     }
     reset_peak_memory(device)?;
-    let (mut times, mut data, mut tokens) = (vec![], vec![], 0);
+    let (mut times, mut tokens) = (vec![], 0);
+    let (feeds, mut data): (Vec<_>, Vec<_>) = draw(rounds)?.into_iter().unzip();
+    let mut feeds = feeds.into_iter();
     for _ in 0..rounds {
-        let (seconds, drawn, stepped) = update(&mut trainer)?;
-        times.push(seconds);
-        data.push(drawn);
-        tokens += stepped;
+        let begin = Instant::now();
+        // As a run does.
+        while trainer.under_way() < 1 + usize::from(trainer.launches_ahead()) {
+            let Some(feed) = feeds.next() else { break };
+            trainer.launch(feed)?;
+        }
+        let stats = trainer.finish()?;
+        times.push(begin.elapsed().as_secs_f64());
+        tokens += stats.tokens;
     }
     let peak_memory = peak_memory(device);
     let total: f64 = times.iter().sum();
     let gpu = busy(&trainer, rounds)?;
 
     let parts = Rc::new(RefCell::new(Parts::new(device)?));
-    watching(Log(parts.clone()), || update(&mut trainer))?;
+    for (feed, _) in draw(1)? {
+        watching(Log(parts.clone()), || trainer.update_with(feed))?;
+    }
     let parts = Rc::try_unwrap(parts).ok().context("the watch is gone with the step")?.into_inner();
     data.sort_by(f64::total_cmp);
     Ok(Step {

@@ -1,11 +1,12 @@
 //! Updates and evaluations on a GPU: batches arrive compact and are spread over timesteps there, and the host
 //! reads a few numbers when a step is done.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use candle_core::{DType, Tensor};
 use cudarc::driver::CudaGraph;
 
@@ -53,6 +54,8 @@ pub(super) struct Updates {
     /// One for each group of parameters.
     adam: Vec<DeviceAdam>,
     report: Report,
+    /// Updates that are not finished.
+    launched: VecDeque<Launched>,
     /// The sizes that came, the latest last.
     sizes: Vec<Size>,
     /// Off after a capture that failed.
@@ -68,6 +71,14 @@ struct Size {
     graph: Option<CudaGraph>,
 }
 
+/// An update on its way.
+struct Launched {
+    samples: DeviceSamples,
+    dropout: Option<DropoutKey>,
+    lr: f64,
+    tokens: usize,
+}
+
 impl Updates {
     fn new(trainer: &Trainer) -> Result<Self> {
         let device = trainer.net.params().value().device();
@@ -77,10 +88,33 @@ impl Updates {
                 .map(|group| DeviceAdam::new(trainer.adam_step(group), trainer.config.train.clip, device))
                 .collect::<candle_core::Result<_>>()?,
             report: Report::new(&gpu)?,
+            launched: VecDeque::new(),
             sizes: vec![],
             capturing: true,
             gpu,
         })
+    }
+
+    /// Whether an update may be launched before the last one is finished: not if it could not be repeated to find out
+    /// what went wrong in it.
+    pub(super) fn launch_ahead(&self) -> bool {
+        self.launched.iter().all(|launched| launched.samples.can_rewind())
+    }
+
+    /// Spreads samples over the tensors for their size, which become the last of `sizes`. Gives their timesteps.
+    fn place(
+        &mut self,
+        samples: &mut DeviceSamples,
+        dropout: Option<DropoutKey>,
+        dtype: DType,
+    ) -> Result<usize> {
+        self.select(samples.compact(), dropout.is_some(), dtype)?;
+        let size = self.sizes.last_mut().expect("a size was selected");
+        samples.fill(&mut size.batch)?;
+        if let Some(DropoutKey { key, .. }) = dropout {
+            set_key(&self.gpu, key)?;
+        }
+        Ok(size.batch.valid_steps())
     }
 
     /// Makes the tensors for samples of this size the last of `sizes`.
@@ -157,14 +191,21 @@ fn padded(steps: usize) -> usize {
 }
 
 impl Trainer {
-    /// [`Trainer::update`] with a batch that was packed for the GPU; the gradient that is not finite leaves the
-    /// weights alone.
-    pub fn update_compact(&mut self, compact: Compact) -> Result<StepStats> {
+    /// [`Trainer::launch`] of a batch that was packed for the GPU.
+    pub(super) fn launch_compact(&mut self, compact: Compact) -> Result<()> {
         let mut updates = match self.updates.take() {
             Some(updates) => updates,
             None => Updates::new(self)?,
         };
-        let stats = self.update_through(&mut updates, compact);
+        let launched = self.launch_through(&mut updates, compact);
+        self.updates = Some(updates);
+        launched
+    }
+
+    /// [`Trainer::finish`] of what [`Trainer::launch_compact`] launched.
+    pub(super) fn finish_compact(&mut self) -> Result<StepStats> {
+        let mut updates = self.updates.take().context("no update was launched")?;
+        let stats = self.finish_through(&mut updates);
         self.updates = Some(updates);
         stats
     }
@@ -184,32 +225,50 @@ impl Trainer {
         }
     }
 
-    fn update_through(&mut self, updates: &mut Updates, compact: Compact) -> Result<StepStats> {
+    fn launch_through(&mut self, updates: &mut Updates, compact: Compact) -> Result<()> {
         let (dtype, lr, dropout) = (self.net.dtype(), self.learning_rate(), self.dropout());
-        trace::part("upload", || {
-            updates.select(&compact, dropout.is_some(), dtype)?;
-            let size = updates.sizes.last_mut().expect("a size was selected");
+        let launched = trace::part("upload", || {
             let mut samples = DeviceSamples::upload(compact, dtype, &updates.gpu.device())?;
-            samples.fill(&mut size.batch)?;
-            if let Some(DropoutKey { key, .. }) = dropout {
-                set_key(&updates.gpu, key)?;
-            }
+            let tokens = updates.place(&mut samples, dropout, dtype)?;
             for (group, adam) in self.net.params().groups().iter().zip(&updates.adam) {
                 let AdamStep { lr, step, .. } = self.adam_step(group);
                 adam.set_step(lr, step)?;
             }
-            anyhow::Ok(())
+            anyhow::Ok(Launched { samples, dropout, lr, tokens })
         })?;
         updates.launch(self)?;
-        // Everything is on its way: now wait for what it says.
-        let ([loss, steps, right, elements], squares) = updates.report.read()?;
+        updates.report.send()?;
+        updates.launched.push_back(launched);
+        self.ahead += 1;
+        Ok(())
+    }
+
+    fn finish_through(&mut self, updates: &mut Updates) -> Result<StepStats> {
+        let mut launched = updates.launched.pop_front().context("no update was launched")?;
+        let ([loss, steps, right, elements], squares) = updates.report.receive()?;
         let (loss, grad_norm) = (loss / steps, squares.sqrt());
-        let batch = &updates.sizes.last().expect("a size was selected").batch;
+        self.ahead -= 1;
         if !loss.is_finite() || !grad_norm.is_finite() {
+            // What was launched after it touched no weight; but its samples and gradient are there now.
+            let others = updates.launched.len();
+            for _ in 0..others {
+                updates.report.receive()?;
+            }
+            updates.launched.clear();
+            self.ahead = 0;
+            if others > 0 {
+                launched.samples.rewind();
+                updates.place(&mut launched.samples, launched.dropout, self.net.dtype())?;
+                let batch = &updates.sizes.last().expect("a size was selected").batch;
+                self.launch_update(batch, &updates.adam, &updates.report)?;
+            }
+            updates.report.clear()?;
+            let batch = &updates.sizes.last().expect("a size was selected").batch;
             return Err(self.not_finite(input(batch), loss)?);
         }
         self.step += 1;
-        Ok(StepStats { loss, accuracy: right / elements, grad_norm, lr, tokens: batch.valid_steps() })
+        let Launched { lr, tokens, .. } = launched;
+        Ok(StepStats { loss, accuracy: right / elements, grad_norm, lr, tokens })
     }
 
     /// Puts a whole update on the stream, its report included; the host sees nothing of it.
@@ -224,7 +283,7 @@ impl Trainer {
                     (of(params.value())?, of(params.gradient())?, of(&self.m)?, of(&self.v)?);
                 let shadow = params.shadow().map(of).transpose()?;
                 let flat = Flat { value: &value, grad: &grad, m: &m, v: &v, shadow: shadow.as_ref() };
-                adam.apply(&flat, &squares, &loss)?;
+                adam.apply(&flat, &squares, &loss, &report.halted()?)?;
             }
             for (i, totals) in totals.iter().enumerate() {
                 report.add(totals, Some(&squares), i > 0)?;
@@ -316,7 +375,7 @@ fn evaluate_batches(
     let (weight, bias) = net.decoder();
     let device = net.params().value().device();
     let gpu = Gpu::new(device)?;
-    let report = Report::new(&gpu)?;
+    let mut report = Report::new(&gpu)?;
     let mut counter = Counter::new(task);
     let (next, mut kl) = (next_targets(task, plan), MeanDivergence::default());
     let (mut done, mut timesteps, mut tokens) = (0, 0, 0);
@@ -355,7 +414,8 @@ fn evaluate_batches(
     if !progress(plan.samples) {
         return Ok(None);
     }
-    let ([loss, steps, right, elements], _) = report.read()?;
+    report.send()?;
+    let ([loss, steps, right, elements], _) = report.receive()?;
     Ok(Some(Evaluation {
         accuracy: right / elements,
         loss: loss / steps,

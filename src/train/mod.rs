@@ -44,7 +44,7 @@ use self::progress::Progress;
 pub use self::progress::count;
 pub use self::provenance::Provenance;
 use self::state::State;
-use self::trainer::{NotFinite, Trainer};
+use self::trainer::{Feed, NotFinite, Trainer};
 use crate::checkpoint::{Checkpoint, Writer};
 use crate::config::{Config, Emulate, Precision, Split, TaskPreset};
 use crate::device::{number_format, peak_memory};
@@ -352,7 +352,8 @@ impl Run<'_> {
                 checkpoint_due = true;
                 self.peak_memory = peak_memory(&self.options.device);
             }
-            if interrupt::asked() {
+            let idle = self.trainer.under_way() == 0;
+            if interrupt::asked() && idle {
                 return Err(self.stop(false)?);
             }
             if step == total {
@@ -369,10 +370,16 @@ impl Run<'_> {
                 self.writer.put(self.checkpoint_path(), checkpoint)?;
                 checkpoint_due = false;
             }
-            let asked = Instant::now();
-            let batch = batches.next().context("the stream of training samples ended early")??;
-            self.waiting += asked.elapsed().as_secs_f64();
-            let stats = self.trainer.update_with(batch)?;
+            if idle {
+                self.launch(&mut batches)?;
+            }
+            // A GPU has the update after this one to go on with, unless something is due between the two.
+            let next = step + 1;
+            let due = [interval, train.save_every, total].into_iter().any(|every| next.is_multiple_of(every));
+            if !(due || state_due || checkpoint_due || interrupt::asked()) && self.trainer.launches_ahead() {
+                self.launch(&mut batches)?;
+            }
+            let stats = self.trainer.finish()?;
             self.tokens += stats.tokens;
             let step = self.trainer.step();
             if self.peak_memory.is_none() {
@@ -402,6 +409,14 @@ impl Run<'_> {
         let checkpoint = Checkpoint::snapshot(self.config, self.trainer.net(), total)?;
         self.writer.put(self.checkpoint_path(), checkpoint)?;
         self.finish(progress)
+    }
+
+    /// Launches the update after those that were launched.
+    fn launch(&mut self, batches: &mut impl Iterator<Item = Result<Feed>>) -> Result<()> {
+        let asked = Instant::now();
+        let batch = batches.next().context("the stream of training samples ended early")??;
+        self.waiting += asked.elapsed().as_secs_f64();
+        self.trainer.launch(batch)
     }
 
     fn checkpoint_path(&self) -> PathBuf {

@@ -24,8 +24,13 @@ pub struct Trainer {
     pub(super) net: RecNet,
     pub(super) m: Tensor,
     pub(super) v: Tensor,
+    /// Updates made.
     pub(super) step: usize,
+    /// Updates launched since.
+    pub(super) ahead: usize,
     total: usize,
+    /// What the last update on the CPU showed, until it is asked for.
+    shown: Option<StepStats>,
     /// Samples per forward pass that memory has room for.
     limit: usize,
     /// Made at the first update.
@@ -107,7 +112,9 @@ impl Trainer {
             m,
             v,
             step: 0,
+            ahead: 0,
             total: config.updates(),
+            shown: None,
             limit: usize::MAX,
             #[cfg(feature = "cuda")]
             updates: None,
@@ -121,6 +128,16 @@ impl Trainer {
     /// Updates made so far.
     pub fn step(&self) -> usize {
         self.step
+    }
+
+    /// Updates that were launched and not finished.
+    pub fn under_way(&self) -> usize {
+        self.ahead + usize::from(self.shown.is_some())
+    }
+
+    /// Updates made when the next one that is launched begins.
+    pub(super) fn next(&self) -> usize {
+        self.step + self.ahead
     }
 
     /// Updates of the whole run.
@@ -183,10 +200,10 @@ impl Trainer {
     pub(super) fn dropout(&self) -> Option<DropoutKey> {
         let p = self.config.model.dropout;
         let authors = self.config.train.emulate == Emulate::Authors;
-        if p == 0.0 || (authors && self.step >= self.evaluation_interval()) {
+        if p == 0.0 || (authors && self.next() >= self.evaluation_interval()) {
             return None;
         }
-        let (seed, step) = (self.config.seed, self.step as u32);
+        let (seed, step) = (self.config.seed, self.next() as u32);
         let [key] = SeedSequence::new(&[seed as u32, (seed >> 32) as u32, DROPOUT, step]).state::<1>();
         Some(DropoutKey { p, key: [key as u32, (key >> 32) as u32], first: 0 })
     }
@@ -224,19 +241,51 @@ impl Trainer {
 
     /// The learning rate of the next update.
     pub(super) fn learning_rate(&self) -> f64 {
-        self.config.train.lr * schedule::multiplier(&self.config, self.step, self.total)
+        self.config.train.lr * schedule::multiplier(&self.config, self.next(), self.total)
     }
 
-    /// One update with samples that are yet to be spread over timesteps.
+    /// One update.
     pub fn update_with(&mut self, feed: Feed) -> Result<StepStats> {
+        self.launch(feed)?;
+        self.finish()
+    }
+
+    /// Launches an update, for [`Trainer::finish`] to wait for. A GPU takes a second one before the first is finished
+    /// if [`Trainer::launches_ahead`] says so, and is never idle then; the results are the same.
+    pub fn launch(&mut self, feed: Feed) -> Result<()> {
+        if self.under_way() > usize::from(self.launches_ahead()) {
+            anyhow::bail!("an update was launched before the last one was finished")
+        }
         match feed {
-            Feed::Steps(batch) => self.update(&batch),
+            Feed::Steps(batch) => self.shown = Some(self.update(&batch)?),
             #[cfg(feature = "cuda")]
-            Feed::Compact(compact) => self.update_compact(compact),
+            Feed::Compact(compact) => self.launch_compact(compact)?,
+        }
+        Ok(())
+    }
+
+    /// Waits for the update that was launched first, and tells what it showed. Fails with [`NotFinite`] on a loss or
+    /// gradient that is not finite; no weight is touched then, nor by what was launched after it.
+    pub fn finish(&mut self) -> Result<StepStats> {
+        match self.shown.take() {
+            Some(stats) => Ok(stats),
+            #[cfg(feature = "cuda")]
+            None => self.finish_compact(),
+            #[cfg(not(feature = "cuda"))]
+            None => anyhow::bail!("no update was launched"),
         }
     }
 
-    /// How [`Trainer::update_with`] wants its samples; for the thread that makes them.
+    /// Whether an update may be launched before the last one is finished.
+    pub fn launches_ahead(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if let Some(updates) = &self.updates {
+            return updates.launch_ahead();
+        }
+        false
+    }
+
+    /// How [`Trainer::launch`] wants its samples; for the thread that makes them.
     pub fn feed(&self) -> fn(Samples) -> Result<Feed> {
         #[cfg(feature = "cuda")]
         if self.net.params().value().device().is_cuda() {
@@ -278,13 +327,13 @@ impl Trainer {
         let train = &self.config.train;
         let most = group.most_rate.unwrap_or(f64::INFINITY);
         AdamStep {
-            lr: train.lr.min(most) * schedule::multiplier(&self.config, self.step, self.total),
+            lr: train.lr.min(most) * schedule::multiplier(&self.config, self.next(), self.total),
             beta1: train.beta1,
             beta2: train.beta2,
             eps: train.eps,
             weight_decay: if group.most_rate.is_some() { 0.0 } else { train.weight_decay },
             decoupled: train.optimizer == OptimizerKind::Adamw,
-            step: self.step as u64 + 1,
+            step: self.next() as u64 + 1,
             grad_scale: 1.0,
         }
     }

@@ -232,6 +232,8 @@ pub fn backward(
 
 impl Turn {
     const THREADS: u32 = 256;
+    /// Blocks that sum: three to a multiprocessor of an H100, which are as many as it holds.
+    const SUM_BLOCKS: usize = 396;
 
     fn check(self) -> Result<Self> {
         if self.dim > 128 {
@@ -293,7 +295,7 @@ impl Turn {
         let (x, w) = (&run.args[0], &run.args[1]);
         let (gpu, tokens) = (Gpu::of(x)?, self.tokens(x));
         let dy = dy.contiguous()?;
-        let blocks = self.blocks(tokens).min(4 * gpu.multiprocessors()).max(1);
+        let blocks = self.blocks(tokens).clamp(1, Self::SUM_BLOCKS);
         let dx = gpu.empty(x.shape(), x.dtype())?.into_tensor();
         let partial = gpu.empty((blocks, self.dim), DType::F32)?;
         let mut params =

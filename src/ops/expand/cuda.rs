@@ -137,6 +137,16 @@ impl DeviceSamples {
         self.at
     }
 
+    /// Whether the first timesteps can come once more: noise that the host draws comes once.
+    pub fn can_rewind(&self) -> bool {
+        !matches!(self.compact.noise, Noise::Drawn(_))
+    }
+
+    /// Goes back to the first timestep.
+    pub fn rewind(&mut self) {
+        self.at = 0;
+    }
+
     /// The next `len` timesteps of all samples, fewer at the end; none when all are done.
     ///
     /// Element indices and `elements` are those of the whole samples, `lengths` those of the window.

@@ -21,6 +21,7 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, suffix};
 use crate::ops::tape::Value;
+use crate::ops::upload::{Landing, write};
 
 /// Classes that the kernels have threads for.
 const MOST_CLASSES: usize = 4096;
@@ -219,14 +220,33 @@ impl Ballot {
     }
 }
 
-/// [`Totals`] side by side, so that the host waits once.
+/// [`Totals`] side by side, so that the host waits once; two reports may be on their way to it.
 pub struct Report {
+    /// As `head_report` writes them.
     numbers: Tensor,
+    landings: [Landing; 2],
+    /// The report that is sent next, and the one that is received next.
+    turns: [usize; 2],
 }
 
 impl Report {
+    /// Numbers of a report.
+    const COUNT: usize = 6;
+
     pub fn new(gpu: &Gpu) -> Result<Self> {
-        Ok(Self { numbers: gpu.zeros(5, DType::F64)?.into_tensor() })
+        let numbers = gpu.zeros(Self::COUNT, DType::F64)?.into_tensor();
+        let landing = || Landing::new(gpu, Self::COUNT);
+        Ok(Self { numbers, landings: [landing()?, landing()?], turns: [0; 2] })
+    }
+
+    /// One number, not zero from the first report on whose loss or other number is not finite, until [`Report::clear`].
+    pub fn halted(&self) -> Result<Tensor> {
+        self.numbers.narrow(0, 5, 1)
+    }
+
+    /// Forgets everything.
+    pub fn clear(&self) -> Result<()> {
+        write(&Gpu::of(&self.numbers)?, &[0f64; Self::COUNT], &self.numbers)
     }
 
     /// Takes totals, `more`: adds them to those before; and one number besides, f64 [1].
@@ -243,9 +263,25 @@ impl Report {
         gpu.launch(&kernels::HEAD, "head_report", Launch::new(1, 1), &params)
     }
 
-    /// Waits for them: the sum of the losses, valid steps, right windows, all windows; and the number besides.
-    pub fn read(&self) -> Result<([f64; 4], f64)> {
-        let numbers = self.numbers.to_vec1::<f64>()?;
+    /// Sends what was launched so far on its way.
+    pub fn send(&mut self) -> Result<()> {
+        let [send, receive] = self.turns;
+        if send - receive == self.landings.len() {
+            candle_core::bail!("a third report would be on its way")
+        }
+        self.turns[0] += 1;
+        self.landings[send % 2].start(&self.numbers)
+    }
+
+    /// Waits for the oldest on its way: the sum of the losses, valid steps, right windows, all windows; and the number
+    /// besides.
+    pub fn receive(&mut self) -> Result<([f64; 4], f64)> {
+        let [send, receive] = self.turns;
+        if send == receive {
+            candle_core::bail!("no report is on its way")
+        }
+        self.turns[1] += 1;
+        let numbers = self.landings[receive % 2].wait()?;
         Ok(([numbers[0], numbers[1], numbers[2], numbers[3]], numbers[4]))
     }
 }

@@ -70,17 +70,18 @@ impl DeviceAdam {
     }
 
     /// Updates the buffers in place. `squares` is the [`sum_of_squares`] of the gradient, `loss` one number in
-    /// f32; if one of them is not finite, nothing is touched.
-    pub fn apply(&self, flat: &Flat, squares: &Tensor, loss: &Tensor) -> Result<()> {
-        if squares.dtype() != DType::F64 || loss.dtype() != DType::F32 {
+    /// f32; if one of them is not finite, or the number `halted`, f64, is not zero, nothing is touched.
+    pub fn apply(&self, flat: &Flat, squares: &Tensor, loss: &Tensor, halted: &Tensor) -> Result<()> {
+        if squares.dtype() != DType::F64 || loss.dtype() != DType::F32 || halted.dtype() != DType::F64 {
             candle_core::bail!(
-                "adam: expected the sum of squares in f64 and the loss in f32, got {:?} and {:?}",
+                "adam: expected the sum of squares in f64, the loss in f32 and what halts in f64, got {:?}, {:?} and {:?}",
                 squares.dtype(),
-                loss.dtype()
+                loss.dtype(),
+                halted.dtype()
             )
         }
         let gpu = Gpu::of(flat.value)?;
-        launch(&gpu, &self.settings, flat, &self.step, gpu.ptr(squares)?, gpu.ptr(loss)?)
+        launch(&gpu, &self.settings, flat, &self.step, [gpu.ptr(squares)?, gpu.ptr(loss)?, gpu.ptr(halted)?])
     }
 }
 
@@ -89,16 +90,16 @@ pub fn apply(step: &AdamStep, flat: &Flat) -> Result<()> {
     let gpu = Gpu::of(flat.value)?;
     let [size, root, keep] = step.factors();
     let numbers = upload(&gpu, &[size, root, keep, step.grad_scale], 4)?;
-    launch(&gpu, step, flat, &numbers, NULL, NULL)
+    launch(&gpu, step, flat, &numbers, [NULL; 3])
 }
 
+/// `asked`: the sum of squares, the loss and what halts, or null.
 fn launch(
     gpu: &Gpu,
     settings: &AdamStep,
     flat: &Flat,
     step: &Tensor,
-    squares: KernelArg,
-    loss: KernelArg,
+    [squares, loss, halted]: [KernelArg; 3],
 ) -> Result<()> {
     /// Blocks that a multiprocessor holds at a time.
     const RESIDENT: usize = 5;
@@ -124,6 +125,7 @@ fn launch(
             gpu.ptr(step)?,
             squares,
             loss,
+            halted,
             (n as i64).into(),
             ((1.0 - settings.beta1) as f32).into(),
             (settings.beta2 as f32).into(),
