@@ -17,10 +17,14 @@ __device__ __forceinline__ uint32_t load_sum(const Ahead<T, VEC, NV, ARRAYS>& ah
         ahead.get(0, input, row, team, x);
         return 0;
     }
-    const uint32_t bits = mask.row_bits<VEC, NV>(step, n, team);
+    // While the row is on its way: copies were started before, loads are started here.
+    constexpr bool COPIES = Ahead<T, VEC, NV, ARRAYS>::COPIES;
+    uint32_t bits;
     float y[VEC * NV];
+    if constexpr (COPIES) bits = mask.row_bits<VEC, NV>(step, n, team);
     ahead.get(0, input, row, team, x);
     ahead.get(1, branch, row, team, y);
+    if constexpr (!COPIES) bits = mask.row_bits<VEC, NV>(step, n, team);
 #pragma unroll
     for (int i = 0; i < VEC * NV; i++) x[i] += mask.factor(bits, i) * y[i];
     return bits;

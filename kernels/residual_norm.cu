@@ -25,8 +25,8 @@
     }
 
 KERNELS(small, f32, float, VECTOR<float>, 1, THREADS, 4, 3)
-KERNELS(wide, f32, float, VECTOR<float>, MANY / VECTOR<float>, THREADS_WIDE, 1, 1)
-KERNELS(odd, f32, float, 1, MANY, THREADS, 1, 1)
+KERNELS(wide, f32, float, VECTOR<float>, MANY / VECTOR<float>, THREADS_WIDE, 2, 1)
+KERNELS(odd, f32, float, 1, MANY, THREADS, 3, 1)
 KERNELS(small, bf16, bf16, VECTOR<bf16>, 1, THREADS, 4, 3)
-KERNELS(wide, bf16, bf16, VECTOR<bf16>, MANY / VECTOR<bf16>, THREADS_WIDE, 1, 1)
-KERNELS(odd, bf16, bf16, 1, MANY, THREADS, 1, 1)
+KERNELS(wide, bf16, bf16, VECTOR<bf16>, MANY / VECTOR<bf16>, THREADS_WIDE, 2, 1)
+KERNELS(odd, bf16, bf16, 1, MANY, THREADS, 3, 1)

@@ -95,7 +95,7 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
         products.map(|(route, rate)| format!("matrix product in {}: {}FLOP/s", route.name(), count(*rate)));
     let rates: Vec<String> = std::iter::once(copy).chain(products).collect();
     print(rates.join("\n"))?;
-    let mut text = format!("{}; {}\n\n", about["name"].as_str().unwrap_or_default(), rates.join("; "));
+    let head = format!("{}; {}\n\n", about["name"].as_str().unwrap_or_default(), rates.join("; "));
 
     let batch = args.batch.map(NonZeroUsize::get);
     let options = Options { device: device.clone(), route, cpu: !args.no_cpu, batch };
@@ -103,17 +103,26 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     let mut failures: Vec<String> = vec![];
     // After every measurement: who interrupts keeps what there is.
     let save = |measured: &[Measured], steps: &[Step], failures: &[String]| -> anyhow::Result<()> {
-        let Some(path) = &args.json else { return Ok(()) };
-        let all = json!({
-            "device": about,
-            "format": route,
-            "ceilings": ceilings,
-            "ops": measured,
-            "steps": steps,
-            "failures": failures,
-        });
-        let text = serde_json::to_string_pretty(&all)? + "\n";
-        files::write_atomic(path, |out| out.write_all(text.as_bytes()))
+        if let Some(path) = &args.json {
+            let all = json!({
+                "device": about,
+                "format": route,
+                "ceilings": ceilings,
+                "ops": measured,
+                "steps": steps,
+                "failures": failures,
+            });
+            let text = serde_json::to_string_pretty(&all)? + "\n";
+            files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
+        }
+        if let Some(path) = &args.markdown {
+            let ops = (!measured.is_empty()).then(|| op_table(measured));
+            let whole = (!steps.is_empty()).then(|| step_table(steps));
+            let tables = ops.into_iter().chain(steps.iter().map(parts_table)).chain(whole);
+            let text = head.clone() + &tables.map(markdown).collect::<Vec<_>>().join("\n");
+            files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
+        }
+        Ok(())
     };
     if !args.op.is_empty() || models.is_empty() {
         let wanted: Vec<&Op> = OPS.iter().filter(|op| chosen.has(op.name) || chosen.has(op.room)).collect();
@@ -131,14 +140,12 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
         }
         bar.finish_and_clear();
         print(op_table(&measured))?;
-        text += &(markdown(op_table(&measured)) + "\n");
     }
     for &model in &models {
         for width in scales.iter().filter_map(|scale| scale.model_width()) {
             match step(model, width, &options, &config) {
                 Ok(step) => {
                     print(parts_table(&step))?;
-                    text += &(markdown(parts_table(&step)) + "\n");
                     steps.push(step);
                 }
                 Err(error) => failures.push(format!("{model} at width {width}: {error:#}")),
@@ -148,10 +155,6 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     }
     if !steps.is_empty() {
         print(step_table(&steps))?;
-        text += &markdown(step_table(&steps));
-    }
-    if let Some(path) = &args.markdown {
-        files::write_atomic(path, |out| out.write_all(text.as_bytes()))?;
     }
     if let Some((path, format)) = picture {
         let sizes: Vec<&str> = scales.iter().map(|scale| scale.name()).collect();

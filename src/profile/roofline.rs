@@ -16,6 +16,13 @@ pub struct Roofline<'a> {
     pub ceilings: &'a Ceilings,
 }
 
+/// A line of the list beside the picture.
+enum Entry<'a> {
+    Size(&'a str),
+    /// Index of a point.
+    Op(usize),
+}
+
 /// One op: both passes, or the forward pass of what has no other.
 struct Point<'a> {
     op: &'a Measured,
@@ -24,6 +31,19 @@ struct Point<'a> {
 }
 
 impl Roofline<'_> {
+    /// The list of ops, a number for each point, in columns: the name of every size if there are several, then its points.
+    fn legend<'a>(&self, points: &[Point<'a>]) -> Vec<Entry<'a>> {
+        let mut entries = vec![];
+        let several = points.windows(2).any(|pair| pair[0].op.scale != pair[1].op.scale);
+        for (i, point) in points.iter().enumerate() {
+            if several && (i == 0 || points[i - 1].op.scale != point.op.scale) {
+                entries.push(Entry::Size(point.op.scale));
+            }
+            entries.push(Entry::Op(i));
+        }
+        entries
+    }
+
     fn points(&self) -> Vec<Point<'_>> {
         let mut points = vec![];
         for op in self.ops {
@@ -39,7 +59,8 @@ impl Roofline<'_> {
 
 impl Picture for Roofline<'_> {
     fn size(&self) -> (u32, u32) {
-        (1120, (100 + 17 * self.ops.len() as u32).max(640))
+        let columns = self.legend(&self.points()).len().div_ceil(ROWS).max(1);
+        ((LEGEND + COLUMN * columns as i32) as u32, HEIGHT)
     }
 
     fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Drawn<B> {
@@ -98,19 +119,30 @@ impl Picture for Roofline<'_> {
             let at = (point.intensity, point.speed);
             chart.draw_series([Circle::new(at, 4, colour.filled())])?;
             let place = chart.backend_coord(&at);
-            let style = font(12).color(&colour);
-            root.draw_text(&(i + 1).to_string(), &style, (place.0 + 6, place.1 - 13))?;
-            let only = if point.op.both.is_none() { ", forward" } else { "" };
-            let states = point.op.size.split(' ').find(|part| part.starts_with('N')).unwrap_or("");
-            let text = format!("{} {}{only} {states}", i + 1, point.op.op);
-            right.draw_text(&text, &style, (0, 62 + 17 * i as i32))?;
+            root.draw_text(&(i + 1).to_string(), &font(12).color(&colour), (place.0 + 6, place.1 - 13))?;
+        }
+        for (line, entry) in self.legend(&points).into_iter().enumerate() {
+            let place = (COLUMN * (line / ROWS) as i32, 62 + 17 * (line % ROWS) as i32);
+            match entry {
+                Entry::Size(name) => right.draw_text(name, &font(13), place)?,
+                Entry::Op(i) => {
+                    let op = points[i].op;
+                    let only = if op.both.is_none() { ", forward" } else { "" };
+                    let states = op.size.split(' ').find(|part| part.starts_with('N')).unwrap_or("");
+                    let text = format!("{} {}{only} {states}", i + 1, op.op);
+                    right.draw_text(&text, &font(12).color(&COLOURS[i % COLOURS.len()]), place)?;
+                }
+            }
         }
         root.present()
     }
 }
 
-/// Where the list of ops begins.
+const HEIGHT: u32 = 700;
+/// Where the list of ops begins, the width of its columns, and how many lines they have.
 const LEGEND: i32 = 900;
+const COLUMN: i32 = 220;
+const ROWS: usize = 36;
 
 /// 0.25, 4, 100.
 fn number(x: f64) -> String {
