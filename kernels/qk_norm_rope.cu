@@ -33,21 +33,6 @@ struct Pairs {
 };
 
 template <class T>
-__device__ __forceinline__ Pairs load_pairs(const T* row, int at, int half, bool vector) {
-    Pairs x;
-    if (vector && at < half) {
-        load_vec<PAIRS>(row + at, x.a);
-        load_vec<PAIRS>(row + half + at, x.b);
-    } else {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            x.a[i] = at + i < half ? to_f(row[at + i]) : 0.f;
-            x.b[i] = at + i < half ? to_f(row[half + at + i]) : 0.f;
-        }
-    }
-    return x;
-}
-template <class T>
 __device__ __forceinline__ void store_pairs(T* row, int at, int half, bool vector, const Pairs& x) {
     if (vector && at < half) {
         store_vec<PAIRS>(row + at, x.a);
@@ -157,6 +142,45 @@ __device__ __forceinline__ bool vectors(const T* x, int half) {
     return half % PAIRS == 0 && reinterpret_cast<size_t>(x) % (PAIRS * sizeof(T)) == 0;
 }
 
+// f(head, its pairs, cos, sin, past) for the heads, numbered through all tokens, of this group's tokens; `past`: behind
+// the last token, where only the lanes' common work must be done. prepare() is called while the first copies are on
+// their way and ends with a barrier that `turns` is there after.
+template <class T, class Prepare, class F>
+__device__ __forceinline__ void for_heads(const T* x, bool vector, const Work& work, const double* turns,
+                                          long long tokens, int steps, int heads, int half, int offset,
+                                          Prepare prepare, F f) {
+    __shared__ typename Ahead<T, HEADS>::Memory memory;
+    Ahead<T, HEADS> ahead(memory, work.at, half, vector);
+    // The heads from h0 on of a token; behind the last token there are none.
+    const auto start = [&](long long token, int h0) {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)
+            if (token < tokens && h0 + h < heads) ahead.start(h, x + (token * heads + h0 + h) * 2 * half);
+        ahead.end();
+    };
+    // All lanes of a warp go round equally often: a warp has tokens side by side, some behind the last.
+    const int own = threadIdx.x % WARP / work.lanes;
+    start(work.first, 0);
+    prepare();
+    for (long long base = work.first - own; base < tokens; base += work.stride) {
+        const long long token = base + own;
+        const bool past = token >= tokens;
+        float cos[PAIRS], sin[PAIRS];
+        angles(turns, work.at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
+        for (int h0 = 0; h0 < heads; h0 += HEADS) {
+            if (h0 + HEADS < heads) start(token, h0 + HEADS);
+            else start(token + work.stride, 0);
+            cp_async_wait<1>();
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) {
+                if (h0 + h >= heads) break;
+                f(token * heads + h0 + h, ahead.get(h), cos, sin, past);
+            }
+        }
+    }
+    cp_async_wait<0>();
+}
+
 template <class T>
 __device__ __forceinline__ void forward(const T* __restrict__ x, const float* __restrict__ w, T* __restrict__ y,
                                         long long tokens, int steps, int heads, int half, int offset, long long log2_base) {
@@ -165,49 +189,26 @@ __device__ __forceinline__ void forward(const T* __restrict__ x, const float* __
     const Work work(half);
     const int at = work.at, dim = 2 * half;
     const bool vector = vectors(x, half) && vectors(y, half);
-    __shared__ typename Ahead<T, HEADS>::Memory memory;
-    Ahead<T, HEADS> ahead(memory, at, half, vector);
-    // The heads from h0 on of a token; behind the last token there are none.
-    const auto start = [&](long long token, int h0) {
-#pragma unroll
-        for (int h = 0; h < HEADS; h++)
-            if (token < tokens && h0 + h < heads) ahead.start(h, x + (token * heads + h0 + h) * dim);
-        ahead.end();
+    const auto prepare = [&] {
+        fill_weights(weights, w, half);
+        fill_turns(turns, half, log2_base);
     };
-    // All lanes of a warp go round equally often: a warp has tokens side by side, some behind the last.
-    const int own = threadIdx.x % WARP / work.lanes;
-    start(work.first, 0);
-    fill_weights(weights, w, half);
-    fill_turns(turns, half, log2_base);
-    for (long long base = work.first - own; base < tokens; base += work.stride) {
-        const long long token = base + own;
-        const bool past = token >= tokens;
-        float cos[PAIRS], sin[PAIRS];
-        angles(turns, at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
-        for (int h0 = 0; h0 < heads; h0 += HEADS) {
-            if (h0 + HEADS < heads) start(token, h0 + HEADS);
-            else start(token + work.stride, 0);
-            cp_async_wait<1>();
+    for_heads(x, vector, work, turns, tokens, steps, heads, half, offset, prepare,
+              [&](long long head, const Pairs& in, const float(&cos)[PAIRS], const float(&sin)[PAIRS], bool past) {
+        const Pairs weight = own_weights(weights, at);
+        float square = 0.f;
 #pragma unroll
-            for (int h = 0; h < HEADS; h++) {
-                if (h0 + h >= heads) break;
-                const Pairs in = ahead.get(h), weight = own_weights(weights, at);
-                float square = 0.f;
+        for (int i = 0; i < PAIRS; i++) square = fmaf(in.a[i], in.a[i], fmaf(in.b[i], in.b[i], square));
+        const float r = 1.f / (sqrtf(lanes_sum(square, work.lanes) / dim) + 1e-8f);
+        Pairs out;
 #pragma unroll
-                for (int i = 0; i < PAIRS; i++) square = fmaf(in.a[i], in.a[i], fmaf(in.b[i], in.b[i], square));
-                const float r = 1.f / (sqrtf(lanes_sum(square, work.lanes) / dim) + 1e-8f);
-                Pairs out;
-#pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    const float a = in.a[i] * r * weight.a[i], b = in.b[i] * r * weight.b[i];
-                    out.a[i] = fmaf(a, cos[i], b * sin[i]);
-                    out.b[i] = fmaf(b, cos[i], -a * sin[i]);
-                }
-                if (!past) store_pairs(y + (token * heads + h0 + h) * dim, at, half, vector, out);
-            }
+        for (int i = 0; i < PAIRS; i++) {
+            const float a = in.a[i] * r * weight.a[i], b = in.b[i] * r * weight.b[i];
+            out.a[i] = fmaf(a, cos[i], b * sin[i]);
+            out.b[i] = fmaf(b, cos[i], -a * sin[i]);
         }
-    }
-    cp_async_wait<0>();
+        if (!past) store_pairs(y + head * dim, at, half, vector, out);
+    });
 }
 
 template <class T>
@@ -293,42 +294,35 @@ template <class T>
 __device__ __forceinline__ void rope(const T* __restrict__ x, T* __restrict__ y, long long tokens, int steps, int heads,
                                      int half, int offset, long long log2_base, float sign) {
     __shared__ double turns[HALF];
-    fill_turns(turns, half, log2_base);
     const Work work(half);
-    const int at = work.at, dim = 2 * half;
     const bool vector = vectors(x, half) && vectors(y, half);
-    for (long long token = work.first; token < tokens; token += work.stride) {
-        const long long row = token * heads * dim;
-        float cos[PAIRS], sin[PAIRS];
-        angles(turns, at, half, offset + step_of(token, steps), cos, sin);
-        for (int h = 0; h < heads; h++) {
-            const Pairs in = load_pairs(x + row + h * dim, at, half, vector);
-            Pairs out;
+    for_heads(x, vector, work, turns, tokens, steps, heads, half, offset, [&] { fill_turns(turns, half, log2_base); },
+              [&](long long head, const Pairs& in, const float(&cos)[PAIRS], const float(&sin)[PAIRS], bool past) {
+        Pairs out;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                out.a[i] = fmaf(in.a[i], cos[i], -sign * in.b[i] * sin[i]);
-                out.b[i] = fmaf(in.b[i], cos[i], sign * in.a[i] * sin[i]);
-            }
-            store_pairs(y + row + h * dim, at, half, vector, out);
+        for (int i = 0; i < PAIRS; i++) {
+            out.a[i] = fmaf(in.a[i], cos[i], -sign * in.b[i] * sin[i]);
+            out.b[i] = fmaf(in.b[i], cos[i], sign * in.a[i] * sin[i]);
         }
-    }
+        if (!past) store_pairs(y + head * 2 * half, work.at, half, vector, out);
+    });
 }
 
-#define ENTRIES(T, NAME)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(BLOCK) rope_##NAME(                                                   \
-        const T* x, T* y, long long tokens, int steps, int heads, int half, int offset, long long log2_base,           \
-        float sign) {                                                                                                  \
-        rope<T>(x, y, tokens, steps, heads, half, offset, log2_base, sign);                                            \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_BLOCKS) qk_norm_rope_forward_##NAME(                       \
-        const T* x, const float* w, T* y, long long tokens, int steps, int heads, int half, int offset,                \
-        long long log2_base) {                                                                                             \
-        forward<T>(x, w, y, tokens, steps, heads, half, offset, log2_base);                                            \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, BACKWARD_BLOCKS) qk_norm_rope_backward_##NAME(                     \
-        const T* x, const float* w, const T* dy, T* dx, float* partial, long long tokens, int steps, int heads,        \
-        int half, int offset, long long log2_base) {                                                                       \
-        backward<T>(x, w, dy, dx, partial, tokens, steps, heads, half, offset, log2_base);                             \
+#define ENTRIES(T, NAME)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_BLOCKS) rope_##NAME(                            \
+        const T* x, T* y, long long tokens, int steps, int heads, int half, int offset, long long log2_base,    \
+        float sign) {                                                                                           \
+        rope<T>(x, y, tokens, steps, heads, half, offset, log2_base, sign);                                     \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_BLOCKS) qk_norm_rope_forward_##NAME(            \
+        const T* x, const float* w, T* y, long long tokens, int steps, int heads, int half, int offset,         \
+        long long log2_base) {                                                                                  \
+        forward<T>(x, w, y, tokens, steps, heads, half, offset, log2_base);                                     \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(BLOCK, BACKWARD_BLOCKS) qk_norm_rope_backward_##NAME(          \
+        const T* x, const float* w, const T* dy, T* dx, float* partial, long long tokens, int steps, int heads, \
+        int half, int offset, long long log2_base) {                                                            \
+        backward<T>(x, w, dy, dx, partial, tokens, steps, heads, half, offset, log2_base);                      \
     }
 ENTRIES(float, f32)
 ENTRIES(bf16, bf16)

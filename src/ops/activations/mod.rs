@@ -7,7 +7,7 @@ mod cuda;
 use candle_core::{D, Device, Result, Tensor};
 
 use super::real::{Real, sigmoid};
-use super::rows::{map, map_rows, map2};
+use super::rows::{map, map_rows, map2, map3};
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
 
@@ -132,8 +132,11 @@ impl Node for Gelu {
             let half = F::of(0.5);
             // 1 / √(2π)
             let height = F::of(0.398_942_280_401_432_7);
-            let slope = |x: F| x.normal_cdf() + x * height * (-half * x * x).exp_fast();
-            let dx: Vec<F> = map2(data, dy, |x, dy| dy * slope(x));
+            // In two passes: both exponentials in one loop do not vectorise.
+            let below = map2(data, dy, |x, dy| dy * x.normal_cdf());
+            let dx = map3(data, dy, &below, |x, dy, below| {
+                (dy * x * height).fma((-half * x * x).exp_fast(), below)
+            });
             Ok(vec![Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)])
         })
     }
