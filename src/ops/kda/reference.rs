@@ -22,18 +22,25 @@ pub fn gate_backward<F: Real>(f: &[F], a_log: &[F], dt_bias: &[F], dg: &[F], key
     let parts = fill_blocks(&mut df, key, |first, block| {
         let mut sums = vec![F::zero(); heads + dt_bias.len()];
         let (d_log, d_bias) = sums.split_at_mut(heads);
+        let mut soft = vec![F::zero(); key];
         for (i, df) in block.chunks_exact_mut(key).enumerate() {
             let (row, head) = (first + i, (first + i) % heads);
             let rate = -a_log[head].exp();
-            let bias = head * key..(head + 1) * key;
-            let given = f[row * key..].iter().zip(&dg[row * key..]).zip(&dt_bias[bias.clone()]);
-            for ((df, d_bias), ((&f, &dg), &bias)) in df.iter_mut().zip(&mut d_bias[bias]).zip(given) {
-                let d = dg * rate;
-                *df = d * sigmoid(f + bias);
-                *d_bias += *df;
-                // The gate is its own derivative by a_log.
-                d_log[head] += d * softplus(f + bias);
+            let (f, dg) = (&f[row * key..][..key], &dg[row * key..][..key]);
+            let bias = &dt_bias[head * key..][..key];
+            // Loops of one exponential each: those vectorise.
+            for ((soft, &f), &bias) in soft.iter_mut().zip(f).zip(bias) {
+                *soft = softplus(f + bias);
             }
+            for ((df, &f), &bias) in df.iter_mut().zip(f).zip(bias) {
+                *df = sigmoid(f + bias);
+            }
+            for ((df, d_bias), &dg) in df.iter_mut().zip(&mut d_bias[head * key..]).zip(dg) {
+                *df *= dg * rate;
+                *d_bias += *df;
+            }
+            // The gate is its own derivative by a_log.
+            d_log[head] += rate * dot(dg, &soft);
         }
         sums
     });

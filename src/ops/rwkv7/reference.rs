@@ -7,23 +7,28 @@ use super::{ShiftDims, norm_eps};
 use crate::ops::real::{Real, dot, joined};
 use crate::ops::rows::{ROWS, add, fill_blocks2, map_rows, sum_parts, sum2};
 
-/// The token before row `row`; `None`: zeros.
-fn before<'a, F>(x: &'a [F], start: Option<&'a [F]>, row: usize, dims: ShiftDims) -> Option<&'a [F]> {
-    let ShiftDims { steps, width, .. } = dims;
+/// The token before row `row`; before the first without a state: `zeros`.
+fn before<'a, F>(
+    x: &'a [F],
+    start: Option<&'a [F]>,
+    zeros: &'a [F],
+    row: usize,
+    ShiftDims { steps, width, .. }: ShiftDims,
+) -> &'a [F] {
     match row % steps {
-        0 => start.map(|start| &start[row / steps * width..][..width]),
-        _ => Some(&x[(row - 1) * width..][..width]),
+        0 => start.map_or(zeros, |start| &start[row / steps * width..][..width]),
+        _ => &x[(row - 1) * width..][..width],
     }
 }
 
 /// One mix.
 pub fn shift<F: Real>(x: &[F], mix: &[F], start: Option<&[F]>, dims: ShiftDims) -> Vec<F> {
     let width = dims.width;
+    let zeros = vec![F::zero(); width];
     map_rows(x.len() / width, width, |row, y: &mut [F]| {
-        let before = before(x, start, row, dims);
-        for (c, (y, &now)) in y.iter_mut().zip(&x[row * width..]).enumerate() {
-            let change = before.map_or(F::zero(), |before| before[c]) - now;
-            *y = change.fma(mix[c], now);
+        let before = before(x, start, &zeros, row, dims);
+        for (((y, &now), &before), &mix) in y.iter_mut().zip(&x[row * width..]).zip(before).zip(mix) {
+            *y = (before - now).fma(mix, now);
         }
     })
 }
@@ -42,7 +47,7 @@ pub fn shift_backward<F: Real>(
     dims: ShiftDims,
 ) -> [Vec<F>; 3] {
     let ShiftDims { batch, steps, width, mixes } = dims;
-    let size = x.len();
+    let (size, zeros) = (x.len(), vec![F::zero(); width]);
     let parts: Vec<_> = (0..batch)
         .into_par_iter()
         .map(|b| {
@@ -51,7 +56,7 @@ pub fn shift_backward<F: Real>(
             add(&d_last[b * width..][..width], &mut dx[(steps - 1) * width..]);
             for t in 0..steps {
                 let row = b * steps + t;
-                let (now, before) = (&x[row * width..][..width], before(x, start, row, dims));
+                let (now, before) = (&x[row * width..][..width], before(x, start, &zeros, row, dims));
                 let (earlier, own) = dx[..(t + 1) * width].split_at_mut(t * width);
                 let earlier = match t {
                     0 => &mut d_start[..],
@@ -60,12 +65,13 @@ pub fn shift_backward<F: Real>(
                 for j in 0..mixes {
                     let dy = &dy[j * size + row * width..][..width];
                     let (mix, d_mix) = (&mix[j * width..][..width], &mut d_mix[j * width..][..width]);
-                    for c in 0..width {
-                        let change = before.map_or(F::zero(), |before| before[c]) - now[c];
-                        let moved = dy[c] * mix[c];
-                        own[c] += dy[c] - moved;
-                        earlier[c] += moved;
-                        d_mix[c] = dy[c].fma(change, d_mix[c]);
+                    for (((own, earlier), &dy), &mix) in own.iter_mut().zip(&mut *earlier).zip(dy).zip(mix) {
+                        let moved = dy * mix;
+                        *own += dy - moved;
+                        *earlier += moved;
+                    }
+                    for (((d_mix, &dy), &now), &before) in d_mix.iter_mut().zip(dy).zip(now).zip(before) {
+                        *d_mix = dy.fma(before - now, *d_mix);
                     }
                 }
             }
@@ -121,28 +127,45 @@ pub fn keys_backward<F: Real>(
     let parts = fill_blocks2((&mut dk, key), (&mut d_eta, key), |first, dk, d_eta| {
         let mut sums = vec![F::zero(); 2 * width];
         let (d_scale, d_bend) = sums.split_at_mut(width);
-        let (mut kappa, mut d) = (vec![F::zero(); key], vec![F::zero(); key]);
+        let (mut kappa, mut d, mut less) = (vec![F::zero(); key], vec![F::zero(); key], vec![F::zero(); key]);
         for (i, (dk, d_eta)) in dk.chunks_exact_mut(key).zip(d_eta.chunks_exact_mut(key)).enumerate() {
             let (span, own) = ((first + i) * key, (first + i) % heads * key);
-            let row = |x: &'_ [F]| x[span..][..key].to_vec();
-            let (k, eta, d_erase, d_write) = (row(k), row(eta), row(d_erase), row(d_write));
+            let (k, eta) = (&k[span..][..key], &eta[span..][..key]);
+            let (d_erase, d_write) = (&d_erase[span..][..key], &d_write[span..][..key]);
             let (scale, bend) = (&k_k[own..][..key], &k_a[own..][..key]);
-            for c in 0..key {
-                kappa[c] = k[c] * scale[c];
+            for ((kappa, &k), &scale) in kappa.iter_mut().zip(k).zip(scale) {
+                *kappa = k * scale;
             }
             let r = unit(&kappa);
-            for c in 0..key {
-                kappa[c] *= r;
-                d[c] = eta[c].fma(d_erase[c], d_kappa[span + c]);
+            kappa.iter_mut().for_each(|x| *x *= r);
+            for (((d, &eta), &d_erase), &d_kappa) in d.iter_mut().zip(eta).zip(d_erase).zip(&d_kappa[span..])
+            {
+                *d = eta.fma(d_erase, d_kappa);
             }
             let along = dot(&kappa, &d);
-            for c in 0..key {
-                let d = r * (d[c] - kappa[c] * along);
-                let less = eta[c] - F::one();
-                d_scale[own + c] += d * k[c];
-                d_bend[own + c] += d_write[c] * k[c] * less;
-                d_eta[c] = d_erase[c] * kappa[c] + d_write[c] * k[c] * bend[c];
-                dk[c] = d * scale[c] + d_write[c] * less.fma(bend[c], F::one());
+            for ((d, less), (&kappa, &eta)) in d.iter_mut().zip(&mut less).zip(kappa.iter().zip(eta)) {
+                *d = r * (*d - kappa * along);
+                *less = eta - F::one();
+            }
+            for ((d_scale, &d), &k) in d_scale[own..].iter_mut().zip(&d).zip(k) {
+                *d_scale += d * k;
+            }
+            let written = d_write.iter().zip(k);
+            for ((d_bend, (&d_write, &k)), &less) in d_bend[own..].iter_mut().zip(written.clone()).zip(&less)
+            {
+                *d_bend += d_write * k * less;
+            }
+            let erased = d_erase.iter().zip(&kappa);
+            for ((d_eta, (&d_erase, &kappa)), ((&d_write, &k), &bend)) in
+                d_eta.iter_mut().zip(erased).zip(written.zip(bend))
+            {
+                *d_eta = d_erase * kappa + d_write * k * bend;
+            }
+            let scaled = d.iter().zip(scale);
+            for ((dk, (&d, &scale)), ((&d_write, &less), &bend)) in
+                dk.iter_mut().zip(scaled).zip(d_write.iter().zip(&less).zip(bend))
+            {
+                *dk = d * scale + d_write * less.fma(bend, F::one());
             }
         }
         sums
@@ -151,13 +174,31 @@ pub fn keys_backward<F: Real>(
     [dk, d_eta, sums[..width].to_vec(), sums[width..].to_vec()]
 }
 
-/// ô of a row, and 1 / its deviation.
-fn standard<F: Real>(o: &[F]) -> (Vec<F>, F) {
+/// ô of a row; gives 1 / its deviation.
+fn standard<F: Real>(o: &[F], out: &mut [F]) -> F {
     let n = F::of(o.len() as f64);
     let mean = sum2(o, o, |x, _| x) / n;
     let var = sum2(o, o, |x, _| (x - mean) * (x - mean)) / n;
     let r = F::one() / (var + F::of(norm_eps(o.len()))).sqrt();
-    (o.iter().map(|&x| (x - mean) * r).collect(), r)
+    for (out, &x) in out.iter_mut().zip(o) {
+        *out = (x - mean) * r;
+    }
+    r
+}
+
+/// r ⊙ k of a row; gives Σ r k r_k, the weight of its value.
+fn bonus<F: Real>([r, k, r_k]: [&[F]; 3], rk: &mut [F]) -> F {
+    for ((rk, &r), &k) in rk.iter_mut().zip(r).zip(k) {
+        *rk = r * k;
+    }
+    dot(rk, r_k)
+}
+
+/// What is read before the gate, of ô and the value.
+fn unread<F: Real>(x: &mut [F], v: &[F], [weight, bias]: [&[F]; 2], bonus: F) {
+    for (((x, &v), &weight), &bias) in x.iter_mut().zip(v).zip(weight).zip(bias) {
+        *x = bonus.fma(v, x.fma(weight, bias));
+    }
 }
 
 /// The outputs, of o, r, k, v and the parameters weight, bias and r_k.
@@ -169,13 +210,14 @@ pub fn read<F: Real>(
 ) -> Vec<F> {
     let heads = weight.len() / key;
     map_rows(o.len() / key, key, |row, y: &mut [F]| {
-        let (span, own) = (row * key, row % heads * key);
-        let (x, _) = standard(&o[span..][..key]);
-        let given = r[span..][..key].iter().zip(&k[span..]).zip(&r_k[own..]);
-        let bonus: F = given.map(|((&r, &k), &r_k)| r * k * r_k).sum();
-        for c in 0..key {
-            let read = bonus.fma(v[span + c], x[c].fma(weight[own + c], bias[own + c]));
-            y[c] = gate.map_or(read, |gate| read * gate[span + c]);
+        let own = row % heads * key;
+        let [o, r, k, v] = [o, r, k, v].map(|x| &x[row * key..][..key]);
+        let [weight, bias, r_k] = [weight, bias, r_k].map(|x| &x[own..][..key]);
+        let weight_of_v = bonus([r, k, r_k], y);
+        standard(o, y);
+        unread(y, v, [weight, bias], weight_of_v);
+        if let Some(gate) = gate {
+            y.iter_mut().zip(&gate[row * key..]).for_each(|(y, &gate)| *y *= gate);
         }
     })
 }
@@ -190,48 +232,62 @@ pub fn read_backward<F: Real>(
 ) -> [Vec<F>; 8] {
     let (width, heads) = (weight.len(), weight.len() / key);
     let n = F::of(key as f64);
-    // By blocks of rows: the gradients of o, r, k, v and the gate, and the sums for the parameters.
-    let blocks = o.len().div_ceil(ROWS * key);
-    let parts: Vec<([Vec<F>; 5], Vec<F>)> = (0..blocks)
-        .into_par_iter()
-        .map(|block| {
-            let first = block * ROWS;
-            let rows = ROWS.min(o.len() / key - first);
-            let mut grads: [Vec<F>; 5] = std::array::from_fn(|_| vec![F::zero(); rows * key]);
+    let [mut d_o, mut d_r, mut d_k, mut d_v, mut d_gate] = std::array::from_fn(|_| vec![F::zero(); o.len()]);
+    // By blocks of rows, which give the sums for the parameters.
+    let size = ROWS * key;
+    let of_qk = d_r.par_chunks_mut(size).zip(d_k.par_chunks_mut(size));
+    let of_v = d_v.par_chunks_mut(size).zip(d_gate.par_chunks_mut(size));
+    let blocks = d_o.par_chunks_mut(size).zip(of_qk).zip(of_v).enumerate();
+    let sums: Vec<Vec<F>> = blocks
+        .map(|(block, ((d_o, (d_r, d_k)), (d_v, d_gate)))| {
             let mut sums = vec![F::zero(); 3 * width];
-            for i in 0..rows {
-                let (span, own, at) = ((first + i) * key, (first + i) % heads * key, i * key);
-                let (x, deviation) = standard(&o[span..][..key]);
-                let given = r[span..][..key].iter().zip(&k[span..]).zip(&r_k[own..]);
-                let bonus: F = given.map(|((&r, &k), &r_k)| r * k * r_k).sum();
-                let mut d = dy[span..][..key].to_vec();
+            let [mut x, mut d, mut d_x, mut rk] = std::array::from_fn(|_| vec![F::zero(); key]);
+            for at in (0..d_o.len()).step_by(key) {
+                let span = block * size + at;
+                let own = span / key % heads * key;
+                let [o, r, k, v] = [o, r, k, v].map(|x| &x[span..][..key]);
+                let [weight, bias, r_k] = [weight, bias, r_k].map(|x| &x[own..][..key]);
+                let bonus = bonus([r, k, r_k], &mut rk);
+                let deviation = standard(o, &mut x);
+                d.copy_from_slice(&dy[span..][..key]);
                 if let Some(gate) = gate {
-                    for c in 0..key {
-                        let read = bonus.fma(v[span + c], x[c].fma(weight[own + c], bias[own + c]));
-                        grads[4][at + c] = d[c] * read;
-                        d[c] *= gate[span + c];
+                    let d_gate = &mut d_gate[at..][..key];
+                    d_gate.copy_from_slice(&x);
+                    unread(d_gate, v, [weight, bias], bonus);
+                    for ((d_gate, d), &gate) in d_gate.iter_mut().zip(&mut d).zip(&gate[span..]) {
+                        *d_gate *= *d;
+                        *d *= gate;
                     }
                 }
-                let d_bonus = dot(&d, &v[span..][..key]);
-                let d_x: Vec<F> = d.iter().zip(&weight[own..]).map(|(&d, &w)| d * w).collect();
-                let (mean, along) = (d_x.iter().copied().sum::<F>() / n, dot(&d_x, &x) / n);
-                for c in 0..key {
-                    let (r, k, r_k) = (r[span + c], k[span + c], r_k[own + c]);
-                    sums[own + c] += d[c] * x[c];
-                    sums[width + own + c] += d[c];
-                    sums[2 * width + own + c] += d_bonus * r * k;
-                    grads[0][at + c] = deviation * (d_x[c] - mean - x[c] * along);
-                    grads[1][at + c] = d_bonus * k * r_k;
-                    grads[2][at + c] = d_bonus * r * r_k;
-                    grads[3][at + c] = bonus * d[c];
+                let d_bonus = dot(&d, v);
+                for ((d_x, &d), &weight) in d_x.iter_mut().zip(&d).zip(weight) {
+                    *d_x = d * weight;
+                }
+                let (mean, along) = (sum2(&d_x, &d_x, |d, _| d) / n, dot(&d_x, &x) / n);
+                for ((sum, &d), &x) in sums[own..].iter_mut().zip(&d).zip(&x) {
+                    *sum += d * x;
+                }
+                add(&d, &mut sums[width + own..]);
+                for (sum, &rk) in sums[2 * width + own..].iter_mut().zip(&rk) {
+                    *sum += d_bonus * rk;
+                }
+                for ((d_o, &d_x), &x) in d_o[at..].iter_mut().zip(&d_x).zip(&x) {
+                    *d_o = deviation * (d_x - mean - x * along);
+                }
+                for ((d_r, &k), &r_k) in d_r[at..].iter_mut().zip(k).zip(r_k) {
+                    *d_r = d_bonus * k * r_k;
+                }
+                for ((d_k, &r), &r_k) in d_k[at..].iter_mut().zip(r).zip(r_k) {
+                    *d_k = d_bonus * r * r_k;
+                }
+                for (d_v, &d) in d_v[at..].iter_mut().zip(&d) {
+                    *d_v = bonus * d;
                 }
             }
-            (grads, sums)
+            sums
         })
         .collect();
-    let (grads, sums): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     let sums = sum_parts(&sums, 3 * width);
-    let of = |i: usize| grads.iter().flat_map(|part: &[Vec<F>; 5]| &part[i]).copied().collect::<Vec<F>>();
-    let sum = |i: usize| sums[i * width..(i + 1) * width].to_vec();
-    [of(0), of(1), of(2), of(3), sum(0), sum(1), sum(2), of(4)]
+    let [d_weight, d_bias, d_rk] = std::array::from_fn(|i| sums[i * width..][..width].to_vec());
+    [d_o, d_r, d_k, d_v, d_weight, d_bias, d_rk, d_gate]
 }
