@@ -427,3 +427,66 @@ fn evaluate_batches(
         breakdown: Some(counter.finish()),
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use crate::config::load::parse;
+    use crate::task::{Part, Task};
+    use crate::train::trainer::{NotFinite, Trainer};
+
+    #[test]
+    fn updates_launched_ahead_are_those_one_by_one_and_touch_nothing_after_a_failure() {
+        let Ok(device) = Device::new_cuda(0) else {
+            eprintln!("skipped: no GPU");
+            return;
+        };
+        let text = "
+seed: 5
+task: {preset: task2, ambiguities: 4, depth: 3, length: 10, samples: {train: 800}}
+model: {name: gated_delta_net, layers: 2, width: 16, dropout: 0.3}
+train: {batch: 8, warmup: 1, precision: f32}";
+        let config = parse(text, "test", &[]).unwrap();
+        let task = Task::new(&config.task, config.seed).unwrap();
+        let trainer = || Trainer::new(&config, task.features(), task.classes(), &device).unwrap();
+        let feed = |trainer: &Trainer, step: u64| {
+            trainer.feed()(task.samples(Part::Train, 8 * step, 8, None).unwrap()).unwrap()
+        };
+        let bits = |trainer: &Trainer| trainer.state().map(|(_, x)| x.to_vec1::<f32>().unwrap());
+
+        let mut one_by_one = trainer();
+        let losses: Vec<f64> = (0..8)
+            .map(|step| {
+                let feed = feed(&one_by_one, step);
+                one_by_one.update_with(feed).unwrap().loss
+            })
+            .collect();
+        let mut ahead = trainer();
+        let mut shown = vec![];
+        for step in 0..8 {
+            let feed = feed(&ahead, step);
+            ahead.launch(feed).unwrap();
+            if ahead.under_way() == 2 {
+                shown.push(ahead.finish().unwrap().loss);
+            }
+        }
+        shown.push(ahead.finish().unwrap().loss);
+        assert_eq!(losses, shown);
+        assert_eq!(bits(&one_by_one), bits(&ahead));
+
+        // A weight that is no number: the update fails, and so would the one behind it, which is never asked.
+        let value = ahead.net().params().value();
+        value.slice_set(&candle_core::Tensor::new(&[f32::NAN], &device).unwrap(), 0, 0).unwrap();
+        let before = bits(&ahead);
+        for step in 8..10 {
+            let feed = feed(&ahead, step);
+            ahead.launch(feed).unwrap();
+        }
+        let error = ahead.finish().unwrap_err();
+        assert!(error.is::<NotFinite>(), "{error:#}");
+        assert_eq!((ahead.under_way(), ahead.step()), (0, 8));
+        let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(before.iter().zip(&bits(&ahead)).all(|(a, b)| same(a, b)), "nothing is touched");
+    }
+}

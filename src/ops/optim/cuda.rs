@@ -177,13 +177,14 @@ mod tests {
                 Flat { value: &there[0], grad: &there[1], m: &there[2], v: &there[3], shadow: Some(&shadow) };
             let one = |x: f32| Tensor::new(&[x], &device).unwrap();
             let squares = sum_of_squares(&there[1]).unwrap();
-            let infinite = Tensor::new(&[f64::INFINITY], &device).unwrap();
-            adam.apply(&flat, &squares, &one(f32::NAN)).unwrap();
-            adam.apply(&flat, &infinite, &one(1.0)).unwrap();
+            let number = |x: f64| Tensor::new(&[x], &device).unwrap();
+            adam.apply(&flat, &squares, &one(f32::NAN), &number(0.0)).unwrap();
+            adam.apply(&flat, &number(f64::INFINITY), &one(1.0), &number(0.0)).unwrap();
+            adam.apply(&flat, &squares, &one(1.0), &number(1.0)).unwrap();
             for (x, y) in cpu.iter().zip(&there) {
                 assert_eq!(list(x), list(y), "nothing is touched");
             }
-            adam.apply(&flat, &squares, &one(1.0)).unwrap();
+            adam.apply(&flat, &squares, &one(1.0), &number(0.0)).unwrap();
             step.apply(&cpu[0], &cpu[1], &cpu[2], &cpu[3]).unwrap();
             for (x, y) in cpu.iter().zip(&there) {
                 assert_eq!(list(x), list(y));
