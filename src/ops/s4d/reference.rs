@@ -10,6 +10,9 @@ use crate::ops::real::{Real, joined, sum_in_order};
 
 /// Channels of a task.
 const LANES: usize = 16;
+/// Steps that a state takes in registers before it is the next one's turn. What is added up is added in the order of
+/// single steps: the bits are the same.
+const BLOCK: usize = 8;
 
 type Lanes<F> = [F; LANES];
 
@@ -116,6 +119,21 @@ impl<F: Real> Pair<F> {
     }
 }
 
+/// A state on its second way through the steps: h, s = ∂h/∂Ā, and, without the conjugation, Σ h dy and Σ s dy.
+#[derive(Clone, Copy)]
+struct Walk<F> {
+    h: Pair<F>,
+    s: Pair<F>,
+    read_sum: Pair<F>,
+    slope_sum: Pair<F>,
+}
+
+impl<F: Real> Walk<F> {
+    fn new(h: Pair<F>) -> Self {
+        Self { h, s: Pair::zero(), read_sum: Pair::zero(), slope_sum: Pair::zero() }
+    }
+}
+
 /// A group of channels: Ā − 1 and 2 C̄ of every state; zeros beyond the last channel. Ā itself is near 1 and raised to
 /// the power of the sequence's length: rounding what a state loses at a step is more exact.
 struct Group<F> {
@@ -217,25 +235,52 @@ impl<F: Real> S4d<'_, F> {
         let parts = self.map(|b, group| {
             let mut states = self.states(self.state, b, &group);
             let mut out = Vec::with_capacity(self.steps * group.count);
-            let none = [F::zero(); LANES];
-            for t in 0..self.steps {
-                let u = self.row(self.u, (b, t), &group);
-                let mut y = none;
-                for ((h, less), read) in states.iter_mut().zip(&group.less).zip(&group.read) {
-                    h.step(less, &u, &none);
-                    for (l, y) in y.iter_mut().enumerate() {
-                        *y = read.re[l].fma(h.re[l], (-read.im[l]).fma(h.im[l], *y));
-                    }
-                }
-                for ((y, skip), &u) in y.iter_mut().zip(&group.skip).zip(&u) {
-                    *y = skip.fma(u, *y);
-                }
-                out.extend_from_slice(&y[..group.count]);
+            let whole = self.steps / BLOCK * BLOCK;
+            for t in (0..whole).step_by(BLOCK) {
+                self.forward_steps::<BLOCK>((b, t), &group, &mut states, &mut out);
+            }
+            for t in whole..self.steps {
+                self.forward_steps::<1>((b, t), &group, &mut states, &mut out);
             }
             (out, self.flat(&states, group.count, F::one()))
         });
         let y: Vec<&[F]> = parts.iter().map(|part| part.0.as_slice()).collect();
         (self.together(&y), joined(parts.iter().map(|part| &part.1)))
+    }
+
+    /// The channels of a group at `N` steps from `t` on of a [B, T, D] array.
+    #[inline(always)]
+    fn rows<const N: usize>(&self, array: &[F], (b, t): (usize, usize), group: &Group<F>) -> [Lanes<F>; N] {
+        std::array::from_fn(|i| self.row(array, (b, t + i), group))
+    }
+
+    /// `N` steps from `t` on; their outputs are put behind `out`.
+    fn forward_steps<const N: usize>(
+        &self,
+        at: (usize, usize),
+        group: &Group<F>,
+        states: &mut [Pair<F>],
+        out: &mut Vec<F>,
+    ) {
+        let none = [F::zero(); LANES];
+        let u: [_; N] = self.rows(self.u, at, group);
+        let mut y = [none; N];
+        for ((state, less), read) in states.iter_mut().zip(&group.less).zip(&group.read) {
+            let mut h = *state;
+            for (y, u) in y.iter_mut().zip(&u) {
+                h.step(less, u, &none);
+                for (l, y) in y.iter_mut().enumerate() {
+                    *y = read.re[l].fma(h.re[l], (-read.im[l]).fma(h.im[l], *y));
+                }
+            }
+            *state = h;
+        }
+        for (y, u) in y.iter_mut().zip(&u) {
+            for ((y, skip), &u) in y.iter_mut().zip(&group.skip).zip(u) {
+                *y = skip.fma(u, *y);
+            }
+            out.extend_from_slice(&y[..group.count]);
+        }
     }
 
     /// Gradients of the arguments from those of the outputs, `d_y` [B, T, D] and `d_state` [B, D, N, 2].
@@ -287,15 +332,35 @@ impl<F: Real> S4d<'_, F> {
 
     /// The gradients of u, [T, channels], and of the initial state, of one batch entry.
     fn backward_input(&self, b: usize, group: &Group<F>, d_y: &[F], d_state: &[F]) -> (Vec<F>, Vec<F>) {
-        let none = [F::zero(); LANES];
         // Conjugates of the gradients of the states, which the same Ā carries back.
         let mut states = self.states(Some(d_state), b, group);
         states.iter_mut().for_each(|e| e.im.iter_mut().for_each(|im| *im = -*im));
         let mut d_u = vec![F::zero(); self.steps * group.count];
-        for (t, d_u) in d_u.chunks_exact_mut(group.count).enumerate().rev() {
-            let dy = self.row(d_y, (b, t), group);
-            let mut sum = none;
-            for ((e, less), read) in states.iter_mut().zip(&group.less).zip(&group.read) {
+        let whole = self.steps / BLOCK * BLOCK;
+        for t in (whole..self.steps).rev() {
+            self.reverse_steps::<1>((b, t), group, d_y, &mut states, &mut d_u);
+        }
+        for t in (0..whole).step_by(BLOCK).rev() {
+            self.reverse_steps::<BLOCK>((b, t), group, d_y, &mut states, &mut d_u);
+        }
+        (d_u, self.flat(&states, group.count, -F::one()))
+    }
+
+    /// `N` steps from `t` on, the last first.
+    fn reverse_steps<const N: usize>(
+        &self,
+        at: (usize, usize),
+        group: &Group<F>,
+        d_y: &[F],
+        states: &mut [Pair<F>],
+        d_u: &mut [F],
+    ) {
+        let none = [F::zero(); LANES];
+        let dy: [_; N] = self.rows(d_y, at, group);
+        let mut sums = [none; N];
+        for ((state, less), read) in states.iter_mut().zip(&group.less).zip(&group.read) {
+            let mut e = *state;
+            for (sum, dy) in sums.iter_mut().zip(&dy).rev() {
                 for l in 0..LANES {
                     e.re[l] = read.re[l].fma(dy[l], e.re[l]);
                     e.im[l] = read.im[l].fma(dy[l], e.im[l]);
@@ -303,30 +368,62 @@ impl<F: Real> S4d<'_, F> {
                 }
                 e.step(less, &none, &none);
             }
+            *state = e;
+        }
+        for ((d_u, sum), dy) in d_u[at.1 * group.count..].chunks_exact_mut(group.count).zip(&sums).zip(&dy) {
             for (l, d_u) in d_u.iter_mut().enumerate() {
                 *d_u = group.skip[l].fma(dy[l], sum[l]);
             }
         }
-        (d_u, self.flat(&states, group.count, -F::one()))
     }
 
     /// What one batch entry adds to the gradients of 2 C̄ and Ā, four numbers for each state of a channel, and
     /// to that of D, one more for the channel.
     fn backward_sums(&self, b: usize, group: &Group<F>, d_y: &[F], d_state: &[F]) -> Vec<f64> {
-        let mut states = self.states(self.state, b, group);
-        let mut slopes = vec![Pair::zero(); self.pairs];
-        // Σ h dy and Σ s dy, without the conjugation.
-        let mut read_sums = vec![Pair::zero(); self.pairs];
-        let mut slope_sums = vec![Pair::zero(); self.pairs];
-        let none = [F::zero(); LANES];
-        let mut d_skip = none;
-        for t in 0..self.steps {
-            let (u, dy) = (self.row(self.u, (b, t), group), self.row(d_y, (b, t), group));
+        let states = self.states(self.state, b, group);
+        let mut walks: Vec<Walk<F>> = states.into_iter().map(Walk::new).collect();
+        let mut d_skip = [F::zero(); LANES];
+        let whole = self.steps / BLOCK * BLOCK;
+        for t in (0..whole).step_by(BLOCK) {
+            self.sum_steps::<BLOCK>((b, t), group, d_y, &mut walks, &mut d_skip);
+        }
+        for t in whole..self.steps {
+            self.sum_steps::<1>((b, t), group, d_y, &mut walks, &mut d_skip);
+        }
+        let ends = self.states(Some(d_state), b, group);
+        let complex = |pair: &Pair<F>, l: usize| Complex { re: pair.re[l].as_f64(), im: pair.im[l].as_f64() };
+        let mut sums = Vec::with_capacity(group.count * (4 * self.pairs + 1));
+        for (l, d_skip) in d_skip.iter().enumerate().take(group.count) {
             for n in 0..self.pairs {
-                let (h, s, less) = (&mut states[n], &mut slopes[n], &group.less[n]);
+                let walk = &walks[n];
+                let d_read = complex(&walk.read_sum, l).conjugate();
+                // y has 2 C̄ h in it, and the final state h alone.
+                let through = complex(&group.read[n], l).times(complex(&walk.slope_sum, l)).conjugate();
+                let end = complex(&walk.s, l).conjugate().times(complex(&ends[n], l));
+                let d_kept = through.plus(end);
+                sums.extend([d_read.re, d_read.im, d_kept.re, d_kept.im]);
+            }
+            sums.push(d_skip.as_f64());
+        }
+        sums
+    }
+
+    /// `N` steps from `t` on.
+    fn sum_steps<const N: usize>(
+        &self,
+        at: (usize, usize),
+        group: &Group<F>,
+        d_y: &[F],
+        walks: &mut [Walk<F>],
+        d_skip: &mut Lanes<F>,
+    ) {
+        let none = [F::zero(); LANES];
+        let (u, dy): ([_; N], [_; N]) = (self.rows(self.u, at, group), self.rows(d_y, at, group));
+        for (walk, less) in walks.iter_mut().zip(&group.less) {
+            let Walk { mut h, mut s, mut read_sum, mut slope_sum } = *walk;
+            for (u, dy) in u.iter().zip(&dy) {
                 s.step(less, &h.re, &h.im);
-                h.step(less, &u, &none);
-                let (read_sum, slope_sum) = (&mut read_sums[n], &mut slope_sums[n]);
+                h.step(less, u, &none);
                 for (l, &dy) in dy.iter().enumerate() {
                     read_sum.re[l] = h.re[l].fma(dy, read_sum.re[l]);
                     read_sum.im[l] = h.im[l].fma(dy, read_sum.im[l]);
@@ -334,24 +431,12 @@ impl<F: Real> S4d<'_, F> {
                     slope_sum.im[l] = s.im[l].fma(dy, slope_sum.im[l]);
                 }
             }
-            for ((sum, u), &dy) in d_skip.iter_mut().zip(&u).zip(&dy) {
+            *walk = Walk { h, s, read_sum, slope_sum };
+        }
+        for (u, dy) in u.iter().zip(&dy) {
+            for ((sum, u), &dy) in d_skip.iter_mut().zip(u).zip(dy) {
                 *sum = u.fma(dy, *sum);
             }
         }
-        let ends = self.states(Some(d_state), b, group);
-        let complex = |pair: &Pair<F>, l: usize| Complex { re: pair.re[l].as_f64(), im: pair.im[l].as_f64() };
-        let mut sums = Vec::with_capacity(group.count * (4 * self.pairs + 1));
-        for (l, d_skip) in d_skip.iter().enumerate().take(group.count) {
-            for n in 0..self.pairs {
-                let d_read = complex(&read_sums[n], l).conjugate();
-                // y has 2 C̄ h in it, and the final state h alone.
-                let through = complex(&group.read[n], l).times(complex(&slope_sums[n], l)).conjugate();
-                let end = complex(&slopes[n], l).conjugate().times(complex(&ends[n], l));
-                let d_kept = through.plus(end);
-                sums.extend([d_read.re, d_read.im, d_kept.re, d_kept.im]);
-            }
-            sums.push(d_skip.as_f64());
-        }
-        sums
     }
 }
