@@ -130,29 +130,23 @@ __device__ __forceinline__ float unit_f32(uint32_t bits) { return (bits >> 8) * 
 
 // ---- asynchronous copies to shared memory
 
-// Copies 16 bytes, of which the first `bytes` come from `src` and the rest are zero; both aligned to 16.
-__device__ __forceinline__ void cp_async16(void* dst, const void* src, int bytes = 16) {
-#ifdef SB_EMULATE
-    emu::cp_async16(dst, src, bytes);
-#else
-    const uint32_t to = (uint32_t)__cvta_generic_to_shared(dst);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
-#endif
-}
 // Copies N bytes, 8 or 16, of which the first `bytes` come from `src` and the rest are zero; both aligned to N.
 template <int N>
 __device__ __forceinline__ void cp_async(void* dst, const void* src, int bytes = N) {
     static_assert(N == 8 || N == 16, "what cp.async copies");
-    if constexpr (N == 16) {
-        cp_async16(dst, src, bytes);
-    } else {
 #ifdef SB_EMULATE
-        emu::cp_async8(dst, src, bytes);
+    if constexpr (N == 16) emu::cp_async16(dst, src, bytes);
+    else emu::cp_async8(dst, src, bytes);
 #else
-        const uint32_t to = (uint32_t)__cvta_generic_to_shared(dst);
+    const uint32_t to = (uint32_t)__cvta_generic_to_shared(dst);
+    if constexpr (N == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
+    else
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(src), "r"(bytes) : "memory");
 #endif
-    }
+}
+__device__ __forceinline__ void cp_async16(void* dst, const void* src, int bytes = 16) {
+    cp_async<16>(dst, src, bytes);
 }
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef SB_EMULATE

@@ -12,8 +12,8 @@
 //
 // x, z, y [rows, n]; w [n] in f32. A row is what one weight vector spans: a group of a tensor's last dimension.
 // Grid: any; the blocks take rows in turn. Block: 256 threads, or one team where it is wider than a warp.
-// Shared memory: n floats, or n for each warp where a thread has one vector (layer: see layer_norm.cuh). backward: partial [blocks, n] (layer [blocks, 2, n]) takes the sums for the
-// weights, which columns_final adds.
+// Shared memory: n floats, or n for each warp where a thread has one vector (layer: see layer_norm.cuh). backward:
+// partial [blocks, n] (layer [blocks, 2, n]) takes the sums for the weights, which columns_final adds.
 #include "layer_norm.cuh"
 
 enum Gate { NONE, AFTER, BEFORE, SIGMOID };

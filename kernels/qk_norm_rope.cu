@@ -27,6 +27,9 @@ constexpr int BLOCK = 256;
 constexpr int HEADS = 2;   // copied at a time in the forward pass
 constexpr int FORWARD_BLOCKS = 4, BACKWARD_BLOCKS = 3;  // of a multiprocessor
 
+// The cosines or sines of a lane's pairs.
+using Angles = float[PAIRS];
+
 // The first and the second halves of a lane's pairs.
 struct Pairs {
     float a[PAIRS], b[PAIRS];
@@ -109,8 +112,7 @@ __device__ __forceinline__ int step_of(long long token, int steps) {
 }
 
 // cos and sin of a lane's pairs at one position.
-__device__ __forceinline__ void angles(const double* turns, int at, int half, int position, float (&cos)[PAIRS],
-                                       float (&sin)[PAIRS]) {
+__device__ __forceinline__ void angles(const double* turns, int at, int half, int position, Angles& cos, Angles& sin) {
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         const double turn = at + i < half ? position * turns[at + i] : 0.0;
@@ -142,20 +144,24 @@ __device__ __forceinline__ bool vectors(const T* x, int half) {
     return half % PAIRS == 0 && reinterpret_cast<size_t>(x) % (PAIRS * sizeof(T)) == 0;
 }
 
-// f(head, its pairs, cos, sin, past) for the heads, numbered through all tokens, of this group's tokens; `past`: behind
-// the last token, where only the lanes' common work must be done. prepare() is called while the first copies are on
-// their way and ends with a barrier that `turns` is there after.
-template <class T, class Prepare, class F>
-__device__ __forceinline__ void for_heads(const T* x, bool vector, const Work& work, const double* turns,
-                                          long long tokens, int steps, int heads, int half, int offset,
-                                          Prepare prepare, F f) {
-    __shared__ typename Ahead<T, HEADS>::Memory memory;
-    Ahead<T, HEADS> ahead(memory, work.at, half, vector);
+// f(head, its pairs in each of the arrays, cos, sin, past) for the heads, numbered through all tokens, of this group's
+// tokens, N of which are copied at a time; `past`: behind the last token, where only the lanes' common work must be done.
+// prepare() is called while the first copies are on their way and ends with a barrier that `turns` is there after.
+template <int N, class T, int ARRAYS, class Prepare, class F>
+__device__ __forceinline__ void for_heads(const T* const (&arrays)[ARRAYS], bool vector, const Work& work,
+                                          const double* turns, long long tokens, int steps, int heads, int half,
+                                          int offset, Prepare prepare, F f) {
+    __shared__ typename Ahead<T, N * ARRAYS>::Memory memory;
+    Ahead<T, N * ARRAYS> ahead(memory, work.at, half, vector);
     // The heads from h0 on of a token; behind the last token there are none.
     const auto start = [&](long long token, int h0) {
 #pragma unroll
-        for (int h = 0; h < HEADS; h++)
-            if (token < tokens && h0 + h < heads) ahead.start(h, x + (token * heads + h0 + h) * 2 * half);
+        for (int h = 0; h < N; h++) {
+            if (token >= tokens || h0 + h >= heads) continue;
+#pragma unroll
+            for (int a = 0; a < ARRAYS; a++)
+                ahead.start(h * ARRAYS + a, arrays[a] + (token * heads + h0 + h) * 2 * half);
+        }
         ahead.end();
     };
     // All lanes of a warp go round equally often: a warp has tokens side by side, some behind the last.
@@ -165,16 +171,19 @@ __device__ __forceinline__ void for_heads(const T* x, bool vector, const Work& w
     for (long long base = work.first - own; base < tokens; base += work.stride) {
         const long long token = base + own;
         const bool past = token >= tokens;
-        float cos[PAIRS], sin[PAIRS];
+        Angles cos, sin;
         angles(turns, work.at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
-        for (int h0 = 0; h0 < heads; h0 += HEADS) {
-            if (h0 + HEADS < heads) start(token, h0 + HEADS);
+        for (int h0 = 0; h0 < heads; h0 += N) {
+            if (h0 + N < heads) start(token, h0 + N);
             else start(token + work.stride, 0);
             cp_async_wait<1>();
 #pragma unroll
-            for (int h = 0; h < HEADS; h++) {
+            for (int h = 0; h < N; h++) {
                 if (h0 + h >= heads) break;
-                f(token * heads + h0 + h, ahead.get(h), cos, sin, past);
+                Pairs in[ARRAYS];
+#pragma unroll
+                for (int a = 0; a < ARRAYS; a++) in[a] = ahead.get(h * ARRAYS + a);
+                f(token * heads + h0 + h, in, cos, sin, past);
             }
         }
     }
@@ -193,9 +202,9 @@ __device__ __forceinline__ void forward(const T* __restrict__ x, const float* __
         fill_weights(weights, w, half);
         fill_turns(turns, half, log2_base);
     };
-    for_heads(x, vector, work, turns, tokens, steps, heads, half, offset, prepare,
-              [&](long long head, const Pairs& in, const float(&cos)[PAIRS], const float(&sin)[PAIRS], bool past) {
-        const Pairs weight = own_weights(weights, at);
+    for_heads<HEADS>({x}, vector, work, turns, tokens, steps, heads, half, offset, prepare,
+                     [&](long long head, const Pairs(&row)[1], const Angles& cos, const Angles& sin, bool past) {
+        const Pairs in = row[0], weight = own_weights(weights, at);
         float square = 0.f;
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) square = fmaf(in.a[i], in.a[i], fmaf(in.b[i], in.b[i], square));
@@ -221,54 +230,38 @@ __device__ __forceinline__ void backward(const T* __restrict__ x, const float* _
     const Work work(half);
     const int at = work.at, dim = 2 * half;
     const bool vector = vectors(x, half) && vectors(dy, half) && vectors(dx, half);
-    __shared__ typename Ahead<T, 2>::Memory memory;
-    Ahead<T, 2> ahead(memory, at, half, vector);
-    const auto start = [&](long long token, int h) {
-        const long long row = (token * heads + h) * dim;
-        if (token < tokens) ahead.start(0, x + row), ahead.start(1, dy + row);
-        ahead.end();
+    const auto prepare = [&] {
+        fill_weights(weights, w, half);
+        fill_turns(turns, half, log2_base);
     };
-    const int own = threadIdx.x % WARP / work.lanes;
-    start(work.first, 0);
-    fill_weights(weights, w, half);
-    fill_turns(turns, half, log2_base);
     Pairs dw = {};
-    for (long long base = work.first - own; base < tokens; base += work.stride) {
-        const long long token = base + own;
-        const bool past = token >= tokens;
-        float cos[PAIRS], sin[PAIRS];
-        angles(turns, at, half, offset + (past ? 0 : step_of(token, steps)), cos, sin);
-        for (int h = 0; h < heads; h++) {
-            if (h + 1 < heads) start(token, h + 1);
-            else start(token + work.stride, 0);
-            cp_async_wait<1>();
-            const Pairs in = ahead.get(0), grad = ahead.get(1), weight = own_weights(weights, at);
-            Pairs g;
-            float square = 0.f, along = 0.f;
+    for_heads<1>({x, dy}, vector, work, turns, tokens, steps, heads, half, offset, prepare,
+                 [&](long long head, const Pairs(&rows)[2], const Angles& cos, const Angles& sin, bool past) {
+        const Pairs in = rows[0], grad = rows[1], weight = own_weights(weights, at);
+        Pairs g;
+        float square = 0.f, along = 0.f;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                // The transpose of a rotation turns back.
-                g.a[i] = fmaf(grad.a[i], cos[i], -grad.b[i] * sin[i]);
-                g.b[i] = fmaf(grad.b[i], cos[i], grad.a[i] * sin[i]);
-                square = fmaf(in.a[i], in.a[i], fmaf(in.b[i], in.b[i], square));
-                along = fmaf(g.a[i] * weight.a[i], in.a[i], fmaf(g.b[i] * weight.b[i], in.b[i], along));
-            }
-            square = lanes_sum(square, work.lanes), along = lanes_sum(along, work.lanes);
-            if (past) continue;
-            const float root = sqrtf(square / dim), r = 1.f / (root + 1e-8f);
-            const float back = root > 0.f ? r * (r / (dim * root)) * along : 0.f;
-            Pairs out;
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                out.a[i] = fmaf(r, g.a[i] * weight.a[i], -in.a[i] * back);
-                out.b[i] = fmaf(r, g.b[i] * weight.b[i], -in.b[i] * back);
-                dw.a[i] = fmaf(g.a[i], in.a[i] * r, dw.a[i]);
-                dw.b[i] = fmaf(g.b[i], in.b[i] * r, dw.b[i]);
-            }
-            store_pairs(dx + (token * heads + h) * dim, at, half, vector, out);
+        for (int i = 0; i < PAIRS; i++) {
+            // The transpose of a rotation turns back.
+            g.a[i] = fmaf(grad.a[i], cos[i], -grad.b[i] * sin[i]);
+            g.b[i] = fmaf(grad.b[i], cos[i], grad.a[i] * sin[i]);
+            square = fmaf(in.a[i], in.a[i], fmaf(in.b[i], in.b[i], square));
+            along = fmaf(g.a[i] * weight.a[i], in.a[i], fmaf(g.b[i] * weight.b[i], in.b[i], along));
         }
-    }
-    cp_async_wait<0>();
+        square = lanes_sum(square, work.lanes), along = lanes_sum(along, work.lanes);
+        if (past) return;
+        const float root = sqrtf(square / dim), r = 1.f / (root + 1e-8f);
+        const float back = root > 0.f ? r * (r / (dim * root)) * along : 0.f;
+        Pairs out;
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            out.a[i] = fmaf(r, g.a[i] * weight.a[i], -in.a[i] * back);
+            out.b[i] = fmaf(r, g.b[i] * weight.b[i], -in.b[i] * back);
+            dw.a[i] = fmaf(g.a[i], in.a[i] * r, dw.a[i]);
+            dw.b[i] = fmaf(g.b[i], in.b[i] * r, dw.b[i]);
+        }
+        store_pairs(dx + head * dim, at, half, vector, out);
+    });
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         for (int offset = WARP / 2; offset >= work.lanes; offset /= 2) {
@@ -296,8 +289,10 @@ __device__ __forceinline__ void rope(const T* __restrict__ x, T* __restrict__ y,
     __shared__ double turns[HALF];
     const Work work(half);
     const bool vector = vectors(x, half) && vectors(y, half);
-    for_heads(x, vector, work, turns, tokens, steps, heads, half, offset, [&] { fill_turns(turns, half, log2_base); },
-              [&](long long head, const Pairs& in, const float(&cos)[PAIRS], const float(&sin)[PAIRS], bool past) {
+    const auto prepare = [&] { fill_turns(turns, half, log2_base); };
+    for_heads<HEADS>({x}, vector, work, turns, tokens, steps, heads, half, offset, prepare,
+                     [&](long long head, const Pairs(&row)[1], const Angles& cos, const Angles& sin, bool past) {
+        const Pairs in = row[0];
         Pairs out;
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
