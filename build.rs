@@ -178,9 +178,13 @@ fn compile_one(
         .arg(source)
         .output()
         .map_err(|e| format!("cannot run {}: {e}", nvcc.display()))?;
+    let text = String::from_utf8_lossy(&[run.stdout, run.stderr].concat()).into_owned();
     if !run.status.success() {
-        let text = [run.stdout, run.stderr].concat();
-        return Err(format!("{} does not compile: {}", source.display(), String::from_utf8_lossy(&text)));
+        return Err(format!("{} does not compile: {text}", source.display()));
+    }
+    // Such as products that wait for each other because registers ran out: right, but much slower.
+    for line in text.lines().filter(|line| line.contains("Performance Loss")) {
+        println!("cargo::warning={}: {line}", source.display());
     }
     fs::write(&stamp, hash).map_err(|e| format!("cannot write {}: {e}", stamp.display()))
 }

@@ -16,7 +16,15 @@
 // attention_dkdv     a warpgroup has 64 keys and walks over the queries that see them, with transposed scores:
 //                    dv += pᵀ do, dk += dsᵀ q. Needs delta: runs after attention_dq.
 //
-// Entry points: attention_<forward|dq|dkdv>_<64|128>_sm90a; at most one block a multiprocessor.
+// These two are 7 products of tiles, where 5 would do. For long sequences there is the same in one pass, between
+// attention_delta, which writes delta, and attention_round, which rounds dq:
+//
+// attention_backward as attention_dkdv; what a tile of keys gives dq is added to a sum in global memory, in parts
+//                    [B, H, T64/64, 2][64 queries x 64 columns] f32, elements as the threads hold them. turns, one a part,
+//                    tells how many have added: the order is the same in every run.
+//
+// Entry points: attention_<forward|dq|dkdv>_<64|128>_sm90a, attention_<delta|round>_sm90a,
+// attention_backward_128_sm90a; at most one block a multiprocessor, but for delta and round.
 #include "wgmma.cuh"
 
 namespace {
@@ -47,12 +55,16 @@ struct Queue {
     int items[2];
     Slot slots[2];
 
-    __device__ __forceinline__ void init(int groups) { slots[0].init(groups), slots[1].init(groups); }
+    // `others`: warps beside those that multiply.
+    __device__ __forceinline__ void init(int groups, int others = 0) {
+        for (Slot& slot : slots) slot.full.init(1), slot.empty.init(4 * groups + others);
+    }
 };
 struct Work {
     Queue& queue;
     const Sizes& n;
     int tiles, round = 0, batch, head, tile;
+    bool last;  // of the last heads that are worked on together
 
     __device__ __forceinline__ Work(Queue& queue, const Sizes& n, int tiles) : queue(queue), n(n), tiles(tiles) {}
     __device__ __forceinline__ bool decode(int i) {
@@ -60,12 +72,14 @@ struct Work {
         if (i >= all * tiles) return false;
         const int first = i / (n.together * tiles) * n.together, left = i - first * tiles;
         const int heads = min(n.together, all - first), bh = first + left % heads;
-        tile = left / heads, batch = bh / n.heads, head = bh % n.heads;
+        tile = left / heads, batch = bh / n.heads, head = bh % n.heads, last = first + heads == all;
         return true;
     }
-    // For the one that copies.
+    // For the one that copies. A block that waits for others takes its first tile in the order of arrival too: those
+    // that were given tiles before it run, or are done.
+    template <bool WAITS = false>
     __device__ __forceinline__ bool take() {
-        const int i = round == 0 ? blockIdx.x : gridDim.x + atomicAdd(&given, 1);
+        const int i = WAITS ? atomicAdd(&given, 1) : round == 0 ? blockIdx.x : gridDim.x + atomicAdd(&given, 1);
         Slot& slot = queue.slots[round % 2];
         slot.empty.wait(round / 2 - 1);
         queue.items[round % 2] = i;
@@ -96,6 +110,10 @@ struct Turns {
     }
     __device__ __forceinline__ void begin() const { named_barrier(1 + group, 2 * WARPGROUP); }
     __device__ __forceinline__ void end() const { named_barrier_arrive(1 + (group + 1) % GROUPS, 2 * WARPGROUP); }
+    // Takes the turn that nobody will.
+    __device__ __forceinline__ void leave() const {
+        if (group == 0) begin();
+    }
 };
 
 // All threads of one warpgroup.
@@ -273,6 +291,7 @@ __device__ __forceinline__ void forward(const TensorMap& q, const TensorMap& k, 
         group_barrier(group);
         if (thread == 0 && own > 0) store_tile<DP>(o, work.batch, w0, work.head, s.o[group]);
     }
+    turns.leave();
     if (thread == 0) wait_stores();
 }
 
@@ -425,7 +444,38 @@ __device__ __forceinline__ void backward_q(const TensorMap& q, const TensorMap& 
         group_barrier(group);
         if (thread == 0 && own > 0) store_tile<DP>(dq, work.batch, w0, work.head, s.dq[group]);
     }
+    turns.leave();
     if (thread == 0) wait_stores();
+}
+
+// With transposed scores, of 64 keys and some queries. Weights p = 2^(c s − lse) in place of scores; `key` is the first of
+// the thread's two keys, eight apart, `first` the place of the first query among the keys.
+template <int N>
+__device__ __forceinline__ void weights(float (&x)[N], const float* lse, float c, int key, int first) {
+    const int column = lane_id() % 4 * 2;
+    if (first < key / 64 * 64 + 63) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (key + i / 2 % 2 * 8 > first + i / 4 * 8 + column + i % 2) x[i] = -INFINITY;
+    }
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+        float of_lse[2];
+        load_vec<2>(lse + 8 * j + column, of_lse);
+#pragma unroll
+        for (int e = 0; e < 4; e++) x[4 * j + e] = exp2_fast(fmaf(x[4 * j + e], c, -of_lse[e % 2]));
+    }
+}
+// Gradients ds = p ⊙ (dp − delta) of scores in place of those of weights.
+template <int N>
+__device__ __forceinline__ void score_gradients(float (&y)[N], const float (&p)[N], const float* delta) {
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+        float of_delta[2];
+        load_vec<2>(delta + 8 * j + lane_id() % 4 * 2, of_delta);
+#pragma unroll
+        for (int e = 0; e < 4; e++) y[4 * j + e] = p[4 * j + e] * (y[4 * j + e] - of_delta[e % 2]);
+    }
 }
 
 template <int DP, int GROUPS, int BM, int DEPTH>
@@ -478,7 +528,7 @@ __device__ __forceinline__ void backward_kv(const TensorMap& q, const TensorMap&
     }
     more_registers<Team<GROUPS>::MULTIPLY_REGISTERS>();
     const int group = warpgroup() - 1, thread = threadIdx.x % WARPGROUP;
-    const int row = thread / WARP * 16 + lane_id() / 4, column = lane_id() % 4 * 2;
+    const int row = thread / WARP * 16 + lane_id() / 4;
     const float c = n.scale * LOG2E;
     // The next scores are started before the last products are done, where registers are left for it.
     const Turns<GROUPS> turns(group);
@@ -513,28 +563,11 @@ __device__ __forceinline__ void backward_kv(const TensorMap& q, const TensorMap&
                 last->release();
             }
             wait_product<1>(x);
-            if (first < w0 + 63) {
-#pragma unroll
-                for (int i = 0; i < BM / 2; i++)
-                    if (w0 + row + i / 2 % 2 * 8 > first + i / 4 * 8 + column + i % 2) x[i] = -INFINITY;
-            }
-#pragma unroll
-            for (int j = 0; j < BM / 8; j++) {
-                float of_lse[2];
-                load_vec<2>(s.lse[stage] + 8 * j + column, of_lse);
-#pragma unroll
-                for (int e = 0; e < 4; e++) x[4 * j + e] = exp2_fast(fmaf(x[4 * j + e], c, -of_lse[e % 2]));
-            }
+            weights(x, s.lse[stage], c, w0 + row, first);
             pack(p, x);
             start_product<DP, BM>(acc_v, p, operand(s.dout[stage], BM));
             wait_product<1>(y);
-#pragma unroll
-            for (int j = 0; j < BM / 8; j++) {
-                float of_delta[2];
-                load_vec<2>(s.delta[stage] + 8 * j + column, of_delta);
-#pragma unroll
-                for (int e = 0; e < 4; e++) y[4 * j + e] = x[4 * j + e] * (y[4 * j + e] - of_delta[e % 2]);
-            }
+            score_gradients(y, x, s.delta[stage]);
             pack(ds, y);
             start_product<DP, BM>(acc_k, ds, operand(s.q[stage], BM));
             last = &slot;
@@ -559,10 +592,250 @@ __device__ __forceinline__ void backward_kv(const TensorMap& q, const TensorMap&
             store_tile<DP>(dv, work.batch, w0, work.head, s.dv[group]);
         }
     }
+    turns.leave();
+    if (thread == 0) wait_stores();
+}
+
+// ---- backward, all gradients in one pass
+
+// The head dim, queries of a tile, warps that add up dq, and the floats that they add at a time: 64 queries' 64 columns.
+constexpr int LONG_DIM = 128, LONG_TILE = 64, ADDERS = 3, PART = 64 * 64;
+
+struct LongShared {
+    static constexpr int OWN = Team<2>::OWN;
+    bf16 k[OWN * LONG_DIM], v[OWN * LONG_DIM], q[STAGES][LONG_TILE * LONG_DIM], dout[STAGES][LONG_TILE * LONG_DIM];
+    bf16 ds[2][LONG_TILE * OWN], grad[2][BOX * LONG_DIM];
+    float dq[2][PART], lse[STAGES][LONG_TILE], delta[STAGES][LONG_TILE];
+    Slot of_keys, of_queries[STAGES], of_ds[2], of_dq[2][ADDERS];
+    Queue queue;
+};
+
+// How a block walks over the tiles of queries that see its tile of keys.
+//
+// All that add to a tile of queries do so in one order, from the last tile of keys to the first. Each begins with its
+// own queries: the tile before, given out later, comes to them two tiles of queries later, and nobody waits. But then the
+// longest tiles of keys are the last. The heads that are last take the longest first, add from the first to the last and
+// walk back to their own queries, so that all blocks end at about the same time.
+struct Walk {
+    int tile, block, step, left;
+
+    __device__ __forceinline__ Walk(const Work& work, const Sizes& n) {
+        constexpr int OWN = LongShared::OWN;
+        const int blocks = ceil_div(n.steps, LONG_TILE);
+        tile = work.last ? work.tile : work.tiles - 1 - work.tile;
+        const int first = max(OWN * tile - (n.keys - n.steps), 0) / LONG_TILE;
+        left = blocks - first, block = work.last ? blocks - 1 : first, step = work.last ? -1 : 1;
+    }
+    __device__ __forceinline__ void next() { block += step, left--; }
+    // Tiles of keys that add to the tile of queries before this one.
+    __device__ __forceinline__ int before(const Work& work, const Sizes& n) const {
+        const int last_key = n.keys - n.steps + block * LONG_TILE + LONG_TILE - 1;
+        return work.last ? tile : min(last_key / LongShared::OWN, work.tiles - 1) - tile;
+    }
+};
+
+__device__ __forceinline__ void backward_long(const TensorMap& q, const TensorMap& k, const TensorMap& v,
+                                              const TensorMap& dout, const TensorMap& dk, const TensorMap& dv,
+                                              const float* lse, const float* delta, float* parts, int* turns,
+                                              const Sizes& n) {
+    constexpr int DP = LONG_DIM, BM = LONG_TILE, GROUPS = 2, OWN = LongShared::OWN;
+    DYNAMIC_SHARED(shared);
+    auto& s = *reinterpret_cast<LongShared*>(shared);
+    if (threadIdx.x == 0) {
+        s.queue.init(GROUPS, ADDERS);
+        s.of_keys.init(GROUPS);
+        for (Slot& slot : s.of_queries) slot.init(GROUPS);
+        for (Slot& slot : s.of_ds) slot.full.init(4 * GROUPS), slot.empty.init(4 * GROUPS);
+        for (auto& slots : s.of_dq)
+            for (Slot& slot : slots) slot.full.init(4), slot.empty.init(1);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    Work work(s.queue, n, ceil_div(n.keys, OWN));
+    int use = 0, use_keys = 0;
+    if (threadIdx.x < WARPGROUP) {
+        fewer_registers<Team<GROUPS>::COPY_REGISTERS>();
+        if (threadIdx.x == 0) {
+            for (; work.take<true>(); use_keys++) {
+                Walk at(work, n);
+                const long long per_query = (long long)(work.batch * n.heads + work.head) * n.padded();
+                s.of_keys.take(use_keys, 2 * load_bytes<OWN, DP>());
+                load_tile<OWN, DP>(s.k, k, work.batch, OWN * at.tile, work.head, s.of_keys.full);
+                load_tile<OWN, DP>(s.v, v, work.batch, OWN * at.tile, work.head, s.of_keys.full);
+                for (; at.left > 0; at.next(), use++) {
+                    const int stage = use % STAGES, t = at.block * BM;
+                    Slot& slot = s.of_queries[stage];
+                    slot.take(use / STAGES, 2 * load_bytes<BM, DP>() + 2 * BM * (int)sizeof(float));
+                    load_tile<BM, DP>(s.q[stage], q, work.batch, t, work.head, slot.full);
+                    load_floats<BM>(s.lse[stage], lse + per_query + t, slot.full);
+                    load_tile<BM, DP>(s.dout[stage], dout, work.batch, t, work.head, slot.full);
+                    load_floats<BM>(s.delta[stage], delta + per_query + t, slot.full);
+                }
+            }
+        } else if (threadIdx.x >= WARP && threadIdx.x < (1 + ADDERS) * WARP) {
+            // Adders take the parts in turn: to have one added and seen takes longer than to make the next.
+            for (int due = threadIdx.x / WARP - 1; work.next();) {
+                const int of_head = (work.batch * n.heads + work.head) * (n.padded() / BM);
+                for (Walk at(work, n); at.left > 0; at.next(), use++) {
+                    const int before = at.before(work, n);
+#pragma unroll
+                    for (int i = 0; i < GROUPS; i++) {
+                        if (due-- > 0) continue;
+                        due = ADDERS - 1;
+                        if (lane_id() == 0) {
+                            const long long part = (of_head + at.block) * GROUPS + i;
+                            Slot& slot = s.of_dq[i][use % ADDERS];
+                            if (before > 0) wait_turn(turns + part, before);
+                            slot.full.wait(use / ADDERS);
+                            if (before > 0) add_floats<PART>(parts + part * PART, s.dq[i]);
+                            else store_floats<PART>(parts + part * PART, s.dq[i]);
+                            commit_stores();
+                            wait_stores();
+                            slot.empty.arrive();
+                            wait_written();
+                            give_turn(turns + part, before + 1);
+                        }
+                        __syncwarp();
+                    }
+                }
+            }
+        }
+        return;
+    }
+    more_registers<Team<GROUPS>::MULTIPLY_REGISTERS>();
+    const int group = warpgroup() - 1, thread = threadIdx.x % WARPGROUP, past = n.keys - n.steps;
+    const int row = thread / WARP * 16 + lane_id() / 4;
+    const float c = n.scale * LOG2E;
+    const uint32_t k_rows = operand(s.k + group * 64 * PANEL), v_rows = operand(s.v + group * 64 * PANEL);
+    const uint32_t k_columns = operand(s.k + group * OWN * PANEL, OWN);
+    for (; work.next(); use_keys++) {
+        Walk at(work, n);
+        const int w0 = OWN * at.tile + 64 * group;
+        float acc_k[DP / 2], acc_v[DP / 2], part[32];
+#pragma unroll
+        for (int i = 0; i < DP / 2; i++) acc_k[i] = acc_v[i] = 0.f;
+        uint32_t p[BM / 16][4], ds[BM / 16][4];
+        // The warpgroup's columns of dq, from the ds of both warpgroups.
+        const auto start_dq = [&](int use) {
+            s.of_ds[use % 2].full.wait(use / 2);
+            start_product<64, OWN, BM>(part, operand(s.ds[use % 2]), k_columns, false);
+        };
+        const auto give_dq = [&](int use) {
+            s.of_ds[use % 2].release();
+            if (use > 0) s.of_dq[group][(use - 1) % ADDERS].empty.wait((use - 1) / ADDERS);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float four[4] = {part[4 * j], part[4 * j + 1], part[4 * j + 2], part[4 * j + 3]};
+                store_vec<4>(s.dq[group] + (j * WARPGROUP + thread) * 4, four);
+            }
+            fence_copies();
+            arrive_as_warp(s.of_dq[group][use % ADDERS].full);
+        };
+        s.of_keys.full.wait(use_keys);
+        for (bool first = true; at.left > 0; at.next(), use++, first = false) {
+            const int stage = use % STAGES, q0 = past + at.block * BM;
+            Slot& slot = s.of_queries[stage];
+            slot.full.wait(use / STAGES);
+            float x[BM / 2], y[BM / 2];
+            start_product<BM, DP, OWN, BM>(x, k_rows, operand(s.q[stage]));
+            start_product<BM, DP, OWN, BM>(y, v_rows, operand(s.dout[stage]));
+            wait_product<1>(x);
+            weights(x, s.lse[stage], c, w0 + row, q0);
+            pack(p, x);
+            start_product<DP, BM>(acc_v, p, operand(s.dout[stage], BM));
+            wait_product<1>(y);
+            score_gradients(y, x, s.delta[stage]);
+            pack(ds, y);
+            start_product<DP, BM>(acc_k, ds, operand(s.q[stage], BM));
+            Slot& of_ds = s.of_ds[use % 2];
+            of_ds.empty.wait(use / 2 - 1);
+            stage_operand(s.ds[use % 2] + group * BM * PANEL, ds);
+            fence_copies();
+            arrive_as_warp(of_ds.full);
+            // dq of the tile before: by now the other warpgroup has written its ds.
+            if (!first) {
+                start_dq(use - 1);
+                wait_product<1>(acc_v);
+                wait_product<1>(acc_k);
+                slot.release();
+                wait_product<0>(part);
+                give_dq(use - 1);
+            } else {
+                wait_product<0>(acc_v);
+                wait_product<0>(acc_k);
+                slot.release();
+            }
+        }
+        start_dq(use - 1);
+        wait_product<0>(part);
+        give_dq(use - 1);
+        s.of_keys.release();
+        const auto store = [&](const float (&grad)[DP / 2], float scale, const TensorMap& to) {
+            if (thread == 0) wait_stores();
+            group_barrier(group);
+            stage_tile(s.grad[group], grad, scale, scale);
+            fence_copies();
+            group_barrier(group);
+            if (thread == 0 && w0 < n.keys) store_tile<DP>(to, work.batch, w0, work.head, s.grad[group]);
+        };
+        store(acc_k, n.scale, dk);
+        store(acc_v, 1.f, dv);
+    }
     if (thread == 0) wait_stores();
 }
 
 }  // namespace
+
+// delta = rowsum(do ⊙ o), eight lanes a query; and the turns at all parts of dq, which nobody has taken yet. Rows are in
+// the order of o, [B, T64, H].
+extern "C" __global__ void __launch_bounds__(256) attention_delta_sm90a(const bf16* o, const bf16* dout, float* delta,
+                                                                       int* turns, int parts, int steps, int heads,
+                                                                       int values, long long rows) {
+    const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x, row = at / 8;
+    if (at < parts) turns[at] = 0;
+    const int padded = ceil_div(steps, 64) * 64, head = row % heads, t = row / heads % padded;
+    const long long batch = row / heads / padded;
+    float sum = 0.f;
+    if (row < rows && t < steps) {
+        const long long from = ((batch * steps + t) * heads + head) * values;
+        for (int column = at % 8 * 8; column < values; column += 64) {
+            float a[8], b[8];
+            load_vec<8>(o + from + column, a);
+            load_vec<8>(dout + from + column, b);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum = fmaf(a[i], b[i], sum);
+        }
+    }
+#pragma unroll
+    for (int offset = 1; offset < 8; offset *= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    if (row < rows && at % 8 == 0) delta[(batch * heads + head) * padded + t] = sum;
+}
+
+// dq in bf16 from its parts, one a block.
+extern "C" __global__ void __launch_bounds__(WARPGROUP) attention_round_sm90a(const float* parts,
+                                                                             const __grid_constant__ TensorMap dq,
+                                                                             int steps, int heads, float scale) {
+    DYNAMIC_SHARED(shared);
+    bf16* const tile = reinterpret_cast<bf16*>(shared);
+    const int rows = ceil_div(steps, 64), panel = blockIdx.x % 2, row = blockIdx.x / 2 % rows;
+    const int bh = blockIdx.x / 2 / rows;
+    float x[32];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float four[4];
+        load_vec<4>(parts + (long long)blockIdx.x * PART + (j * WARPGROUP + threadIdx.x) * 4, four);
+#pragma unroll
+        for (int e = 0; e < 4; e++) x[4 * j + e] = four[e];
+    }
+    stage_tile(tile, x, scale, scale);
+    fence_copies();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        store_box(dq, bh / heads, row * 64, bh % heads, panel * PANEL, tile);
+        commit_stores();
+        wait_stores();
+    }
+}
 
 #define MAP const __grid_constant__ TensorMap
 #define SIZES int steps, int keys, int heads, int batch, int together, float scale
@@ -591,3 +864,7 @@ DQ(64, 2, 128)
 DQ(128, 2, 128)
 DKDV(64, 2, 64, 3)
 DKDV(128, 2, 64, 3)
+extern "C" __global__ void __launch_bounds__(Team<2>::THREADS, 1) attention_backward_128_sm90a(
+    MAP q, MAP k, MAP v, MAP dout, MAP dk, MAP dv, const float* lse, const float* delta, float* parts, int* turns, SIZES) {
+    backward_long(q, k, v, dout, dk, dv, lse, delta, parts, turns, {steps, keys, heads, batch, together, scale});
+}

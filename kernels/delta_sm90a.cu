@@ -43,24 +43,12 @@ struct Sizes {
 // Two neighbouring columns of accumulators: those of the `pair`-th element pair of 16 columns, `k` sixteens further on.
 __device__ __forceinline__ int column(int k, int pair) { return 16 * k + pair / 2 * 8 + 2 * (lane_id() % 4); }
 
-// Where a lane's row of the four 8 x 8 matrices begins that are 16 columns of a warpgroup's accumulators, transposed, in
-// a panel: rows are the columns from 16 k on.
-__device__ __forceinline__ int transposed(int k) {
-    const int lane = lane_id(), warp = threadIdx.x % WARPGROUP / WARP;
-    return (16 * k + lane / 16 * 8 + lane % 8) * PANEL + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 8;
-}
-// A tile [16·K rows][64] as a left operand, its columns being the rows of the product, and the way back.
+// A tile [16·K rows][64] as a left operand, its columns being the rows of the product.
 template <int K>
 __device__ __forceinline__ void fetch_operand(uint32_t (&a)[K][4], const bf16* tile) {
 #pragma unroll
     for (int k = 0; k < K; k++) ldmatrix_x4_trans(a[k], tile + transposed(k));
 }
-template <int K>
-__device__ __forceinline__ void stage_operand(bf16* tile, const uint32_t (&a)[K][4]) {
-#pragma unroll
-    for (int k = 0; k < K; k++) stmatrix_x4_trans(tile + transposed(k), a[k]);
-}
-
 __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 

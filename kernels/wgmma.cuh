@@ -101,8 +101,35 @@ __device__ __forceinline__ void load_floats(float* to, const float* from, Barrie
                  : "memory");
 }
 
-// Until the stores that this thread started have read what they write.
+// Of N floats to global memory, at 16 bytes, or added to what stands there.
+template <int N>
+__device__ __forceinline__ void store_floats(float* to, const float* from) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+                 "n"(N * 4) : "memory");
+}
+template <int N>
+__device__ __forceinline__ void add_floats(float* to, const float* from) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "n"(N * 4) : "memory");
+}
+
+// Until the stores that this thread started have read what they write, or have written it.
 __device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Blocks that add to the same numbers one after the other: one waits until `turn` has come to `count`, the one before
+// has brought it there. What the one before has had written until then is seen.
+__device__ __forceinline__ void wait_turn(const int* turn, int count) {
+    int seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
+    } while (seen != count);
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+__device__ __forceinline__ void give_turn(int* turn, int count) {
+    asm volatile("fence.proxy.async; st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(count) : "memory");
+}
+
 // Between this thread's stores to shared memory and a copy that reads them.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -125,22 +152,22 @@ __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async
 
 // d[64 x N] (+)= a b for 16 of k; `add` tells whether to add to d. Element i of d is row 16·warp + lane/4 + 8·(i/2%2),
 // column 8·(i/4) + 2·(lane%4) + i%2.
-// With both operands in shared memory, k runs along the rows of both.
-template <int N>
+// With both operands in shared memory, k runs along the rows of a, and along the rows of b, or along its columns.
+template <int N, bool ALONG_ROWS = true>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint32_t a, uint32_t b, bool add) {
     static_assert(N == 64 || N == 128);
     if constexpr (N == 64)
         asm volatile("{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %34, 0; mov.b64 a, {%32, %35}; "
                      "mov.b64 b, {%33, %35}; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SB_LIST_32
-                     ", a, b, p, 1, 1, 0, 0; }"
+                     ", a, b, p, 1, 1, 0, %36; }"
                      : SB_32(d)
-                     : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+                     : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH), "n"(!ALONG_ROWS));
     else
         asm volatile("{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %66, 0; mov.b64 a, {%64, %67}; "
                      "mov.b64 b, {%65, %67}; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " SB_LIST_64
-                     ", a, b, p, 1, 1, 0, 0; }"
+                     ", a, b, p, 1, 1, 0, %68; }"
                      : SB_64(d)
-                     : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH));
+                     : "r"(a), "r"(b), "r"((int)add), "n"(OPERAND_HIGH), "n"(!ALONG_ROWS));
 }
 // With a in registers, k runs along the rows of b, or along its columns.
 template <int N, bool ALONG_ROWS>
@@ -186,6 +213,12 @@ __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&r)
 
 // ---- built on these
 
+// All lanes of a warp are done with something.
+__device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
+    __syncwarp();
+    if (lane_id() == 0) barrier.arrive();
+}
+
 // A tile's barriers: filled by a copy, emptied by every warp that multiplies.
 struct Slot {
     Barrier full, empty;
@@ -196,10 +229,7 @@ struct Slot {
         empty.wait(use - 1);
         full.expect(bytes);
     }
-    __device__ __forceinline__ void release() {
-        __syncwarp();
-        if (lane_id() == 0) empty.arrive();
-    }
+    __device__ __forceinline__ void release() { arrive_as_warp(empty); }
 };
 
 // Starts the copy of ROWS rows from `row` on of one head; `full` is told the bytes by load_bytes.
@@ -258,6 +288,17 @@ __device__ __forceinline__ void start_product(float (&d)[N / 2], const uint32_t 
     for (int k = 0; k < K / 16; k++) wgmma<N, false>(d, a[k], b + k * (16 * PANEL * 2 / 16), add || k > 0);
     wgmma_commit();
 }
+// d (+)= A B, with A [64 x K] in panels of ROWS_A rows and B [K x N] in panels.
+template <int N, int K, int ROWS_A>
+__device__ __forceinline__ void start_product(float (&d)[N / 2], uint32_t a, uint32_t b, bool add) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        const int at_a = k / PANEL * (ROWS_A * PANEL * 2 / 16) + k % PANEL * 2 / 16;
+        wgmma<N, false>(d, a + at_a, b + k * PANEL * 2 / 16, add || k > 0);
+    }
+    wgmma_commit();
+}
 // Has values computed here: the compiler would put that off until they are needed, behind a wait.
 template <int N>
 __device__ __forceinline__ void compute_now(float (&d)[N]) {
@@ -296,4 +337,17 @@ __device__ __forceinline__ void stage_tile(bf16* tile, const float (&d)[N], floa
             *reinterpret_cast<uint32_t*>(tile + j / 8 * BOX * PANEL + at) =
                 pack_bf16(d[4 * j + 2 * half] * scale, d[4 * j + 2 * half + 1] * scale);
         }
+}
+
+// Where a lane's row of the four 8 x 8 matrices begins that are 16 columns of a warpgroup's accumulators, transposed, in
+// a panel: rows are the columns from 16 k on.
+__device__ __forceinline__ int transposed(int k) {
+    const int lane = lane_id(), warp = threadIdx.x % WARPGROUP / WARP;
+    return (16 * k + lane / 16 * 8 + lane % 8) * PANEL + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 8;
+}
+// Writes a left operand transposed: a panel [16·K rows][64], whose columns are the rows of the product.
+template <int K>
+__device__ __forceinline__ void stage_operand(bf16* panel, const uint32_t (&a)[K][4]) {
+#pragma unroll
+    for (int k = 0; k < K; k++) stmatrix_x4_trans(panel + transposed(k), a[k]);
 }

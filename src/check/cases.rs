@@ -214,6 +214,7 @@ pub const OPS: &[Op] = &[
             // Values wider than keys, and keys of earlier steps.
             sizes.extend(headed(&[(1, 130, 1, 72, 96)]));
             sizes.push(Size { sub: 33, ..headed(&[(2, 40, 2, 64, 64)])[0] });
+            sizes.extend(headed(&[(1, 8_200, 1, 128, 128)]));
             // Windows: within a tile, over tiles, one step, and keys that no query sees.
             sizes.push(Size { width: 50, ..headed(&[(2, 400, 2, 64, 64)])[0] });
             sizes.push(Size { width: 1, ..headed(&[(1, 130, 1, 128, 128)])[0] });
@@ -225,6 +226,9 @@ pub const OPS: &[Op] = &[
             sizes.iter_mut().for_each(|size| size.value = size.key);
             sizes.push(Size { sub: 300, ..headed(&[(1, 1, 4, 64, 64)])[0] });
             sizes.push(Size { sub: 65, ..headed(&[(2, 100, 2, 96, 96)])[0] });
+            // What long sequences have kernels of their own for.
+            sizes.extend(headed(&[(1, 8_300, 3, 104, 104)]));
+            sizes.push(Size { sub: 300, ..headed(&[(2, 8_192, 1, 128, 128)])[0] });
             for dim in [32, 64, 80, 96, 128] {
                 for (steps, window) in [(1, 3), (400, 63), (300, 33)] {
                     sizes.push(Size { width: window, ..headed(&[(1, steps, 2, dim, dim)])[0] });

@@ -60,12 +60,23 @@ static inline void store_box(const TensorMap& map, int batch, int row, int head,
   if (shared_address(from) % 1024) emu::fail("store_box: a tile at %u, not at a multiple of 1024", shared_address(from));
   emu::each_of_box(map, {column, head, row, batch}, [&](int i, bf16* at) { if (at) *at = from[i]; });
 }
+static inline void check_floats(const float* to, const float* from) {
+  if ((size_t)to % 16 || (size_t)from % 16) emu::fail("copy of floats: not at a multiple of 16");
+}
 template <int N> static void load_floats(float* to, const float* from, Barrier& full) {
-  if ((size_t)to % 16 || (size_t)from % 16) emu::fail("load_floats: not at a multiple of 16");
-  memcpy(to, from, 4 * N); full.filled(4 * N);
+  check_floats(to, from); memcpy(to, from, 4 * N); full.filled(4 * N);
 }
 static inline void commit_stores() {}
 static inline void wait_stores() {}
+static inline void wait_written() {}
+template <int N> static void store_floats(float* to, const float* from) { check_floats(to, from); memcpy(to, from, 4 * N); }
+template <int N> static void add_floats(float* to, const float* from) {
+  check_floats(to, from);
+  for (int i = 0; i < N; i++) to[i] += from[i];
+}
+// Of blocks that run one after the other: only warps of the same block may be waited for.
+static inline void wait_turn(const int* turn, int count) { while (*turn != count) emu::yield(); }
+static inline void give_turn(int* turn, int count) { *turn = count; }
 static inline void fence_copies() {}
 
 template <int N, bool ALONG_ROWS>
@@ -79,12 +90,12 @@ static void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b, bool ad
     for (int i = 0; i < 4; i++) d[4 * j + i] = c[i];
   }
 }
-template <int N>
+template <int N, bool ALONG_ROWS = true>
 static void wgmma(float (&d)[N / 2], uint32_t a, uint32_t b, bool add) {
   const int row = threadIdx.x % WARPGROUP / WARP * 16 + lane_id() / 4, k = 2 * (lane_id() % 4);
   const uint32_t fa[4] = {emu::pair_of<true>(a, k, row), emu::pair_of<true>(a, k, row + 8), emu::pair_of<true>(a, k + 8, row),
                           emu::pair_of<true>(a, k + 8, row + 8)};
-  wgmma<N, true>(d, fa, b, add);
+  wgmma<N, ALONG_ROWS>(d, fa, b, add);
 }
 static inline void wgmma_fence() {}
 static inline void wgmma_commit() {}

@@ -16,6 +16,10 @@ struct Tile {
 /// Tiles of queries that dkdv has under way.
 const DEPTH: usize = 3;
 
+/// From so many steps on all gradients are made in one pass, for head dims that are padded to 128: on an H100 one pass
+/// takes a tenth less time at 8,192 steps, and a tenth more at 4,096.
+const LONG: usize = 8192;
+
 /// Bytes of shared memory for the barriers of a block.
 const BARRIERS: usize = 256;
 
@@ -131,6 +135,12 @@ impl Hopper {
         let (lse, delta) = (lse?, delta?);
         let inputs = [self.map(&q)?, self.map(&k)?, self.map(&v)?];
 
+        if self.dim == 128 && steps >= LONG {
+            let grads = [self.map(&dq)?, self.map(&dk)?, self.map(&dv)?];
+            self.backward_long(inputs, &o, &dout, (lse, delta), grads)?;
+            return Ok([dq, dk, dv]);
+        }
+
         let tile = Tile { groups: 2, other: 128 };
         let shared = self.rows(3 * tile.own() + 4 * tile.other);
         let mut params = inputs.to_vec();
@@ -148,5 +158,42 @@ impl Hopper {
         let launch = tile.launch(gpu, batch * heads, keys, shared);
         gpu.launch(&kernels::ATTENTION_SM90A, &self.name("dkdv"), launch, &params)?;
         Ok([dq, dk, dv])
+    }
+
+    /// Fills the gradients of q, k and v, whose maps `grads` are, in one pass.
+    fn backward_long(
+        &self,
+        [q, k, v]: [KernelArg; 3],
+        o: &Tensor,
+        dout: &Tensor,
+        (lse, delta): (KernelArg, KernelArg),
+        [dq, dk, dv]: [KernelArg; 3],
+    ) -> Result<()> {
+        /// Floats of a part of dq.
+        const PART: usize = 64 * 64;
+        let (gpu, Shape { batch, steps, keys, heads, values, .. }) = (&self.gpu, self.shape);
+        let rows = batch * heads * steps.next_multiple_of(64);
+        let parts = rows * self.dim / PART;
+        let (sums, turns) = (gpu.empty((parts, PART), DType::F32)?, gpu.empty(parts, DType::U32)?);
+        let (sums, turns) = (gpu.of_value(&sums)?, gpu.of_value(&turns)?);
+
+        let mut params = vec![gpu.ptr(o)?, gpu.ptr(dout)?, delta, turns, parts.into()];
+        params.extend([steps, heads, values].map(KernelArg::from));
+        params.push((rows as i64).into());
+        let launch = Launch::new((8 * rows).div_ceil(256), 256);
+        gpu.launch(&kernels::ATTENTION_SM90A, "attention_delta_sm90a", launch, &params)?;
+
+        let tile = Tile { groups: 2, other: 64 };
+        let (own, other) = (tile.own(), tile.other);
+        // k and v, two tiles of q and do, gradients to be stored; two tiles of ds, two parts of dq, lse and delta.
+        let shared = self.rows(2 * own + 4 * other + 128) + 4 * other * own + 8 * PART + 16 * other;
+        let mut params = vec![q, k, v, self.map(dout)?, dk, dv, lse, delta, sums, turns];
+        params.extend(self.sizes(&tile, keys, steps));
+        let launch = tile.launch(gpu, batch * heads, keys, shared);
+        gpu.launch(&kernels::ATTENTION_SM90A, &self.name("backward"), launch, &params)?;
+
+        let params = [sums, dq, steps.into(), heads.into(), (self.scale as f32).into()];
+        let launch = Launch::new(parts, 128).shared(2 * PART);
+        gpu.launch(&kernels::ATTENTION_SM90A, "attention_round_sm90a", launch, &params)
     }
 }
