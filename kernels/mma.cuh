@@ -188,11 +188,17 @@ __device__ __forceinline__ void warp_gemm_acc(float (&acc)[MT][NT][4], const flo
         }
     } else {
         const int g = lane / 4, t = lane % 4;
-        // An accumulator holds columns 2t and 2t+1, an operand k = t and t+4: k is renumbered on both sides.
+        // An accumulator holds columns 2t and 2t+1, an operand k = t and t+4: k is renumbered on both sides. Tensor
+        // cores round sums towards zero, which shows after thousands of steps: on route F32 products are summed apart.
 #pragma unroll
-        for (int kt = 0; kt < KT; kt++) {
+        for (int j = 0; j < NT; j++) {
+            float sum[MT][4];
 #pragma unroll
-            for (int j = 0; j < NT; j++) {
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[i][e] = __is_same(R, F32) ? 0.f : acc[i][j][e];
+#pragma unroll
+            for (int kt = 0; kt < KT; kt++) {
                 float fb[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
@@ -202,9 +208,13 @@ __device__ __forceinline__ void warp_gemm_acc(float (&acc)[MT][NT][4], const flo
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
                     const float fa[4] = {a[i][kt][0], a[i][kt][2], a[i][kt][1], a[i][kt][3]};
-                    mma_float<R>(acc[i][j], fa, fb);
+                    mma_float<R>(sum[i], fa, fb);
                 }
             }
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[i][j][e] = (__is_same(R, F32) ? acc[i][j][e] : 0.f) + sum[i][e];
         }
     }
 }
