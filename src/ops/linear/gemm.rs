@@ -184,6 +184,65 @@ pub(crate) fn block_times<F: Real>(
     }
 }
 
+/// The right side of many products with few rows, its columns in panels: a product reads them once, in order.
+pub struct Panels<F> {
+    /// Panel by panel, row by row; columns behind the last are zeros.
+    rows: Vec<[F; PANEL]>,
+    inner: usize,
+}
+
+/// Columns of a panel.
+const PANEL: usize = 32;
+
+impl<F: Real> Panels<F> {
+    pub fn new(m: Mat<F>) -> Self {
+        let (inner, width) = (m.rows, m.cols);
+        let at = |row: usize, column: usize| m.data[row * m.row_stride + column * m.col_stride];
+        let mut rows = vec![[F::zero(); PANEL]; width.div_ceil(PANEL) * inner];
+        for (i, panel) in rows.iter_mut().enumerate() {
+            let (first, row) = (i / inner * PANEL, i % inner);
+            for (to, column) in panel.iter_mut().zip(first..width) {
+                *to = at(row, column);
+            }
+        }
+        Self { rows, inner }
+    }
+
+    /// Y ← X·M + bias for X of `ROWS` rows. A row of Y depends on that row of X alone, to the last bit.
+    pub fn times<const ROWS: usize>(&self, x: &[F], bias: Option<&[F]>, y: &mut [F]) {
+        let (inner, width) = (self.inner, y.len() / ROWS);
+        assert_eq!((x.len(), self.rows.len()), (ROWS * inner, width.div_ceil(PANEL) * inner), "Panels: the shapes");
+        let rows: [&[F]; ROWS] = std::array::from_fn(|r| &x[r * inner..(r + 1) * inner]);
+        for (panel, first) in self.rows.chunks_exact(inner).zip((0..width).step_by(PANEL)) {
+            let sums = panel_times(rows, panel);
+            let columns = first..width.min(first + PANEL);
+            for (y, sums) in y.chunks_exact_mut(width).zip(&sums) {
+                match bias {
+                    Some(bias) => {
+                        let with_bias = sums.iter().zip(&bias[columns.clone()]).map(|(&sum, &bias)| sum + bias);
+                        y[columns.clone()].iter_mut().zip(with_bias).for_each(|(y, sum)| *y = sum);
+                    }
+                    None => y[columns.clone()].copy_from_slice(&sums[..columns.len()]),
+                }
+            }
+        }
+    }
+}
+
+/// Products of rows with one panel, all of which stay in registers.
+#[inline(always)]
+fn panel_times<F: Real, const ROWS: usize>(x: [&[F]; ROWS], panel: &[[F; PANEL]]) -> [[F; PANEL]; ROWS] {
+    let mut sums = [[F::zero(); PANEL]; ROWS];
+    for (k, weights) in panel.iter().enumerate() {
+        for (sums, x) in sums.iter_mut().zip(x) {
+            for (sum, &weight) in sums.iter_mut().zip(weights) {
+                *sum = x[k].fma(weight, *sum);
+            }
+        }
+    }
+    sums
+}
+
 /// Aᵀ·B for A of `rows` × `m` and B of `rows` × `n`, both row-major: the gradient of a weight.
 ///
 /// Large results are split over their rows, small ones over the sum, by the shapes alone.
