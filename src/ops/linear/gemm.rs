@@ -211,7 +211,11 @@ impl<F: Real> Panels<F> {
     /// Y ← X·M + bias for X of `ROWS` rows. A row of Y depends on that row of X alone, to the last bit.
     pub fn times<const ROWS: usize>(&self, x: &[F], bias: Option<&[F]>, y: &mut [F]) {
         let (inner, width) = (self.inner, y.len() / ROWS);
-        assert_eq!((x.len(), self.rows.len()), (ROWS * inner, width.div_ceil(PANEL) * inner), "Panels: the shapes");
+        assert_eq!(
+            (x.len(), self.rows.len()),
+            (ROWS * inner, width.div_ceil(PANEL) * inner),
+            "Panels: the shapes"
+        );
         let rows: [&[F]; ROWS] = std::array::from_fn(|r| &x[r * inner..(r + 1) * inner]);
         for (panel, first) in self.rows.chunks_exact(inner).zip((0..width).step_by(PANEL)) {
             let sums = panel_times(rows, panel);
@@ -219,7 +223,8 @@ impl<F: Real> Panels<F> {
             for (y, sums) in y.chunks_exact_mut(width).zip(&sums) {
                 match bias {
                     Some(bias) => {
-                        let with_bias = sums.iter().zip(&bias[columns.clone()]).map(|(&sum, &bias)| sum + bias);
+                        let with_bias =
+                            sums.iter().zip(&bias[columns.clone()]).map(|(&sum, &bias)| sum + bias);
                         y[columns.clone()].iter_mut().zip(with_bias).for_each(|(y, sum)| *y = sum);
                     }
                     None => y[columns.clone()].copy_from_slice(&sums[..columns.len()]),

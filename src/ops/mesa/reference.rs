@@ -4,6 +4,9 @@ use super::LEAST;
 use crate::ops::real::{Real, dot, joined, map_heads, scatter_heads, sigmoid, softplus};
 use crate::ops::scan::{CHUNK, Rows};
 
+/// Columns of a factor that are worked on at a time.
+const TILE: usize = 32;
+
 /// The arguments of one call, as slices; shapes as in [`super::mesa`].
 #[derive(Clone, Copy)]
 pub struct Mesa<'a, F> {
@@ -80,31 +83,49 @@ impl<F: Real> Head<'_, F> {
         }
     }
 
-    /// The lower triangle of the Cholesky factor of A + diag λ, in rows of K.
+    /// Numbers in a row of a factor: whole tiles.
+    fn pitch(&self) -> usize {
+        self.key.next_multiple_of(TILE)
+    }
+
+    /// The upper triangle of U with Uᵀ U = A + diag λ (Cholesky), in rows; what lies below is of no use.
     fn factor(&self, state: &[F], factor: &mut [F]) {
-        let n = self.key;
+        let (n, pitch) = (self.key, self.pitch());
         for (i, row) in state.chunks_exact(self.width()).enumerate() {
-            let (above, own) = factor.split_at_mut(i * n);
-            for j in 0..i {
-                let done = &above[j * n..][..n];
-                own[j] = (row[j] - dot(&own[..j], &done[..j])) / done[j];
+            let (above, own) = factor.split_at_mut(i * pitch);
+            let own = &mut own[..pitch];
+            own[..n].copy_from_slice(&row[..n]);
+            own[i] += self.lambda[i];
+            // A tile of the row stays in registers while the rows above are taken off.
+            for first in (i / TILE * TILE..pitch).step_by(TILE) {
+                let own = &mut own[first..first + TILE];
+                let mut sums: [F; TILE] = std::array::from_fn(|j| own[j]);
+                for above in above.chunks_exact(pitch) {
+                    let times = -above[i];
+                    for (sum, &x) in sums.iter_mut().zip(&above[first..first + TILE]) {
+                        *sum = times.fma(x, *sum);
+                    }
+                }
+                own.copy_from_slice(&sums);
             }
-            own[i] = (row[i] + self.lambda[i] - dot(&own[..i], &own[..i])).sqrt();
+            let root = own[i].sqrt();
+            own[i] = root;
+            let inverse = F::one() / root;
+            own[i + 1..].iter_mut().for_each(|x| *x *= inverse);
         }
     }
 
     /// (A + diag λ)⁻¹ x in place, from the factor.
     fn solve(&self, factor: &[F], x: &mut [F]) {
-        let n = self.key;
-        for i in 0..n {
-            let row = &factor[i * n..][..n];
-            x[i] = (x[i] - dot(&row[..i], &x[..i])) / row[i];
-        }
-        for i in (0..n).rev() {
-            let row = &factor[i * n..][..n];
+        let pitch = self.pitch();
+        for (i, row) in factor.chunks_exact(pitch).enumerate() {
             x[i] /= row[i];
-            let (before, own) = x.split_at_mut(i);
-            combine(before, F::one(), -own[0], row);
+            let (done, rest) = x.split_at_mut(i + 1);
+            combine(rest, F::one(), -done[i], &row[i + 1..]);
+        }
+        for (i, row) in factor.chunks_exact(pitch).enumerate().rev() {
+            let (own, done) = x.split_at_mut(i + 1);
+            own[i] = (own[i] - dot(&row[i + 1..][..done.len()], done)) / row[i];
         }
     }
 }
@@ -151,7 +172,7 @@ impl<F: Real> Mesa<'_, F> {
         let parts = map_heads(self.batch, self.heads, |b, h| {
             let head = self.head((b, h));
             let mut state = self.joined(self.keys, self.values, (b, h));
-            let (mut factor, mut x) = (vec![F::zero(); n * n], vec![F::zero(); n]);
+            let (mut factor, mut x) = (vec![F::zero(); n * head.pitch()], vec![F::zero(); n]);
             let mut o = vec![F::zero(); self.steps * self.value];
             let mut checkpoints = Vec::new();
             for (t, o) in o.chunks_exact_mut(self.value).enumerate() {
@@ -230,7 +251,7 @@ impl<F: Real> Mesa<'_, F> {
             states: [vec![], vec![]],
         };
         let mut states = vec![F::zero(); (CHUNK.min(steps) + 1) * size];
-        let (mut factor, mut x) = (vec![F::zero(); n * n], vec![F::zero(); n]);
+        let (mut factor, mut x) = (vec![F::zero(); n * head.pitch()], vec![F::zero(); n]);
         let mut along = vec![F::zero(); width];
         for chunk in (0..chunks).rev() {
             let (first, last) = (chunk * CHUNK, steps.min((chunk + 1) * CHUNK));
