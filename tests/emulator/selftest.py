@@ -49,6 +49,13 @@ out = emu.empty((1, 60, 1, 120), emu.bfloat16)
 hopper.launch("product", 1, 128, [emu.Map(A), emu.Map(B), emu.Map(out)], smem=65 * 1024)
 a, b = (x[0, :, 0].astype(np.float64) for x in (A, B))
 print("product", emu.rel(out[0, :, 0], a @ b.T @ b)); assert emu.rel(out[0, :, 0], a @ b.T @ b) < 5e-3
+A, B = (emu.bf16(rng.standard_normal((1, rows, 1, columns))) for rows, columns in ((64, 128), (128, 64)))
+out, turn = emu.empty((8, 128, 4)), np.zeros(1, np.int32)
+hopper.launch("twice", 1, 128, [emu.Map(A), emu.Map(B), out, turn], smem=49 * 1024)
+a, b = (x[0, :, 0].astype(np.float64) for x in (A, B))
+j, thread, i = np.ogrid[:8, :128, :4]
+row, column = thread // 32 * 16 + thread % 32 // 4 + i // 2 * 8, 8 * j + thread % 4 * 2 + i % 2
+print("twice", emu.rel(out, 2 * (a @ b)[row, column])); assert emu.rel(out, 2 * (a @ b)[row, column]) < 1e-5
 
 # A kernel of the program: y += bias on rows that are no multiple of a vector.
 linear = emu.build(emu.KERNELS + "/linear.cu")
