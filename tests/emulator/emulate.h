@@ -386,12 +386,19 @@ static inline float bits_f(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t f_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 struct MmaArg { float* c; const uint32_t *a, *b; };
 static inline void full_warp(uint32_t mask, const char* what) { if (mask != 0xffffffffu) fail("%s by lanes 0x%08x only", what, mask); }
+// c + d rounded towards zero, as tensor cores add: after thousands of sums it shows.
+static inline float add_towards_zero(float c, float d) {
+  const float s = c + d, b = s - c, rest = (c - (s - b)) + (d - b);  // s + rest is exact
+  uint32_t bits; memcpy(&bits, &s, 4);
+  bits -= (rest < 0 && s > 0) || (rest > 0 && s < 0);
+  return bits_f(bits);
+}
 template <int K> static inline void mma_finish(MmaArg** p, float (*A)[K], float (*B)[8]) {
   typedef float v8 __attribute__((vector_size(32), aligned(4)));
   float D[16][8];
   for (int i = 0; i < 16; i++) { v8 d = {}; for (int k = 0; k < K; k++) d += A[i][k] * *(v8*)B[k]; *(v8*)D[i] = d; }
   for (int l = 0; l < 32; l++) { int g = l >> 2, t = l & 3; float* c = p[l]->c;
-    c[0] += D[g][2 * t]; c[1] += D[g][2 * t + 1]; c[2] += D[g + 8][2 * t]; c[3] += D[g + 8][2 * t + 1]; }
+    for (int i = 0; i < 4; i++) c[i] = add_towards_zero(c[i], D[g + i / 2 * 8][2 * t + i % 2]); }
 }
 template <int K> static void mma_bf16_work(void** args, uint32_t mask) {
   full_warp(mask, "mma bf16"); MmaArg** p = (MmaArg**)args; float A[16][K], B[K][8];
