@@ -6,6 +6,7 @@ mod reference;
 
 use candle_core::{Device, Result, Tensor};
 
+use super::real::slice_of;
 use super::scan::{expect_shape, grad_or_zeros};
 use super::tape::{Arg, Forward, Node, Run, Value, apply};
 use crate::{dispatch, slices};
@@ -157,15 +158,16 @@ impl Node for Shift {
         if args[0].device().is_cuda() {
             return cuda::shift_backward(run, dims, grads);
         }
-        let ShiftDims { batch, steps, width, mixes } = dims;
+        let ShiftDims { batch, width, mixes, .. } = dims;
         let d_last = grad_or_zeros(&grads[mixes], &[batch, 1, width], &args[0])?;
-        let dy = grads[..mixes].iter().map(|dy| grad_or_zeros(dy, &[batch, steps, width], &args[0]));
-        let dy = Tensor::stack(&dy.collect::<Result<Vec<_>>>()?, 0)?;
         dispatch!(args[0].dtype(), F => {
-            slices!(F; x = &args[0], mix = &args[1], start = args.get(2).unwrap_or(&args[0]));
-            slices!(F; dy = &dy, d_last = &d_last);
+            slices!(F; x = &args[0], mix = &args[1], start = args.get(2).unwrap_or(&args[0]), d_last = &d_last);
             let start = args.get(2).map(|_| start);
-            tensors(reference::shift_backward(x, mix, start, (dy, d_last), dims), args)
+            let guards: Vec<_> =
+                grads[..mixes].iter().map(|dy| dy.as_ref().map(Tensor::storage_and_layout)).collect();
+            let dy = guards.iter().map(|dy| dy.as_ref().map(|(dy, layout)| slice_of::<F>(dy, layout)).transpose());
+            let dy = dy.collect::<Result<Vec<_>>>()?;
+            tensors(reference::shift_backward(x, mix, start, (&dy, d_last), dims), args)
         })
     }
 }

@@ -38,16 +38,17 @@ pub fn last<F: Real>(x: &[F], ShiftDims { steps, width, .. }: ShiftDims) -> Vec<
     x.chunks_exact(steps * width).flat_map(|x| &x[(steps - 1) * width..]).copied().collect()
 }
 
-/// Gradients of x, of the mixes and of the state, from those of the mixed tokens [n, B, T, D] and of the last one.
+/// Gradients of x, of the mixes and of the state, from those of each mix of tokens [B, T, D], where it has one, and of the
+/// last token.
 pub fn shift_backward<F: Real>(
     x: &[F],
     mix: &[F],
     start: Option<&[F]>,
-    (dy, d_last): (&[F], &[F]),
+    (dy, d_last): (&[Option<&[F]>], &[F]),
     dims: ShiftDims,
 ) -> [Vec<F>; 3] {
     let ShiftDims { batch, steps, width, mixes } = dims;
-    let (size, zeros) = (x.len(), vec![F::zero(); width]);
+    let zeros = vec![F::zero(); width];
     let parts: Vec<_> = (0..batch)
         .into_par_iter()
         .map(|b| {
@@ -62,8 +63,8 @@ pub fn shift_backward<F: Real>(
                     0 => &mut d_start[..],
                     _ => &mut earlier[(t - 1) * width..],
                 };
-                for j in 0..mixes {
-                    let dy = &dy[j * size + row * width..][..width];
+                for (j, dy) in dy.iter().enumerate().filter_map(|(j, dy)| Some((j, (*dy)?))) {
+                    let dy = &dy[row * width..][..width];
                     let (mix, d_mix) = (&mix[j * width..][..width], &mut d_mix[j * width..][..width]);
                     for (((own, earlier), &dy), &mix) in own.iter_mut().zip(&mut *earlier).zip(dy).zip(mix) {
                         let moved = dy * mix;
