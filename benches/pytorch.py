@@ -27,6 +27,7 @@ import re
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -650,6 +651,17 @@ class Missing(Exception):
     """There is nothing in PyTorch to measure."""
 
 
+@contextmanager
+def refusals():
+    """With --deterministic PyTorch refuses what it has no such algorithm for: that is left out, as what is missing."""
+    try:
+        yield
+    except RuntimeError as why:
+        if "deterministic" not in str(why):
+            raise
+        raise Missing("no deterministic algorithm") from why
+
+
 def parse_size(text):
     """The sizes of a label such as `B8 T400 H4 K64 V128`, `B8 T400 256 to 512` or `4700000`."""
     size = SimpleNamespace(B=1, T=1)
@@ -1257,7 +1269,8 @@ def report_ops(ops, args, report):
                 raise Missing("no counterpart")
             select_format(route)
             measure = measure_cpu if args.device == "cpu" else measure_gpu
-            theirs = measure(name, parse_size(size), route, both is not None, args.rounds)
+            with refusals():
+                theirs = measure(name, parse_size(size), route, both is not None, args.rounds)
         except (Missing, TooLarge) as why:
             report.leave_out(f"{name} {size}".strip(), why)
             continue
@@ -1276,7 +1289,8 @@ def report_steps(training, args, report):
             if name not in (MODELS if args.device == "cpu" else ["transformer"]):
                 raise Missing("no counterpart")
             select_format(route)
-            found = measure_step(step, args.device, args.rounds)
+            with refusals():
+                found = measure_step(step, args.device, args.rounds)
         except (Missing, TooLarge) as why:
             report.leave_out(f"{name} at width {step['width']}", why)
             continue
