@@ -87,10 +87,16 @@ __device__ __forceinline__ void mma_float(float (&c)[4], const float (&a)[4], co
         for (int i = 0; i < 4; i++) al[i] = to_tf32(a[i] - __uint_as_float(ah[i]));
 #pragma unroll
         for (int i = 0; i < 2; i++) bl[i] = to_tf32(b[i] - __uint_as_float(bh[i]));
-        mma_tf32(c, al, bh);
-        mma_tf32(c, ah, bl);
+        // Tensor cores round sums towards zero, which shows after thousands of steps: c is added to outside of them.
+        float sum[4] = {};
+        mma_tf32(sum, al, bh);
+        mma_tf32(sum, ah, bl);
+        mma_tf32(sum, ah, bh);
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[i] += sum[i];
+    } else {
+        mma_tf32(c, ah, bh);
     }
-    mma_tf32(c, ah, bh);
 }
 
 // How an operand lies in shared memory: AlongK, element (mn, k) at p[mn·ld + k]; AlongMN, at p[k·ld + mn].
@@ -188,17 +194,11 @@ __device__ __forceinline__ void warp_gemm_acc(float (&acc)[MT][NT][4], const flo
         }
     } else {
         const int g = lane / 4, t = lane % 4;
-        // An accumulator holds columns 2t and 2t+1, an operand k = t and t+4: k is renumbered on both sides. Tensor
-        // cores round sums towards zero, which shows after thousands of steps: on route F32 products are summed apart.
+        // An accumulator holds columns 2t and 2t+1, an operand k = t and t+4: k is renumbered on both sides.
 #pragma unroll
-        for (int j = 0; j < NT; j++) {
-            float sum[MT][4];
+        for (int kt = 0; kt < KT; kt++) {
 #pragma unroll
-            for (int i = 0; i < MT; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) sum[i][e] = __is_same(R, F32) ? 0.f : acc[i][j][e];
-#pragma unroll
-            for (int kt = 0; kt < KT; kt++) {
+            for (int j = 0; j < NT; j++) {
                 float fb[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
@@ -208,13 +208,9 @@ __device__ __forceinline__ void warp_gemm_acc(float (&acc)[MT][NT][4], const flo
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
                     const float fa[4] = {a[i][kt][0], a[i][kt][2], a[i][kt][1], a[i][kt][3]};
-                    mma_float<R>(sum[i], fa, fb);
+                    mma_float<R>(acc[i][j], fa, fb);
                 }
             }
-#pragma unroll
-            for (int i = 0; i < MT; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) acc[i][j][e] = (__is_same(R, F32) ? acc[i][j][e] : 0.f) + sum[i][e];
         }
     }
 }
