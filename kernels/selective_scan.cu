@@ -396,15 +396,23 @@ constexpr int OWN = 4;   // states of a lane
 constexpr int PAIR = 2;  // channels that a lane works on side by side
 constexpr int ROW = SUB * 4 + 4, OUT_ROW = 2 * SUB + 1;
 
-// This thread's number, anew: what follows from it is computed where it is needed, and not kept in registers all along.
-__device__ __forceinline__ int own_thread() {
-#ifdef SB_EMULATE
-    return threadIdx.x;
-#else
-    int x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
+// `x`, of which the compiler knows no more than that it is below `LIMIT`: what follows from it is computed where it is
+// needed, and not kept in registers all along.
+template <int LIMIT>
+__device__ __forceinline__ int anew(int x) {
+    static_assert((LIMIT & (LIMIT - 1)) == 0, "a power of two");
+#ifndef SB_EMULATE
+    asm volatile("" : "+r"(x));
 #endif
+    return x & (LIMIT - 1);
+}
+
+// Calls f(i) for every i below N in the threads of a block.
+template <int N, int THREADS, class F>
+__device__ __forceinline__ void share_out(int thread, F f) {
+#pragma unroll
+    for (int i0 = 0; i0 < N; i0 += THREADS)
+        if (i0 + THREADS <= N || i0 + thread < N) f(i0 + thread);
 }
 
 template <class T>
@@ -423,6 +431,12 @@ struct Backward {
 struct Job {
     int chunk, sub;
     bool reverse;
+};
+
+// States of a channel; those of the next are `pitch` further on. How many channels there are from here on, and states.
+struct Before {
+    const float* from;
+    int pitch, channels, states;
 };
 
 // A block owns GROUP channels of one batch entry and segment, and works on SUB steps of all of them before it moves on.
@@ -479,17 +493,14 @@ __device__ void backward(const Backward<T>& w) {
             return job.sub < last_sub(job.chunk) ? Job{job.chunk, job.sub + 1, false} : Job{job.chunk, job.sub, true};
         };
         auto stage = [&](Job job) {
-            const int tid = own_thread(), own_step = tid % SUB;
-            const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
+            const int thread = anew<THREADS>(tid), t = job.chunk * CHUNK + job.sub * SUB + thread % SUB;
             const long long line = (long long)batch * w.steps + t;
             const bool gated = w.z != nullptr, plain = gated && job.reverse;
             T* maps_to = raw + 5 * PIECES * PIECE;
             // Aligned rows have whole pieces alone.
             auto stage_all = [&](auto stage_one) {
-#pragma unroll
-                for (int i = tid; i < PIECES; i += THREADS) {
-                    const int c = c0 + i / SUB * PIECE;
-                    const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
+                share_out<PIECES, THREADS>(thread, [&](int i) {
+                    const int c = c0 + i / SUB * PIECE, valid = t < w.steps ? w.width - c : 0;
                     const long long at = line * w.width + c;
                     T* to = raw + i * PIECE;
                     stage_one(to, w.u + at, valid);
@@ -497,29 +508,29 @@ __device__ void backward(const Backward<T>& w) {
                     stage_one(to + 2 * PIECES * PIECE, w.dy + at, valid);
                     if (gated) stage_one(to + 3 * PIECES * PIECE, w.z + at, valid);
                     if (plain) stage_one(to + 4 * PIECES * PIECE, w.plain + at, valid);
-                }
-#pragma unroll
-                for (int i = tid; i < MAPS; i += THREADS) {
-                    const int n = i / SUB * PIECE;
-                    const int valid = t < w.steps ? min(max(w.states - n, 0), PIECE) : 0;
+                });
+                share_out<MAPS, THREADS>(thread, [&](int i) {
+                    const int n = i / SUB * PIECE, valid = t < w.steps ? w.states - n : 0;
                     const long long at = line * w.states + n;
                     stage_one(maps_to + i * PIECE, w.b + at, valid);
                     stage_one(maps_to + (MAPS + i) * PIECE, w.c + at, valid);
-                }
+                });
             };
             auto whole = [](T* to, const T* from, int valid) { stage_whole(to, from, valid > 0); };
-            auto part = [](T* to, const T* from, int valid) { stage_piece(to, from, valid, false); };
+            auto part = [](T* to, const T* from, int valid) {
+#pragma unroll 1
+                for (int i = 0; i < PIECE; i++) to[i] = i < valid ? from[i] : from_f<T>(0.f);
+            };
             if (flags[0]) stage_all(whole); else stage_all(part);
             cp_async_commit();
         };
         // Of what was staged: the scalars, B and C to a buffer; dz to its place.
         auto convert = [&](Job job, float* buffer) {
-            const int tid = own_thread(), own_step = tid % SUB;
+            const int thread = anew<THREADS>(tid), own_step = thread % SUB;
             const bool vector = flags[1];
             const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
             cp_async_wait<0>();
-#pragma unroll 1
-            for (int i = tid; i < PIECES; i += THREADS) {
+            share_out<PIECES, THREADS>(thread, [&](int i) {
                 const int column = i / SUB * PIECE, c = c0 + column;
                 const int valid = t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                 const T* from = raw + i * PIECE;
@@ -551,33 +562,40 @@ __device__ void backward(const Backward<T>& w) {
                     const float scalars[4] = {dt, dt * u[j], dy[j], u[j]};
                     store_vec<4>(buffer + (column + j) * ROW + own_step * 4, scalars);
                 }
-            }
+            });
             const T* maps_from = raw + 5 * PIECES * PIECE;
-#pragma unroll 1
-            for (int i = tid; i < MAPS; i += THREADS) {
+            share_out<MAPS, THREADS>(thread, [&](int i) {
                 float* to = buffer + B_AT + i / SUB * ROW + own_step * OWN;
                 float x[PIECE];
                 load_vec<PIECE>(maps_from + i * PIECE, x);
                 store_vec<PIECE>(to, x);
                 load_vec<PIECE>(maps_from + (MAPS + i) * PIECE, x);
                 store_vec<PIECE>(to + MAP_SIZE, x);
-            }
+            });
         };
-        // Starts copying the states before the first step of a job, of the lane's channels, to its slots.
-        auto stage_h = [&](Job job, int c, int n) {
+        // The states before the first step of a job: where those of the lane's first channel are.
+        auto states_before = [&](Job job, int n) {
             const bool first = job.sub == 0;
             const long long chunk = (long long)batch * chunks + job.chunk;
             const float* from =
                 first ? w.checkpoints + (chunk * w.width + c0) * w.states : scratch + (job.sub - 1) * SIZE;
             const int pitch = first ? w.states : PADDED;
+            return Before{from + (long long)first_own * pitch + n, pitch, (first ? w.width - c0 : GROUP) - first_own,
+                          pitch - n};
+        };
+        // Starts copying those of the lane's channels from the kth on to its slots.
+        auto stage_h = [&](const Before& before, int k) {
 #pragma unroll
             for (int s = 0; s < PAIR; s++) {
-                const int own = c + s * SIDE, valid = first && c0 + own >= w.width ? 0 : min(max(pitch - n, 0), OWN);
+                const int own = k + s * SIDE, valid = own < before.channels ? before.states : 0;
                 float* to = slots + s * THREADS * OWN;
-                if (pitch % OWN == 0)
-                    stage_whole(to, from + own * pitch + n, valid > 0);
-                else
-                    stage_piece(to, from + own * pitch + n, valid, false);
+                const float* from = before.from + own * before.pitch;
+                if (before.pitch % OWN == 0) {
+                    stage_whole(to, from, valid > 0);
+                } else {
+#pragma unroll 1
+                    for (int i = 0; i < OWN; i++) to[i] = i < valid ? from[i] : 0.f;
+                }
             }
             cp_async_commit();
         };
@@ -606,22 +624,25 @@ __device__ void backward(const Backward<T>& w) {
         }
         __syncthreads();
 
-        Job job = {end_chunk - 1, 0, false}, next = next_job(job);
-        stage(job);
-        convert(job, buffers);
-        stage_h(job, first_own, lane * OWN);
-        stage(next);
-        __syncthreads();
-        for (int turn = 0; job.chunk >= first_chunk; turn++) {
+        // At every turn a job is done, what was staged of the next is converted, and the one after is staged.
+        Job job = {first_chunk - 1, 0, false}, next = job, after = {end_chunk - 1, 0, false};
+        const auto is_job = [&](Job job) { return job.chunk >= first_chunk; };
+        for (int turn = 0; is_job(job) || is_job(next) || is_job(after); turn++) {
             float* buffer = buffers + (turn & 1) * BUFFER_SIZE;
-            const bool more = next.chunk >= first_chunk;
             for (int tile = 0; tile < TILES; tile++) {
                 float acc[SUB][OWN] = {};  // dB or dC
                 const int n = tile * COLUMNS + lane * OWN;
                 const float *b_row = buffer + B_AT + n / OWN * ROW, *c_row = b_row + MAP_SIZE;
-                if (tile > 0) stage_h(job, first_own, n);
+                const Before before = states_before(job, n);
+                float* const states = scratch + (long long)job.sub * SIZE + first_own * PADDED + n;
+                if (tile > 0 && is_job(job)) stage_h(before, 0);
+                if (job.reverse && job.sub == 0 && job.chunk > first_chunk) {
+                    const float* earlier = before.from - (long long)w.width * w.states;
+                    for (int k = 0; k < MINE; k += SIDE)
+                        prefetch(earlier + k * w.states, k < before.channels && n < w.states);
+                }
 #pragma unroll 1
-                for (int k = 0; k < MINE; k += PAIR * SIDE) {
+                for (int k = 0; k < MINE && is_job(job); k += PAIR * SIDE) {
                     const int c = first_own + k, at = c * PADDED + n;
                     cp_async_wait<0>();
                     const float* scalars = buffer + c * ROW;
@@ -631,7 +652,7 @@ __device__ void backward(const Backward<T>& w) {
                         load_vec<OWN>(rates + at + s * SIDE * PADDED, a[s]);
                         load_vec<OWN>(slots + s * THREADS * OWN, h[s]);
                     }
-                    if (k + PAIR * SIDE < MINE) stage_h(job, c + PAIR * SIDE, n);
+                    if (k + PAIR * SIDE < MINE) stage_h(before, k + PAIR * SIDE);
                     if (!job.reverse) {
 #pragma unroll
                         for (int r = 0; r < SUB; r++) {
@@ -652,17 +673,9 @@ __device__ void backward(const Backward<T>& w) {
                         if (job.sub < last_sub(job.chunk)) {
 #pragma unroll
                             for (int s = 0; s < PAIR; s++)
-                                store_vec<OWN>(scratch + (long long)job.sub * SIZE + at + s * SIDE * PADDED, h[s]);
+                                store_vec<OWN>(states + (k + s * SIDE) * PADDED, h[s]);
                         }
                         continue;
-                    }
-                    if (job.sub == 0 && job.chunk > first_chunk) {
-#pragma unroll
-                        for (int s = 0; s < PAIR; s++) {
-                            const int own = c0 + c + s * SIDE;
-                            const long long earlier = ((long long)batch * chunks + job.chunk - 1) * w.width + own;
-                            prefetch(w.checkpoints + earlier * w.states + n, own < w.width && n < w.states);
-                        }
                     }
                     // Of every step the decay and what it leaves of the state before.
                     float decay[PAIR][SUB][OWN], kept[PAIR][SUB][OWN];
@@ -728,24 +741,26 @@ __device__ void backward(const Backward<T>& w) {
 #pragma unroll
                 for (int r = 0; r < SUB; r++)
                     store_vec<OWN>(sums + (r * WARPS * WARP + tid) * OWN, acc[r]);
-                if (tile + 1 == TILES && more) {
-                    convert(next, buffers + (~turn & 1) * BUFFER_SIZE);
-                    stage_h(next, first_own, lane * OWN);
-                    const Job after = next_job(next);
-                    if (after.chunk >= first_chunk) stage(after);
+                if (tile + 1 == TILES) {
+                    if (is_job(next)) {
+                        convert(next, buffers + (~turn & 1) * BUFFER_SIZE);
+                        stage_h(states_before(next, lane * OWN), 0);
+                    }
+                    if (is_job(after)) stage(after);
                 }
                 __syncthreads();
+                if (!is_job(job)) continue;
                 const int t0 = job.chunk * CHUNK + job.sub * SUB;
                 // A piece of the sums is one thread's, or that of PARTS neighbours where there are few.
                 constexpr int PARTS = THREADS > SUB * LANES ? THREADS / (SUB * LANES) : 1;
-#pragma unroll
-                for (int i = tid / PARTS; i < SUB * LANES; i += THREADS / PARTS) {
+                const int thread = anew<THREADS>(tid);
+                share_out<SUB * LANES, THREADS / PARTS>(thread / PARTS, [&](int i) {
                     const int r = i / LANES, column = i % LANES * OWN;
                     float total[OWN] = {};
 #pragma unroll
-                    for (int j = tid % PARTS; j < WARPS * SIDE; j += PARTS) {
+                    for (int j = 0; j < WARPS * SIDE; j += PARTS) {
                         float x[OWN];
-                        load_vec<OWN>(sums + (r * WARPS * SIDE + j) * COLUMNS + column, x);
+                        load_vec<OWN>(sums + (r * WARPS * SIDE + j + thread % PARTS) * COLUMNS + column, x);
 #pragma unroll
                         for (int l = 0; l < OWN; l++) total[l] += x[l];
                     }
@@ -755,14 +770,13 @@ __device__ void backward(const Backward<T>& w) {
                     sum_over_lanes<OWN, 1>(total, 0, 1, PARTS, [&](int first, const auto& x) {
                         if (t0 + r < w.steps) store_vec<sizeof(x) / sizeof(float)>(to + first, x);
                     });
-                }
+                });
             }
             if (job.reverse) {
-                const int tid = own_thread(), own_step = tid % SUB;
+                const int thread = anew<THREADS>(tid), own_step = thread % SUB;
                 const bool vector = flags[1];
                 const int t = job.chunk * CHUNK + job.sub * SUB + own_step;
-#pragma unroll 1
-                for (int i = tid; i < ceil_div(PIECES, WARP) * WARP; i += THREADS) {  // all lanes of a warp
+                share_out<ceil_div(PIECES, WARP) * WARP, THREADS>(thread, [&](int i) {  // all lanes of a warp
                     const int column = min(i / SUB * PIECE, GROUP - PIECE), c = c0 + column;
                     const int valid = i < PIECES && t < w.steps ? min(max(w.width - c, 0), PIECE) : 0;
                     float du[PIECE], ddelta[PIECE], skip[PIECE], dd[2 * PIECE];  // of d, of delta_bias
@@ -786,10 +800,10 @@ __device__ void backward(const Backward<T>& w) {
                     const long long at = ((long long)batch * w.steps + t) * w.width + c;
                     store_piece(w.du + at, du, valid, vector);
                     store_piece(w.ddelta + at, ddelta, valid, vector);
-                }
+                });
             }
-            job = next;
-            if (more) next = next_job(job);
+            job = next, next = after;
+            if (is_job(after)) after = next_job(after);
         }
 
         // Gradients of the rates and of the state before the segment; those of d and delta_bias over the threads.
