@@ -1,4 +1,4 @@
-// Gated recurrent unit (src/ops/gru): a launch for every step, since every unit's next state asks for all.
+// Gated recurrent unit (src/ops/gru): one launch walks over all steps, its blocks side by side on the GPU.
 //
 //   a = h Wᵀ + bias                                r = σ(x_r + a_r), z = σ(x_z + a_z), n = tanh(x_n + r a_n)
 //   h ← (1 − z) n + z h
@@ -8,152 +8,359 @@
 //   dx = (dr, dz, dn), da = (dr, dz, r dn)
 //   dW = Σ daᵀ h₋ and d bias = Σ da are taken over all steps at the end, by a matrix product and column sums.
 //
-// A block has UNITS units of ROWS sequences, a thread one unit of one sequence at every step: what only that
-// unit needs (z d, the gates) it finds where it left it. States are carried in f32 whatever the activations
-// are, and products are f32 multiplications and additions on every route.
+// Every unit's next state asks for the states of all units, which blocks give each other through global memory. A word
+// holds a number and the step it belongs to, so that who finds the step has the number: no flags, no fences, and a word
+// takes one way through the L2 cache. Two buffers take turns: who writes step t + 2 has seen all of step t + 1, whose
+// writers had all read step t.
 //
-// gru_forward_<f32|bf16>, gru_backward_<f32|bf16>: grid (ceil(D/UNITS), ceil(B/ROWS)), block UNITS · ROWS.
-#include "common.cuh"
+// A block has tiles of UNITS units and 8 NT sequences. The terms of a product are shared out among its warps, which find
+// them in their registers as tensor cores want them; partial sums are added in the order of the warps. Weights lie in
+// that order too (gru_arrange), in shared memory where they fit. States are carried in f32; products take them in the type
+// of the activations.
+//
+// gru_<forward|backward>_<f32|tf32|bf16>_<NT>: launched together (all blocks must run at the same time), block THREADS;
+// any number of blocks does. gru_arrange_<f32|bf16>: a thread for 16 bytes of weights.
+#include "mma.cuh"
 
-constexpr int UNITS = 16, ROWS = 8, BLOCK = UNITS * ROWS;
-// Terms of the sums that are in shared memory at a time; rows are padded against bank conflicts.
-constexpr int SPAN = 128, PADDED = SPAN + 4;
+namespace {
 
-__device__ __forceinline__ float dot4(const float* a, const float* b, float sum) {
-    float x[4], y[4];
-    load_vec<4>(a, x);
-    load_vec<4>(b, y);
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum = fmaf(x[i], y[i], sum);
-    return sum;
+constexpr int UNITS = 16, WARPS = 8, THREADS = WARPS * WARP;
+
+// What the type of the activations decides: words of a number and its step, and the terms of a tensor core's product.
+template <class T> struct Words;
+template <> struct Words<bf16> {
+    using Word = uint32_t;
+    static constexpr int TERMS = 16, STEPS = 1 << 16;
+    static __device__ __forceinline__ Word of(float x, uint32_t step) { return pack_bf16(x, 0.f) | step << 16; }
+    static __device__ __forceinline__ uint32_t step(Word word) { return word >> 16; }
+};
+template <> struct Words<float> {
+    using Word = unsigned long long;
+    static constexpr int TERMS = 8, STEPS = 1 << 30;
+    static __device__ __forceinline__ Word of(float x, uint32_t step) { return __float_as_uint(x) | (Word)step << 32; }
+    static __device__ __forceinline__ uint32_t step(Word word) { return word >> 32; }
+};
+
+// Words are read and written whole, past the caches of the multiprocessors.
+#ifdef SB_EMULATE
+template <class Word>
+__device__ __forceinline__ void give(Word* p, Word word) { *p = word; }
+template <class Word, int N>
+__device__ __forceinline__ void look(const Word* p, Word (&words)[N]) {
+    for (int i = 0; i < N; i++) words[i] = p[i];
+}
+__device__ __forceinline__ void look_again() { __threadfence(); }
+#else
+__device__ __forceinline__ void give(uint32_t* p, uint32_t word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory");
+}
+__device__ __forceinline__ void give(unsigned long long* p, unsigned long long word) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
+}
+__device__ __forceinline__ void look(const uint32_t* p, uint32_t (&words)[4]) {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(p)
+                 : "memory");
+}
+__device__ __forceinline__ void look(const unsigned long long* p, unsigned long long (&words)[2]) {
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(words[0]), "=l"(words[1]) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void look_again() {}
+#endif
+
+// c += a b with 16 bytes of weights and of words.
+template <class R>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, const uint32_t (&b)[4]) {
+    const uint32_t fa[4] = {a.x, a.y, a.z, a.w};
+    const uint32_t fb[2] = {__byte_perm(b[0], b[1], 0x5410), __byte_perm(b[2], b[3], 0x5410)};
+    mma_bf16(c, fa, fb);
+}
+template <class R>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, const unsigned long long (&b)[2]) {
+    const float fa[4] = {__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w)};
+    const float fb[2] = {__uint_as_float((uint32_t)b[0]), __uint_as_float((uint32_t)b[1])};
+    mma_float<R>(c, fa, fb);
 }
 
-// Step t. h [B, D] before it, null for zeros; next [B, D] behind it; y [B, T, D]; saved [B, T, 4, D] or null:
-// r, z, n and a_n for the backward pass.
+struct Sizes {
+    int batch, steps, width;
+    int across;  // blocks side by side over the units; the others have other sequences
+    int cached;  // whether the weights of a block lie in shared memory
+};
+
+// What a unit of a sequence does at a step: `fetch` reads what does not depend on the step before, `first` gives what the
+// first step finds, `finish` takes the products and gives what the next step will find.
 template <class T>
-__device__ __forceinline__ void forward(const T* __restrict__ x, const T* __restrict__ weight,
-                                        const float* __restrict__ bias, const float* __restrict__ h,
-                                        float* __restrict__ next, T* __restrict__ y, float* __restrict__ saved,
-                                        int batch, int steps, int width, int t) {
-    __shared__ __align__(16) float hs[ROWS][PADDED], ws[3 * UNITS][PADDED];
-    const int unit0 = blockIdx.x * UNITS, row0 = blockIdx.y * ROWS;
-    const int own = threadIdx.x % UNITS, row = threadIdx.x / UNITS;
-    const int unit = unit0 + own, b = row0 + row;
-    float a[3] = {0.f, 0.f, 0.f};
-    for (int k0 = 0; h && k0 < width; k0 += SPAN) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < ROWS * SPAN; i += BLOCK) {
-            const int r = i / SPAN, k = i % SPAN;
-            hs[r][k] = row0 + r < batch && k0 + k < width ? h[(long long)(row0 + r) * width + k0 + k] : 0.f;
-        }
-#pragma unroll 8
-        for (int i = threadIdx.x; i < 3 * UNITS * SPAN; i += BLOCK) {
-            const int r = i / SPAN, k = i % SPAN, u = unit0 + r % UNITS;
-            const bool there = u < width && k0 + k < width;
-            ws[r][k] = there ? to_f(weight[((long long)(r / UNITS) * width + u) * width + k0 + k]) : 0.f;
-        }
-        __syncthreads();
-#pragma unroll 4
-        for (int k = 0; k < SPAN; k += 4) {
-#pragma unroll
-            for (int g = 0; g < 3; g++) a[g] = dot4(hs[row] + k, ws[g * UNITS + own] + k, a[g]);
-        }
-    }
-    if (b >= batch || unit >= width) return;
-    const long long token = (long long)b * steps + t;
-    const T* gates = x + token * 3 * width;
-#pragma unroll
-    for (int g = 0; g < 3; g++) a[g] += bias[g * width + unit];
-    const float r = sigmoid(to_f(gates[unit]) + a[0]), z = sigmoid(to_f(gates[width + unit]) + a[1]);
-    const float n = tanhf(fmaf(r, a[2], to_f(gates[2 * width + unit])));
-    const float before = h ? h[(long long)b * width + unit] : 0.f;
-    const float after = fmaf(z, before - n, n);
-    next[(long long)b * width + unit] = after;
-    y[token * width + unit] = from_f<T>(after);
-    if (saved) {
-        float* kept = saved + token * 4 * width + unit;
-        kept[0] = r, kept[width] = z, kept[2 * width] = n, kept[3 * width] = a[2];
-    }
-}
+struct Forward {
+    static constexpr int PRODUCTS = 3, GIVEN = 1;
+    const T* x;
+    const float* bias;
+    float* state;  // [B, D], before the first step and at the end behind the last one
+    T* y;
+    float* saved;  // [B, T, 4, D] or null: r, z, n and a_n for the backward pass
+    struct Fetched { float x[3], bias[3], h; };
 
-// Step t, from the last to −1: then only the gradient of the initial state is left to write, to `carry`. start
-// [B, D] or null: the initial state; dy [B, T, D] or null; behind [B, 3D]: da of step t + 1, null at the last
-// step, where carry [B, D] holds the gradient of the final state; else carry holds z₊ d₊ and becomes z d. now
-// [B, 3D] becomes da, as does da [B, T, 3D] in the type of the activations; before [B, T, D] the states before
-// the steps.
+    __device__ __forceinline__ void first(const Sizes& n, int b, int unit, float (&given)[1]) const {
+        given[0] = state[(long long)b * n.width + unit];
+    }
+    __device__ __forceinline__ Fetched fetch(const Sizes& n, int b, int step, int unit) const {
+        Fetched f;
+        const T* gates = x + ((long long)b * n.steps + step) * 3 * n.width + unit;
+#pragma unroll
+        for (int g = 0; g < 3; g++) f.x[g] = to_f(gates[g * n.width]), f.bias[g] = bias[g * n.width + unit];
+        f.h = state[(long long)b * n.width + unit];
+        return f;
+    }
+    __device__ __forceinline__ void finish(const Sizes& n, int b, int step, int unit, const Fetched& f,
+                                           const float (&sum)[3], float (&given)[1]) const {
+        const long long token = (long long)b * n.steps + step;
+        const float a_n = sum[2] + f.bias[2];
+        const float r = sigmoid(f.x[0] + sum[0] + f.bias[0]), z = sigmoid(f.x[1] + sum[1] + f.bias[1]);
+        const float tanh_n = tanhf(fmaf(r, a_n, f.x[2]));
+        given[0] = fmaf(z, f.h - tanh_n, tanh_n);
+        state[(long long)b * n.width + unit] = given[0];
+        y[token * n.width + unit] = from_f<T>(given[0]);
+        if (saved) {
+            float* kept = saved + token * 4 * n.width + unit;
+            kept[0] = r, kept[n.width] = z, kept[2 * n.width] = tanh_n, kept[3 * n.width] = a_n;
+        }
+    }
+};
+
+// Steps count from the last one backwards. One more than there are ends with the gradient of the initial state.
 template <class T>
-__device__ __forceinline__ void backward(const T* __restrict__ weight, const float* __restrict__ saved,
-                                         const T* __restrict__ y, const float* __restrict__ start,
-                                         const T* __restrict__ dy, const float* __restrict__ behind,
-                                         float* __restrict__ carry, float* __restrict__ now, T* __restrict__ dx,
-                                         T* __restrict__ da, T* __restrict__ before, int batch, int steps,
-                                         int width, int t) {
-    __shared__ __align__(16) float ds[ROWS][PADDED];
-    __shared__ float ws[SPAN][UNITS];
-    const int unit0 = blockIdx.x * UNITS, row0 = blockIdx.y * ROWS;
-    const int own = threadIdx.x % UNITS, row = threadIdx.x / UNITS;
-    const int unit = unit0 + own, b = row0 + row, wide = 3 * width;
-    float sum = 0.f;
-    for (int k0 = 0; behind && k0 < wide; k0 += SPAN) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < ROWS * SPAN; i += BLOCK) {
-            const int r = i / SPAN, k = i % SPAN;
-            ds[r][k] = row0 + r < batch && k0 + k < wide ? behind[(long long)(row0 + r) * wide + k0 + k] : 0.f;
+struct Backward {
+    static constexpr int PRODUCTS = 1, GIVEN = 3;
+    const float* saved;
+    const T* y;
+    const float* start;  // [B, D] or null: the initial state
+    const T* dy;         // or null
+    float* carry;        // [B, D]: z₊ d₊, at first the gradient of the final state, at the end that of the initial one
+    T *dx, *da;          // [B, T, 3D]
+    T* before;           // [B, T, D]: the states before the steps
+    struct Fetched { float dy, r, z, n, a_n, h, carry; };
+
+    __device__ __forceinline__ void first(const Sizes&, int, int, float (&given)[3]) const {
+        given[0] = given[1] = given[2] = 0.f;
+    }
+    __device__ __forceinline__ Fetched fetch(const Sizes& n, int b, int step, int unit) const {
+        Fetched f = {};
+        const int t = n.steps - 1 - step;
+        const long long at = (long long)b * n.width + unit, token = (long long)b * n.steps + t;
+        f.carry = carry[at];
+        if (t < 0) return f;
+        if (dy) f.dy = to_f(dy[token * n.width + unit]);
+        const float* kept = saved + token * 4 * n.width + unit;
+        f.r = kept[0], f.z = kept[n.width], f.n = kept[2 * n.width], f.a_n = kept[3 * n.width];
+        if (t > 0) f.h = to_f(y[(token - 1) * n.width + unit]);
+        else if (start) f.h = start[at];
+        return f;
+    }
+    __device__ __forceinline__ void finish(const Sizes& n, int b, int step, int unit, const Fetched& f,
+                                           const float (&sum)[1], float (&given)[3]) const {
+        const int t = n.steps - 1 - step;
+        const long long at = (long long)b * n.width + unit, token = (long long)b * n.steps + t;
+        const float d = sum[0] + f.carry + f.dy;
+        if (t < 0) {
+            carry[at] = d;
+            return;
         }
-#pragma unroll 8
-        for (int i = threadIdx.x; i < SPAN * UNITS; i += BLOCK) {
-            const int k = i / UNITS, u = unit0 + i % UNITS;
-            const bool there = k0 + k < wide && u < width;
-            ws[k][i % UNITS] = there ? to_f(weight[(long long)(k0 + k) * width + u]) : 0.f;
-        }
-        __syncthreads();
-#pragma unroll 4
-        for (int k = 0; k < SPAN; k += 4) {
-            float d[4];
-            load_vec<4>(ds[row] + k, d);
+        const float dn = d * (1.f - f.z) * (1.f - f.n * f.n);
+        given[0] = dn * f.a_n * f.r * (1.f - f.r), given[1] = d * (f.h - f.n) * f.z * (1.f - f.z), given[2] = dn * f.r;
+        carry[at] = d * f.z;
+        before[token * n.width + unit] = from_f<T>(f.h);
+        const float grads[3] = {given[0], given[1], dn};
 #pragma unroll
-            for (int i = 0; i < 4; i++) sum = fmaf(d[i], ws[k + i][own], sum);
+        for (int g = 0; g < 3; g++) {
+            const long long to = (token * 3 + g) * n.width + unit;
+            dx[to] = from_f<T>(grads[g]), da[to] = from_f<T>(given[g]);
         }
     }
-    if (b >= batch || unit >= width) return;
-    const long long at = (long long)b * width + unit;
-    float d = sum + carry[at];
-    if (t < 0) {
-        carry[at] = d;
-        return;
-    }
-    const long long token = (long long)b * steps + t;
-    if (dy) d += to_f(dy[token * width + unit]);
-    const float* kept = saved + token * 4 * width + unit;
-    const float r = kept[0], z = kept[width], n = kept[2 * width], a_n = kept[3 * width];
-    float h = 0.f;
-    if (t > 0) h = to_f(y[(token - 1) * width + unit]);
-    else if (start) h = start[at];
-    const float dn = d * (1.f - z) * (1.f - n * n);
-    const float dz = d * (h - n) * z * (1.f - z), dr = dn * a_n * r * (1.f - r);
-    carry[at] = d * z;
-    before[token * width + unit] = from_f<T>(h);
-    const float grads[4] = {dr, dz, dn, dn * r};
+};
+
+// `weights` as gru_arrange left them, `words` zeros: [2, sequences / 8, GIVEN, D / TERMS, 8, TERMS].
+template <class R, int NT, class Cell>
+__device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typename Words<typename R::elem>::Word* words,
+                                     int rounds, const Sizes& n) {
+    using W = Words<typename R::elem>;
+    using Word = typename W::Word;
+    constexpr int ROWS = 8 * NT, PITCH = ROWS + 1, PRODUCTS = Cell::PRODUCTS, GIVEN = Cell::GIVEN;
+    constexpr int PER_LANE = 16 / sizeof(Word), TILE = 8 * W::TERMS, ITEMS = ceil_div(UNITS * ROWS, THREADS);
+    // 16 bytes of words that a lane looks for at the same time.
+    constexpr int AHEAD = 8 / NT;
+    DYNAMIC_SHARED(shared);
+    float* const parts = reinterpret_cast<float*>(shared);  // [2, WARPS, PRODUCTS, UNITS, PITCH]
+    uint4* const cache = reinterpret_cast<uint4*>(parts + 2 * WARPS * PRODUCTS * UNITS * PITCH);
+    const int tid = threadIdx.x, lane = lane_id(), warp = warp_id();
+    const int unit_tiles = ceil_div(n.width, UNITS), row_tiles = ceil_div(n.batch, ROWS);
+    const int per_gate = ceil_div(n.width, W::TERMS), terms = GIVEN * per_gate;  // in tiles of TERMS
+    const int of_units = PRODUCTS * terms * WARP;                                // weights of a tile of units
+    const long long buffer = (long long)row_tiles * NT * terms * TILE;
+    const int teams = gridDim.x / n.across, team = blockIdx.x / n.across, first_tile = blockIdx.x % n.across;
+    if (team >= teams) return;
+
+    const auto each_item = [&](int rows, int units, auto f) {
 #pragma unroll
-    for (int g = 0; g < 3; g++) {
-        const float through = grads[g == 2 ? 3 : g];
-        now[(long long)b * wide + g * width + unit] = through;
-        dx[token * wide + g * width + unit] = from_f<T>(grads[g]);
-        da[token * wide + g * width + unit] = from_f<T>(through);
+        for (int i = 0; i < ITEMS; i++) {
+            const int at = i * THREADS + tid, own = at % UNITS, row = at / UNITS;
+            const int b = rows * ROWS + row, unit = units * UNITS + own;
+            if (row < ROWS && b < n.batch && unit < n.width) f(i, own, row, b, unit);
+        }
+    };
+    const auto give_all = [&](int step, int b, int unit, const float (&given)[GIVEN]) {
+        Word* to = words + step % 2 * buffer + (long long)(b / 8) * terms * TILE;
+#pragma unroll
+        for (int g = 0; g < GIVEN; g++)
+            give(to + (g * per_gate + unit / W::TERMS) * TILE + b % 8 * W::TERMS + unit % W::TERMS,
+                 W::of(given[g], (step + 1) % W::STEPS));
+    };
+    for (int units = first_tile; units < unit_tiles; units += n.across)
+        for (int rows = team; rows < row_tiles; rows += teams)
+            each_item(rows, units, [&](int, int, int, int b, int unit) {
+                float given[GIVEN];
+                cell.first(n, b, unit, given);
+                give_all(0, b, unit, given);
+            });
+    if (n.cached) {
+        for (int i = tid; i < of_units; i += THREADS) cache[i] = weights[(long long)first_tile * of_units + i];
+        __syncthreads();
+    }
+
+    int turn = 0;
+    for (int step = 0; step < rounds; step++) {
+        for (int units = first_tile; units < unit_tiles; units += n.across) {
+            const uint4* own_weights = n.cached ? cache : weights + (long long)units * of_units;
+            for (int rows = team; rows < row_tiles; rows += teams, turn ^= 1) {
+                typename Cell::Fetched fetched[ITEMS];
+                each_item(rows, units, [&](int i, int, int, int b, int unit) {
+                    fetched[i] = cell.fetch(n, b, step, unit);
+                });
+                float acc[PRODUCTS][NT][4] = {};
+                const Word* from = words + step % 2 * buffer + (long long)rows * NT * terms * TILE + lane * PER_LANE;
+                const uint32_t expected = (step + 1) % W::STEPS;
+                for (int k0 = warp; k0 < terms; k0 += AHEAD * WARPS) {
+                    Word found[AHEAD][NT][PER_LANE];
+                    bool missing;
+                    do {
+                        missing = false;
+#pragma unroll
+                        for (int a = 0; a < AHEAD; a++)
+#pragma unroll
+                            for (int j = 0; j < NT; j++) {
+                                const int k = k0 + a * WARPS;
+                                // Nobody gives what is behind the last sequence or unit.
+                                const int b = rows * ROWS + 8 * j + lane / 4;
+                                const int unit = k % per_gate * W::TERMS + lane % 4 * PER_LANE;
+                                const int known = b < n.batch ? n.width - unit : 0;
+                                if (k < terms && known > 0) {
+                                    look(from + ((long long)j * terms + k) * TILE, found[a][j]);
+#pragma unroll
+                                    for (int e = 0; e < PER_LANE; e++)
+                                        missing |= e < known && W::step(found[a][j][e]) != expected;
+                                } else {
+#pragma unroll
+                                    for (int e = 0; e < PER_LANE; e++) found[a][j][e] = 0;
+                                }
+                            }
+                        if (missing) look_again();
+                    } while (missing);
+                    __syncwarp();
+#pragma unroll
+                    for (int a = 0; a < AHEAD; a++) {
+                        const int k = k0 + a * WARPS;
+                        if (k >= terms) break;
+#pragma unroll
+                        for (int g = 0; g < PRODUCTS; g++) {
+                            const uint4 weight = own_weights[(g * terms + k) * WARP + lane];
+#pragma unroll
+                            for (int j = 0; j < NT; j++) multiply<R>(acc[g][j], weight, found[a][j]);
+                        }
+                    }
+                }
+                float* const sums = parts + turn * WARPS * PRODUCTS * UNITS * PITCH;
+#pragma unroll
+                for (int g = 0; g < PRODUCTS; g++)
+#pragma unroll
+                    for (int j = 0; j < NT; j++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            const int own = lane / 4 + e / 2 * 8, row = 8 * j + lane % 4 * 2 + e % 2;
+                            sums[((warp * PRODUCTS + g) * UNITS + own) * PITCH + row] = acc[g][j][e];
+                        }
+                __syncthreads();
+                each_item(rows, units, [&](int i, int own, int row, int b, int unit) {
+                    float sum[PRODUCTS], given[GIVEN];
+#pragma unroll
+                    for (int g = 0; g < PRODUCTS; g++) {
+                        sum[g] = 0.f;
+#pragma unroll
+                        for (int w = 0; w < WARPS; w++)
+                            sum[g] += sums[((w * PRODUCTS + g) * UNITS + own) * PITCH + row];
+                    }
+                    cell.finish(n, b, step, unit, fetched[i], sum, given);
+                    if (step + 1 < rounds) give_all(step + 1, b, unit, given);
+                });
+            }
+        }
     }
 }
 
-#define KERNELS(NAME, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK) gru_forward_##NAME(                                           \
-        const T* x, const T* weight, const float* bias, const float* h, float* next, T* y, float* saved, int batch,   \
-        int steps, int width, int t) {                                                                                \
-        forward<T>(x, weight, bias, h, next, y, saved, batch, steps, width, t);                                       \
-    }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(BLOCK) gru_backward_##NAME(                                          \
-        const T* weight, const float* saved, const T* y, const float* start, const T* dy, const float* behind,        \
-        float* carry, float* now, T* dx, T* da, T* before, int batch, int steps, int width, int t) {                  \
-        backward<T>(weight, saved, y, start, dy, behind, carry, now, dx, da, before, batch, steps, width, t);         \
+// Weights [3D, D] in the order in which lanes take them: 16 bytes are rows g and g + 8 (g = lane / 4) of a tile of UNITS
+// units, and of TERMS terms those that the lane has of the words. For the forward pass [tiles, 3, D / TERMS, WARP], terms
+// are states; for the backward pass [tiles, 3 D / TERMS, WARP], terms are the gradients of three gates.
+template <class T>
+__device__ __forceinline__ void arrange(const T* weight, uint4* out, int width, int back) {
+    constexpr int TERMS = Words<T>::TERMS, HALF = TERMS / 8;  // neighbours of a register
+    const int per_gate = ceil_div(width, TERMS);
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    const int lane = i % WARP, k = i / WARP % per_gate, gate = i / WARP / per_gate % 3, tile = i / WARP / per_gate / 3;
+    if (tile >= ceil_div(width, UNITS)) return;
+    T values[16 / sizeof(T)];
+#pragma unroll
+    for (int e = 0; e < (int)(16 / sizeof(T)); e++) {
+        const int reg = e / HALF, unit = tile * UNITS + lane / 4 + reg % 2 * 8;
+        const int term = k * TERMS + lane % 4 * (2 * HALF) + reg / 2 * HALF + e % HALF;
+        const int to = back ? term : unit, of = back ? unit : term;
+        values[e] = unit < width && term < width ? weight[((long long)gate * width + to) * width + of] : from_f<T>(0.f);
     }
+    memcpy(out + i, values, 16);
+}
 
-KERNELS(f32, float)
-KERNELS(bf16, bf16)
+}  // namespace
+
+#define SIZES int batch, int steps, int width, int across, int cached
+#define FORWARD(T, R, NAME, NT)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) gru_forward_##NAME##_##NT(                                \
+        const uint4* weights, Words<T>::Word* words, const T* x, const float* bias, float* state, T* y, float* saved,  \
+        int rounds, SIZES) {                                                                                           \
+        walk<R, NT>(Forward<T>{x, bias, state, y, saved}, weights, words, rounds,                                      \
+                    Sizes{batch, steps, width, across, cached});                                                       \
+    }
+#define BACKWARD(T, R, NAME, NT)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) gru_backward_##NAME##_##NT(                               \
+        const uint4* weights, Words<T>::Word* words, const float* saved, const T* y, const float* start, const T* dy,  \
+        float* carry, T* dx, T* da, T* before, int rounds, SIZES) {                                                    \
+        walk<R, NT>(Backward<T>{saved, y, start, dy, carry, dx, da, before}, weights, words, rounds,                   \
+                    Sizes{batch, steps, width, across, cached});                                                       \
+    }
+#define ROUTE(T, R, NAME)                                                                                             \
+    FORWARD(T, R, NAME, 1)                                                                                            \
+    FORWARD(T, R, NAME, 2)                                                                                            \
+    FORWARD(T, R, NAME, 4)                                                                                            \
+    BACKWARD(T, R, NAME, 1)                                                                                           \
+    BACKWARD(T, R, NAME, 2)                                                                                           \
+    BACKWARD(T, R, NAME, 4)
+
+ROUTE(float, F32, f32)
+ROUTE(float, Tf32, tf32)
+ROUTE(bf16, Bf16, bf16)
+
+extern "C" __global__ void __launch_bounds__(THREADS) gru_arrange_f32(const float* weight, uint4* out, int width,
+                                                                      int back) {
+    arrange(weight, out, width, back);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) gru_arrange_bf16(const bf16* weight, uint4* out, int width,
+                                                                       int back) {
+    arrange(weight, out, width, back);
+}

@@ -216,23 +216,30 @@ pub struct Launch {
     pub block: u32,
     /// Dynamic shared memory, in bytes.
     pub shared: usize,
+    /// Whether all blocks run at the same time, so that they can wait for each other.
+    pub together: bool,
 }
 
 impl Launch {
     /// `blocks` blocks of `threads` threads, in one dimension.
     pub fn new(blocks: usize, threads: u32) -> Self {
-        Self { grid: (u32::try_from(blocks).expect("a grid below 2^32"), 1, 1), block: threads, shared: 0 }
+        Self::grid(blocks, 1, 1, threads)
     }
 
     /// A grid of two or three dimensions.
     pub fn grid(x: usize, y: usize, z: usize, threads: u32) -> Self {
         let size = |n: usize| u32::try_from(n).expect("a grid below 2^32");
-        Self { grid: (size(x), size(y), size(z)), block: threads, shared: 0 }
+        Self { grid: (size(x), size(y), size(z)), block: threads, shared: 0, together: false }
     }
 
     /// With dynamic shared memory.
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes, ..self }
+    }
+
+    /// With all blocks at the same time; more than fit on the device are an error.
+    pub fn together(self) -> Self {
+        Self { together: true, ..self }
     }
 }
 
@@ -500,7 +507,7 @@ impl Gpu {
             shared_mem_bytes: u32::try_from(launch.shared).expect("shared memory below 4 GiB"),
         };
         // SAFETY: the contract in the documentation above; a launch that the driver refuses is an error.
-        match unsafe { builder.launch(config) } {
+        match unsafe { if launch.together { builder.launch_cooperative(config) } else { builder.launch(config) } } {
             Ok(_) => Ok(()),
             Err(error) => candle_core::bail!("kernel {name} with {launch:?}: {error}"),
         }

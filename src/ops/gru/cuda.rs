@@ -1,44 +1,93 @@
-//! Launching `kernels/gru.cu`, once for every step.
+//! Launching `kernels/gru.cu`.
 
 use candle_core::{DType, Result, Tensor};
 
 use super::{Dims, NAME};
-use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, suffix};
+use crate::cuda::{Gpu, KernelArg, Launch, NULL, kernels, route, suffix};
 use crate::ops::linear::cuda::{Mat, weight_gradient};
 use crate::ops::rows::cuda::column_sums;
 use crate::ops::tape::{Forward, Run, Value};
 
-/// Units and sequences of a block.
+/// Units of a tile, warps of a block and, at a time, sequences in a tile of a product.
 const UNITS: usize = 16;
-const ROWS: usize = 8;
+const WARPS: usize = 8;
+const SEQUENCES: usize = 8;
 
-fn launch(Dims { batch, width, .. }: Dims) -> Launch {
-    Launch::grid(width.div_ceil(UNITS), batch.div_ceil(ROWS), 1, (UNITS * ROWS) as u32)
+/// How the blocks of a walk share out the units and the sequences.
+struct Walk {
+    gpu: Gpu,
+    dims: Dims,
+    dtype: DType,
+    /// Blocks side by side over the units.
+    across: usize,
+    /// Tiles of SEQUENCES sequences that a block takes at a time.
+    tiles: usize,
+}
+
+impl Walk {
+    fn new(gpu: &Gpu, dims: Dims, dtype: DType) -> Self {
+        let across = dims.width.div_ceil(UNITS).min(gpu.multiprocessors());
+        let teams = gpu.multiprocessors() / across;
+        let rows = |tiles: &usize| dims.batch.div_ceil(SEQUENCES * tiles);
+        let tiles = [1, 2, 4].into_iter().find(|tiles| rows(tiles) <= teams).unwrap_or(4);
+        Self { gpu: gpu.clone(), dims, dtype, across, tiles }
+    }
+
+    /// Terms of a tensor core's product, and bytes of a word that holds a number and its step.
+    fn word(&self) -> (usize, usize) {
+        if self.dtype == DType::BF16 { (16, 4) } else { (8, 8) }
+    }
+
+    /// Launches a pass whose steps each make `products` of `given` numbers a unit with the weights, over `rounds` steps.
+    fn launch(
+        &self,
+        name: &str,
+        (products, given): (usize, usize),
+        rounds: usize,
+        weight: &Tensor,
+        args: &[KernelArg],
+    ) -> Result<()> {
+        let (gpu, Dims { batch, steps, width }) = (&self.gpu, self.dims);
+        let (terms, bytes) = self.word();
+        let (units, per_gate) = (width.div_ceil(UNITS), width.div_ceil(terms));
+        // 16 bytes of weights a lane.
+        let lanes = units * 3 * per_gate * 32;
+        let weights = gpu.empty((lanes, 4), DType::F32)?;
+        let params =
+            [gpu.ptr(weight)?, gpu.of_value(&weights)?, width.into(), i32::from(products == 1).into()];
+        let launch = Launch::new(lanes.div_ceil(256), 256);
+        gpu.launch(&kernels::GRU, &format!("gru_arrange_{}", suffix(self.dtype)?), launch, &params)?;
+
+        let rows = batch.div_ceil(SEQUENCES * self.tiles);
+        let words = gpu.zeros(2 * rows * self.tiles * given * per_gate * SEQUENCES * terms * bytes, DType::U8)?;
+        // Partial sums of two tiles, and the weights of a block where they fit.
+        let sums = 2 * WARPS * products * UNITS * (SEQUENCES * self.tiles + 1) * 4;
+        let own = 3 * per_gate * 32 * 16;
+        let cached = self.across == units && sums + own <= gpu.most_shared();
+        let teams = rows.min(gpu.multiprocessors() / self.across);
+        let launch = Launch::new(self.across * teams, (WARPS * 32) as u32).together();
+        let launch = launch.shared(sums + if cached { own } else { 0 });
+        let mut params = vec![gpu.of_value(&weights)?, gpu.of_value(&words)?];
+        params.extend(args);
+        params.extend([rounds, batch, steps, width, self.across, usize::from(cached)].map(KernelArg::from));
+        gpu.launch(&kernels::GRU, &format!("gru_{name}_{}_{}", route(self.dtype)?, self.tiles), launch, &params)
+    }
 }
 
 /// The states and the last of them; saves the gates.
 pub fn forward(dims: Dims, args: &[Tensor], save: bool) -> Result<Forward> {
     let Dims { batch, steps, width } = dims;
     let (gpu, dtype) = (Gpu::of(&args[0])?, args[0].dtype());
-    let [x, weight, bias] = [0, 1, 2].map(|i| gpu.ptr(&args[i]));
-    let (x, weight, bias) = (x?, weight?, bias?);
     let y = gpu.empty((batch, steps, width), dtype)?;
     let saved = save.then(|| gpu.empty((batch, steps, 4, width), DType::F32)).transpose()?;
+    let last = match args.get(3) {
+        Some(state) => gpu.copy(state, (batch, width))?,
+        None => gpu.zeros((batch, width), DType::F32)?,
+    };
     let saved_at = saved.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
-    // Two states take turns; the last step's is given out.
-    let states = [gpu.empty((batch, width), DType::F32)?, gpu.empty((batch, width), DType::F32)?];
-    let at = [gpu.of_value(&states[0])?, gpu.of_value(&states[1])?];
-    let mut h = gpu.ptr_or_null(args.get(3))?;
-    let name = format!("gru_forward_{}", suffix(dtype)?);
-    for t in 0..steps {
-        let next = at[t % 2];
-        let list = [x, weight, bias, h, next, gpu.of_value(&y)?, saved_at];
-        let sizes = [batch, steps, width, t].map(KernelArg::from);
-        gpu.launch(&kernels::GRU, &name, launch(dims), &[&list[..], &sizes].concat())?;
-        h = next;
-    }
-    let [even, odd] = states;
-    let last = if steps % 2 == 1 { even } else { odd };
+    let list =
+        [gpu.ptr(&args[0])?, gpu.ptr(&args[2])?, gpu.of_value(&last)?, gpu.of_value(&y)?, saved_at];
+    Walk::new(&gpu, dims, dtype).launch("forward", (3, 1), steps, &args[1], &list)?;
     Ok(Forward { outputs: vec![y, last], saved: saved.into_iter().map(Value::into_tensor).collect() })
 }
 
@@ -57,28 +106,20 @@ pub fn backward(
     {
         candle_core::bail!("{NAME} on a GPU: the gradient of the state in f32, got {:?}", d_last.dtype())
     }
-    let (weight, saved, y) = (gpu.ptr(&args[1])?, gpu.ptr(&run.saved[0])?, gpu.ptr(&run.outputs[0])?);
-    let (start, dy) = (gpu.ptr_or_null(args.get(3))?, gpu.ptr_or_null(dy)?);
     let carry = match d_last {
         Some(d_last) => gpu.copy(d_last, (batch, width))?,
         None => gpu.zeros((batch, width), DType::F32)?,
     };
     let wide = || gpu.empty((batch, steps, 3 * width), dtype);
     let (dx, da, before) = (wide()?, wide()?, gpu.empty((batch, steps, width), dtype)?);
-    let two = [gpu.empty((batch, 3 * width), DType::F32)?, gpu.empty((batch, 3 * width), DType::F32)?];
-    let at = [gpu.of_value(&two[0])?, gpu.of_value(&two[1])?];
-    let outputs = [gpu.of_value(&dx)?, gpu.of_value(&da)?, gpu.of_value(&before)?];
-    let name = format!("gru_backward_{}", suffix(dtype)?);
-    let mut behind = NULL;
+    let inputs = [gpu.ptr(&run.saved[0])?, gpu.ptr(&run.outputs[0])?, gpu.ptr_or_null(args.get(3))?];
+    let outputs = [&carry, &dx, &da, &before].map(|value| gpu.of_value(value));
+    let mut list = inputs.to_vec();
+    list.push(gpu.ptr_or_null(dy)?);
+    list.extend(outputs.into_iter().collect::<Result<Vec<_>>>()?);
     // What comes after the first step is the gradient of the initial state.
-    let first = if args.len() > 3 { -1 } else { 0 };
-    for t in (first..steps as i32).rev() {
-        let now = at[t.rem_euclid(2) as usize];
-        let list = [weight, saved, y, start, dy, behind, gpu.of_value(&carry)?, now];
-        let sizes = [batch.into(), steps.into(), width.into(), KernelArg::from(t)];
-        gpu.launch(&kernels::GRU, &name, launch(dims), &[&list[..], &outputs, &sizes].concat())?;
-        behind = now;
-    }
+    let rounds = steps + usize::from(args.len() > 3);
+    Walk::new(&gpu, dims, dtype).launch("backward", (1, 3), rounds, &args[1], &list)?;
 
     let (da, before) = (da.into_tensor(), before.into_tensor());
     let mut grads = vec![Some(dx.into_tensor()), None, None];

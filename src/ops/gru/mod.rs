@@ -24,7 +24,8 @@ const NAME: &str = "gru";
 ///
 /// Returns the states [B, T, D] and the last of them [B, D]. On the CPU all arguments share one dtype, f32 or
 /// f64; on a GPU `gates`, `weight` and the states are f32 or bf16, the others f32, as is the state that is
-/// carried. With a = h Wᵀ + bias in three parts, for one sequence and token:
+/// carried; products with `weight` take states and gradients in the type of the activations. With
+/// a = h Wᵀ + bias in three parts, for one sequence and token:
 ///
 /// ```text
 /// r = σ(r_x + r_a)    z = σ(z_x + z_a)    n = tanh(n_x + r n_a)
