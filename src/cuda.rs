@@ -507,7 +507,9 @@ impl Gpu {
             shared_mem_bytes: u32::try_from(launch.shared).expect("shared memory below 4 GiB"),
         };
         // SAFETY: the contract in the documentation above; a launch that the driver refuses is an error.
-        match unsafe { if launch.together { builder.launch_cooperative(config) } else { builder.launch(config) } } {
+        match unsafe {
+            if launch.together { builder.launch_cooperative(config) } else { builder.launch(config) }
+        } {
             Ok(_) => Ok(()),
             Err(error) => candle_core::bail!("kernel {name} with {launch:?}: {error}"),
         }

@@ -67,20 +67,24 @@ impl Clock {
         }
     }
 
-    /// Rounds, and the time that one should take at least.
-    fn plan(&self) -> (usize, f64) {
+    /// Rounds, the time that one should take at least, and the time for which calls of a millisecond or more are made
+    /// before: a GPU at its power limit takes a while to settle on a clock.
+    fn plan(&self) -> (usize, f64, f64) {
         match self {
-            Clock::Host => (5, 0.0),
+            Clock::Host => (5, 0.0, 0.0),
             #[cfg(feature = "cuda")]
-            Clock::Gpu(_) => (11, 0.01),
+            Clock::Gpu(_) => (11, 0.01, 0.3),
         }
     }
 
     /// Time of one of the `sets` calls that `all` makes.
     pub fn time(&self, sets: usize, mut all: impl FnMut() -> Result<()>) -> Result<Timing> {
-        let (rounds, least) = self.plan();
+        let (rounds, least, settle) = self.plan();
         self.seconds(&mut all)?;
         let once = self.seconds(&mut all)?;
+        if once >= 1e-3 {
+            self.seconds(|| (0..(settle / once) as usize).try_for_each(|_| all()))?;
+        }
         let repeats = ((least / once.max(1e-7)).ceil() as usize).clamp(1, 2000);
         let times = (0..rounds)
             .map(|_| self.seconds(|| (0..repeats).try_for_each(|_| all())))

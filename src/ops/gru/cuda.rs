@@ -59,7 +59,8 @@ impl Walk {
         gpu.launch(&kernels::GRU, &format!("gru_arrange_{}", suffix(self.dtype)?), launch, &params)?;
 
         let rows = batch.div_ceil(SEQUENCES * self.tiles);
-        let words = gpu.zeros(2 * rows * self.tiles * given * per_gate * SEQUENCES * terms * bytes, DType::U8)?;
+        let words =
+            gpu.zeros(2 * rows * self.tiles * given * per_gate * SEQUENCES * terms * bytes, DType::U8)?;
         // Partial sums of two tiles, and the weights of a block where they fit.
         let sums = 2 * WARPS * products * UNITS * (SEQUENCES * self.tiles + 1) * 4;
         let own = 3 * per_gate * 32 * 16;
@@ -70,7 +71,12 @@ impl Walk {
         let mut params = vec![gpu.of_value(&weights)?, gpu.of_value(&words)?];
         params.extend(args);
         params.extend([rounds, batch, steps, width, self.across, usize::from(cached)].map(KernelArg::from));
-        gpu.launch(&kernels::GRU, &format!("gru_{name}_{}_{}", route(self.dtype)?, self.tiles), launch, &params)
+        gpu.launch(
+            &kernels::GRU,
+            &format!("gru_{name}_{}_{}", route(self.dtype)?, self.tiles),
+            launch,
+            &params,
+        )
     }
 }
 
@@ -85,8 +91,7 @@ pub fn forward(dims: Dims, args: &[Tensor], save: bool) -> Result<Forward> {
         None => gpu.zeros((batch, width), DType::F32)?,
     };
     let saved_at = saved.as_ref().map_or(Ok(NULL), |value| gpu.of_value(value))?;
-    let list =
-        [gpu.ptr(&args[0])?, gpu.ptr(&args[2])?, gpu.of_value(&last)?, gpu.of_value(&y)?, saved_at];
+    let list = [gpu.ptr(&args[0])?, gpu.ptr(&args[2])?, gpu.of_value(&last)?, gpu.of_value(&y)?, saved_at];
     Walk::new(&gpu, dims, dtype).launch("forward", (3, 1), steps, &args[1], &list)?;
     Ok(Forward { outputs: vec![y, last], saved: saved.into_iter().map(Value::into_tensor).collect() })
 }

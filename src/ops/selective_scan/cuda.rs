@@ -11,6 +11,8 @@ const SUB: usize = 8;
 /// States of a lane of the backward kernel, and its warps on a multiprocessor.
 const OWN: usize = 4;
 const WARPS: usize = 8;
+/// Warps of `kernels/selective_scan_sm90a.cu` that serve them.
+const SERVERS: usize = 4;
 /// Threads of a block of the kernels that add up.
 const THREADS: usize = 256;
 /// Multiprocessors of the GPU that the layouts below are made for: a layout, and with it the order of every
@@ -122,15 +124,17 @@ impl Segments {
 struct Plan {
     /// States of a channel, with those that only fill up: 4 for each of its lanes.
     padded: usize,
-    /// Warps and channels of a block.
+    /// Warps that walk over time and channels of a block.
     warps: usize,
     group: usize,
+    /// Whether SERVERS further warps prepare and finish for them.
+    served: bool,
     segments: Segments,
 }
 
 impl Plan {
     /// The layout that takes least time by [`Plan::cycles`].
-    fn new(dims: &Dims, dtype: DType) -> Self {
+    fn new(gpu: &Gpu, dims: &Dims, dtype: DType) -> Self {
         let padded = OWN * dims.states.div_ceil(OWN).next_power_of_two().max(4);
         // As the kernels are compiled: as many channels as there is shared memory for.
         let (warps, group) = match (padded, dtype) {
@@ -140,13 +144,19 @@ impl Plan {
             (128, _) => (8, 64),
             _ => (8, 32),
         };
-        let plan = |wanted| Self { padded, warps, group, segments: Segments::new(dims.steps, wanted) };
+        let served = padded >= 128 && gpu.runs(&kernels::SELECTIVE_SCAN_SM90A);
+        let plan =
+            |wanted| Self { padded, warps, group, served, segments: Segments::new(dims.steps, wanted) };
         let chunks = dims.steps.div_ceil(CHUNK);
         (1..=chunks.min(64)).map(plan).min_by_key(|plan| plan.cycles(dims)).expect("a step at least")
     }
 
     fn groups(&self, dims: &Dims) -> usize {
         dims.channels.div_ceil(self.group)
+    }
+
+    fn threads(&self) -> u32 {
+        32 * (self.warps + if self.served { SERVERS } else { 0 }) as u32
     }
 
     /// Blocks on a multiprocessor.
@@ -162,7 +172,7 @@ impl Plan {
     /// Bytes of shared memory, as the kernel lays it out.
     fn shared(&self, dtype: DType) -> usize {
         let (group, padded) = (self.group, self.padded);
-        4 * (3 * group * padded + 1280 * self.warps + 4 + 110 * group + 36 * padded)
+        4 * (3 * group * padded + 1280 * self.warps + 4 + 108 * group + 36 * padded)
             + SUB * (5 * group + 2 * padded) * dtype.size_in_bytes()
     }
 
@@ -176,10 +186,6 @@ impl Plan {
         let chunks = dims.steps.div_ceil(CHUNK);
         let carry = if self.segments.count > 1 { 20_000 + chunks * states * 4 / PROCESSORS } else { 0 };
         rounds * self.segments.chunks * chunk + carry
-    }
-
-    fn name(&self, dtype: DType) -> Result<String> {
-        Ok(format!("{NAME}_backward_l{}_{}", self.padded / OWN, suffix(dtype)?))
     }
 }
 
@@ -267,8 +273,14 @@ pub fn forward(node: &SelectiveScanNode, args: &[Tensor], save: bool) -> Result<
     let y = gpu.empty((batch, steps, channels), dtype)?;
     let state = gpu.empty((batch, channels, states), DType::F32)?;
     let mut saved = vec![];
+    let plan = Plan::new(&gpu, &dims, dtype);
+    let (rows, padded) = (plan.groups(&dims) * plan.group, plan.padded);
     if save {
-        saved.push(gpu.empty((batch, steps.div_ceil(CHUNK), channels, states), DType::F32)?.into_tensor());
+        let shape = (batch, steps.div_ceil(CHUNK), rows, padded);
+        // What no state fills must be finite.
+        let full = (rows, padded) == (channels, states);
+        let checkpoints = if full { gpu.empty(shape, DType::F32)? } else { gpu.zeros(shape, DType::F32)? };
+        saved.push(checkpoints.into_tensor());
         if node.gated {
             saved.push(gpu.empty((batch, steps, channels), dtype)?.into_tensor());
         }
@@ -284,6 +296,7 @@ pub fn forward(node: &SelectiveScanNode, args: &[Tensor], save: bool) -> Result<
     params.push(gpu.ptr_or_null(carry.as_ref())?);
     params.extend(sizes(&dims));
     params.extend([KernelArg::from(walk.lanes), KernelArg::from(walk.tile), segments.steps()]);
+    params.extend([rows, padded].map(KernelArg::from));
     let name = format!("{NAME}_forward_s{}x{}_{}", walk.own, walk.side, suffix(dtype)?);
     gpu.launch(&kernels::SELECTIVE_SCAN, &name, walk.launch(&dims, segments.count), &params)?;
     Ok(Forward { outputs: vec![y, state], saved })
@@ -307,7 +320,7 @@ pub fn backward(
     let dy = gpu.ptr(&dy)?;
     let dfinal = gpu.ptr_or_null(dfinal.as_ref())?;
     let inputs = node.inputs(&gpu, args)?;
-    let plan = Plan::new(&dims, dtype);
+    let plan = Plan::new(&gpu, &dims, dtype);
     let segments = plan.segments;
     let leave = Carry { name: "leave", x: dy, map: inputs[4], gate: inputs[7], edge: dfinal, back: true };
     let carry = leave.run(&gpu, &dims, dtype, &inputs, segments)?;
@@ -330,8 +343,11 @@ pub fn backward(
     params.extend([gpu.of_value(&maps)?, gpu.of_value(&parameters)?, gpu.of_value(&scratch)?]);
     params.extend(sizes(&dims));
     params.extend([segments.count, segments.chunks].map(KernelArg::from));
-    let launch = Launch::new(blocks, 32 * plan.warps as u32).shared(plan.shared(dtype));
-    gpu.launch(&kernels::SELECTIVE_SCAN, &plan.name(dtype)?, launch, &params)?;
+    let launch = Launch::new(blocks, plan.threads()).shared(plan.shared(dtype));
+    let (module, suffix_of_module) =
+        if plan.served { (&kernels::SELECTIVE_SCAN_SM90A, "_sm90a") } else { (&kernels::SELECTIVE_SCAN, "") };
+    let name = format!("{NAME}_backward_l{}_{}{suffix_of_module}", plan.padded / OWN, suffix(dtype)?);
+    gpu.launch(module, &name, launch, &params)?;
 
     let mut params = vec![gpu.of_value(&maps)?, gpu.ptr(&db)?, gpu.ptr(&dc)?];
     params.extend([groups, batch * steps, states, padded].map(KernelArg::from));
