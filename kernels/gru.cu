@@ -89,8 +89,9 @@ struct Sizes {
     int cached;  // whether the weights of a block lie in shared memory
 };
 
-// What a unit of a sequence does at a step: `fetch` reads what does not depend on the step before, `first` gives what the
-// first step finds, `finish` takes the products and gives what the next step will find.
+// What a unit of a sequence does at a step: `fetch` reads what does not depend on the step before (as it is: who converts
+// it waits for it), `first` gives what the first step finds, `give` takes the products and gives what the next step will
+// find, and `keep` writes the rest, when others go on already.
 template <class T>
 struct Forward {
     static constexpr int PRODUCTS = 3, GIVEN = 1;
@@ -99,7 +100,8 @@ struct Forward {
     float* state;  // [B, D], before the first step and at the end behind the last one
     T* y;
     float* saved;  // [B, T, 4, D] or null: r, z, n and a_n for the backward pass
-    struct Fetched { float x[3], bias[3], h; };
+    struct Fetched { T x[3]; float bias[3], h; };
+    struct Kept { float r, z, n, a_n; };
 
     __device__ __forceinline__ void first(const Sizes& n, int b, int unit, float (&given)[1]) const {
         given[0] = state[(long long)b * n.width + unit];
@@ -108,22 +110,27 @@ struct Forward {
         Fetched f;
         const T* gates = x + ((long long)b * n.steps + step) * 3 * n.width + unit;
 #pragma unroll
-        for (int g = 0; g < 3; g++) f.x[g] = to_f(gates[g * n.width]), f.bias[g] = bias[g * n.width + unit];
+        for (int g = 0; g < 3; g++) f.x[g] = gates[g * n.width], f.bias[g] = bias[g * n.width + unit];
         f.h = state[(long long)b * n.width + unit];
         return f;
     }
-    __device__ __forceinline__ void finish(const Sizes& n, int b, int step, int unit, const Fetched& f,
-                                           const float (&sum)[3], float (&given)[1]) const {
+    __device__ __forceinline__ Kept give(const Sizes&, int, const Fetched& f, const float (&sum)[3],
+                                         float (&given)[1]) const {
+        Kept kept;
+        kept.a_n = sum[2] + f.bias[2];
+        kept.r = sigmoid(to_f(f.x[0]) + sum[0] + f.bias[0]), kept.z = sigmoid(to_f(f.x[1]) + sum[1] + f.bias[1]);
+        kept.n = tanhf(fmaf(kept.r, kept.a_n, to_f(f.x[2])));
+        given[0] = fmaf(kept.z, f.h - kept.n, kept.n);
+        return kept;
+    }
+    __device__ __forceinline__ void keep(const Sizes& n, int b, int step, int unit, const Fetched&, const Kept& kept,
+                                         const float (&given)[1]) const {
         const long long token = (long long)b * n.steps + step;
-        const float a_n = sum[2] + f.bias[2];
-        const float r = sigmoid(f.x[0] + sum[0] + f.bias[0]), z = sigmoid(f.x[1] + sum[1] + f.bias[1]);
-        const float tanh_n = tanhf(fmaf(r, a_n, f.x[2]));
-        given[0] = fmaf(z, f.h - tanh_n, tanh_n);
         state[(long long)b * n.width + unit] = given[0];
         y[token * n.width + unit] = from_f<T>(given[0]);
         if (saved) {
-            float* kept = saved + token * 4 * n.width + unit;
-            kept[0] = r, kept[n.width] = z, kept[2 * n.width] = tanh_n, kept[3 * n.width] = a_n;
+            float* to = saved + token * 4 * n.width + unit;
+            to[0] = kept.r, to[n.width] = kept.z, to[2 * n.width] = kept.n, to[3 * n.width] = kept.a_n;
         }
     }
 };
@@ -139,7 +146,8 @@ struct Backward {
     float* carry;        // [B, D]: z₊ d₊, at first the gradient of the final state, at the end that of the initial one
     T *dx, *da;          // [B, T, 3D]
     T* before;           // [B, T, D]: the states before the steps
-    struct Fetched { float dy, r, z, n, a_n, h, carry; };
+    struct Fetched { T dy, y; float r, z, n, a_n, start, carry; };
+    struct Kept { float d, dn, h; };
 
     __device__ __forceinline__ void first(const Sizes&, int, int, float (&given)[3]) const {
         given[0] = given[1] = given[2] = 0.f;
@@ -150,27 +158,31 @@ struct Backward {
         const long long at = (long long)b * n.width + unit, token = (long long)b * n.steps + t;
         f.carry = carry[at];
         if (t < 0) return f;
-        if (dy) f.dy = to_f(dy[token * n.width + unit]);
+        if (dy) f.dy = dy[token * n.width + unit];
         const float* kept = saved + token * 4 * n.width + unit;
         f.r = kept[0], f.z = kept[n.width], f.n = kept[2 * n.width], f.a_n = kept[3 * n.width];
-        if (t > 0) f.h = to_f(y[(token - 1) * n.width + unit]);
-        else if (start) f.h = start[at];
+        if (t > 0) f.y = y[(token - 1) * n.width + unit];
+        else if (start) f.start = start[at];
         return f;
     }
-    __device__ __forceinline__ void finish(const Sizes& n, int b, int step, int unit, const Fetched& f,
-                                           const float (&sum)[1], float (&given)[3]) const {
+    __device__ __forceinline__ Kept give(const Sizes& n, int step, const Fetched& f, const float (&sum)[1],
+                                         float (&given)[3]) const {
+        Kept kept;
+        kept.d = sum[0] + f.carry + to_f(f.dy);
+        kept.h = step + 1 < n.steps ? to_f(f.y) : f.start;
+        kept.dn = kept.d * (1.f - f.z) * (1.f - f.n * f.n);
+        given[0] = kept.dn * f.a_n * f.r * (1.f - f.r), given[1] = kept.d * (kept.h - f.n) * f.z * (1.f - f.z);
+        given[2] = kept.dn * f.r;
+        return kept;
+    }
+    __device__ __forceinline__ void keep(const Sizes& n, int b, int step, int unit, const Fetched& f, const Kept& kept,
+                                         const float (&given)[3]) const {
         const int t = n.steps - 1 - step;
         const long long at = (long long)b * n.width + unit, token = (long long)b * n.steps + t;
-        const float d = sum[0] + f.carry + f.dy;
-        if (t < 0) {
-            carry[at] = d;
-            return;
-        }
-        const float dn = d * (1.f - f.z) * (1.f - f.n * f.n);
-        given[0] = dn * f.a_n * f.r * (1.f - f.r), given[1] = d * (f.h - f.n) * f.z * (1.f - f.z), given[2] = dn * f.r;
-        carry[at] = d * f.z;
-        before[token * n.width + unit] = from_f<T>(f.h);
-        const float grads[3] = {given[0], given[1], dn};
+        carry[at] = t < 0 ? kept.d : kept.d * f.z;
+        if (t < 0) return;
+        before[token * n.width + unit] = from_f<T>(kept.h);
+        const float grads[3] = {given[0], given[1], kept.dn};
 #pragma unroll
         for (int g = 0; g < 3; g++) {
             const long long to = (token * 3 + g) * n.width + unit;
@@ -188,7 +200,7 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
     constexpr int ROWS = 8 * NT, PITCH = ROWS + 1, PRODUCTS = Cell::PRODUCTS, GIVEN = Cell::GIVEN;
     constexpr int PER_LANE = 16 / sizeof(Word), TILE = 8 * W::TERMS, ITEMS = ceil_div(UNITS * ROWS, THREADS);
     // 16 bytes of words that a lane looks for at the same time.
-    constexpr int AHEAD = 8 / NT;
+    constexpr int AHEAD = NT == 4 && PRODUCTS == 3 ? 4 : 8;
     DYNAMIC_SHARED(shared);
     float* const parts = reinterpret_cast<float*>(shared);  // [2, WARPS, PRODUCTS, UNITS, PITCH]
     uint4* const cache = reinterpret_cast<uint4*>(parts + 2 * WARPS * PRODUCTS * UNITS * PITCH);
@@ -240,6 +252,13 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
                 const Word* from = words + step % 2 * buffer + (long long)rows * NT * terms * TILE + lane * PER_LANE;
                 const uint32_t expected = (step + 1) % W::STEPS;
                 for (int k0 = warp; k0 < terms; k0 += AHEAD * WARPS) {
+                    uint4 weight[AHEAD][PRODUCTS];
+#pragma unroll
+                    for (int a = 0; a < AHEAD; a++)
+#pragma unroll
+                        for (int g = 0; g < PRODUCTS; g++)
+                            if (k0 + a * WARPS < terms)
+                                weight[a][g] = own_weights[(g * terms + k0 + a * WARPS) * WARP + lane];
                     Word found[AHEAD][NT][PER_LANE];
                     bool missing;
                     do {
@@ -268,14 +287,11 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
                     __syncwarp();
 #pragma unroll
                     for (int a = 0; a < AHEAD; a++) {
-                        const int k = k0 + a * WARPS;
-                        if (k >= terms) break;
+                        if (k0 + a * WARPS >= terms) break;
 #pragma unroll
-                        for (int g = 0; g < PRODUCTS; g++) {
-                            const uint4 weight = own_weights[(g * terms + k) * WARP + lane];
+                        for (int g = 0; g < PRODUCTS; g++)
 #pragma unroll
-                            for (int j = 0; j < NT; j++) multiply<R>(acc[g][j], weight, found[a][j]);
-                        }
+                            for (int j = 0; j < NT; j++) multiply<R>(acc[g][j], weight[a][g], found[a][j]);
                     }
                 }
                 float* const sums = parts + turn * WARPS * PRODUCTS * UNITS * PITCH;
@@ -298,8 +314,9 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
                         for (int w = 0; w < WARPS; w++)
                             sum[g] += sums[((w * PRODUCTS + g) * UNITS + own) * PITCH + row];
                     }
-                    cell.finish(n, b, step, unit, fetched[i], sum, given);
+                    const auto kept = cell.give(n, step, fetched[i], sum, given);
                     if (step + 1 < rounds) give_all(step + 1, b, unit, given);
+                    cell.keep(n, b, step, unit, fetched[i], kept, given);
                 });
             }
         }
