@@ -930,7 +930,7 @@ OPS = {
 
 # The ops for which PyTorch has a kernel of its own, or makes one.
 SHIPPED = {
-    "adam", "attention", "causal_conv1d", "dropout", "gelu", "global_norm", "glu", "head", "layer_norm",
+    "adam", "attention", "causal_conv1d", "dropout", "gelu", "global_norm", "glu", "gru", "head", "layer_norm",
     "linear", "residual_norm", "rms_norm",
 }
 

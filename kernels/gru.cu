@@ -32,13 +32,19 @@ template <> struct Words<bf16> {
     using Word = uint32_t;
     static constexpr int TERMS = 16, STEPS = 1 << 16;
     static __device__ __forceinline__ Word of(float x, uint32_t step) { return pack_bf16(x, 0.f) | step << 16; }
-    static __device__ __forceinline__ uint32_t step(Word word) { return word >> 16; }
+    // Whether one of them is of another step.
+    static __device__ __forceinline__ uint32_t late(const Word (&words)[4], uint32_t step) {
+        const uint32_t of = step << 16;
+        return ((words[0] ^ of) | (words[1] ^ of) | (words[2] ^ of) | (words[3] ^ of)) >> 16;
+    }
 };
 template <> struct Words<float> {
     using Word = unsigned long long;
     static constexpr int TERMS = 8, STEPS = 1 << 30;
     static __device__ __forceinline__ Word of(float x, uint32_t step) { return __float_as_uint(x) | (Word)step << 32; }
-    static __device__ __forceinline__ uint32_t step(Word word) { return word >> 32; }
+    static __device__ __forceinline__ uint32_t late(const Word (&words)[2], uint32_t step) {
+        return ((uint32_t)(words[0] >> 32) ^ step) | ((uint32_t)(words[1] >> 32) ^ step);
+    }
 };
 
 // Words are read and written whole, past the caches of the multiprocessors.
@@ -191,7 +197,8 @@ struct Backward {
     }
 };
 
-// `weights` as gru_arrange left them, `words` zeros: [2, sequences / 8, GIVEN, D / TERMS, 8, TERMS].
+// `weights` as gru_arrange left them, `words` zeros: [2, sequences / 8, GIVEN, D / TERMS, 8, TERMS], sequences and D
+// rounded up to whole tiles, whose rest is given as zeros.
 template <class R, int NT, class Cell>
 __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typename Words<typename R::elem>::Word* words,
                                      int rounds, const Sizes& n) {
@@ -206,32 +213,32 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
     uint4* const cache = reinterpret_cast<uint4*>(parts + 2 * WARPS * PRODUCTS * UNITS * PITCH);
     const int tid = threadIdx.x, lane = lane_id(), warp = warp_id();
     const int unit_tiles = ceil_div(n.width, UNITS), row_tiles = ceil_div(n.batch, ROWS);
-    const int per_gate = ceil_div(n.width, W::TERMS), terms = GIVEN * per_gate;  // in tiles of TERMS
+    const int per_gate = unit_tiles * UNITS / W::TERMS, terms = GIVEN * per_gate;  // in tiles of TERMS
     const int of_units = PRODUCTS * terms * WARP;                                // weights of a tile of units
     const long long buffer = (long long)row_tiles * NT * terms * TILE;
     const int teams = gridDim.x / n.across, team = blockIdx.x / n.across, first_tile = blockIdx.x % n.across;
     if (team >= teams) return;
 
+    // Calls f(i, unit and sequence within the tiles, sequence, unit, whether there is such a one).
     const auto each_item = [&](int rows, int units, auto f) {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             const int at = i * THREADS + tid, own = at % UNITS, row = at / UNITS;
             const int b = rows * ROWS + row, unit = units * UNITS + own;
-            if (row < ROWS && b < n.batch && unit < n.width) f(i, own, row, b, unit);
+            if (UNITS * ROWS % THREADS == 0 || row < ROWS) f(i, own, row, b, unit, b < n.batch && unit < n.width);
         }
     };
     const auto give_all = [&](int step, int b, int unit, const float (&given)[GIVEN]) {
-        Word* to = words + step % 2 * buffer + (long long)(b / 8) * terms * TILE;
+        Word* to = words + step % 2 * buffer + (b / 8 * terms + unit / W::TERMS) * (long long)TILE + b % 8 * W::TERMS +
+                   unit % W::TERMS;
 #pragma unroll
-        for (int g = 0; g < GIVEN; g++)
-            give(to + (g * per_gate + unit / W::TERMS) * TILE + b % 8 * W::TERMS + unit % W::TERMS,
-                 W::of(given[g], (step + 1) % W::STEPS));
+        for (int g = 0; g < GIVEN; g++) give(to + g * per_gate * TILE, W::of(given[g], (step + 1) % W::STEPS));
     };
     for (int units = first_tile; units < unit_tiles; units += n.across)
         for (int rows = team; rows < row_tiles; rows += teams)
-            each_item(rows, units, [&](int, int, int, int b, int unit) {
-                float given[GIVEN];
-                cell.first(n, b, unit, given);
+            each_item(rows, units, [&](int, int, int, int b, int unit, bool exists) {
+                float given[GIVEN] = {};
+                if (exists) cell.first(n, b, unit, given);
                 give_all(0, b, unit, given);
             });
     if (n.cached) {
@@ -245,54 +252,41 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
             const uint4* own_weights = n.cached ? cache : weights + (long long)units * of_units;
             for (int rows = team; rows < row_tiles; rows += teams, turn ^= 1) {
                 typename Cell::Fetched fetched[ITEMS];
-                each_item(rows, units, [&](int i, int, int, int b, int unit) {
-                    fetched[i] = cell.fetch(n, b, step, unit);
+                each_item(rows, units, [&](int i, int, int, int b, int unit, bool exists) {
+                    if (exists) fetched[i] = cell.fetch(n, b, step, unit);
                 });
                 float acc[PRODUCTS][NT][4] = {};
-                const Word* from = words + step % 2 * buffer + (long long)rows * NT * terms * TILE + lane * PER_LANE;
                 const uint32_t expected = (step + 1) % W::STEPS;
-                for (int k0 = warp; k0 < terms; k0 += AHEAD * WARPS) {
+                const Word* from = words + step % 2 * buffer + (rows * NT * terms + warp) * (long long)TILE + lane * PER_LANE;
+                const uint4* weights_from = own_weights + warp * WARP + lane;
+                for (int left = terms - warp; left > 0; left -= AHEAD * WARPS) {
                     uint4 weight[AHEAD][PRODUCTS];
+                    Word found[AHEAD][NT][PER_LANE];
 #pragma unroll
-                    for (int a = 0; a < AHEAD; a++)
+                    for (int a = 0; a < AHEAD && a * WARPS < left; a++)
 #pragma unroll
                         for (int g = 0; g < PRODUCTS; g++)
-                            if (k0 + a * WARPS < terms)
-                                weight[a][g] = own_weights[(g * terms + k0 + a * WARPS) * WARP + lane];
-                    Word found[AHEAD][NT][PER_LANE];
-                    bool missing;
-                    do {
-                        missing = false;
+                            weight[a][g] = weights_from[g * terms * WARP + a * WARPS * WARP];
+                    for (uint32_t late = 1; late != 0;) {
 #pragma unroll
-                        for (int a = 0; a < AHEAD; a++)
+                        for (int a = 0; a < AHEAD && a * WARPS < left; a++)
 #pragma unroll
-                            for (int j = 0; j < NT; j++) {
-                                const int k = k0 + a * WARPS;
-                                // Nobody gives what is behind the last sequence or unit.
-                                const int b = rows * ROWS + 8 * j + lane / 4;
-                                const int unit = k % per_gate * W::TERMS + lane % 4 * PER_LANE;
-                                const int known = b < n.batch ? n.width - unit : 0;
-                                if (k < terms && known > 0) {
-                                    look(from + ((long long)j * terms + k) * TILE, found[a][j]);
+                            for (int j = 0; j < NT; j++) look(from + j * terms * TILE + a * WARPS * TILE, found[a][j]);
+                        late = 0;
 #pragma unroll
-                                    for (int e = 0; e < PER_LANE; e++)
-                                        missing |= e < known && W::step(found[a][j][e]) != expected;
-                                } else {
+                        for (int a = 0; a < AHEAD && a * WARPS < left; a++)
 #pragma unroll
-                                    for (int e = 0; e < PER_LANE; e++) found[a][j][e] = 0;
-                                }
-                            }
-                        if (missing) look_again();
-                    } while (missing);
+                            for (int j = 0; j < NT; j++) late |= W::late(found[a][j], expected);
+                        if (late != 0) look_again();
+                    }
                     __syncwarp();
 #pragma unroll
-                    for (int a = 0; a < AHEAD; a++) {
-                        if (k0 + a * WARPS >= terms) break;
+                    for (int a = 0; a < AHEAD && a * WARPS < left; a++)
 #pragma unroll
                         for (int g = 0; g < PRODUCTS; g++)
 #pragma unroll
                             for (int j = 0; j < NT; j++) multiply<R>(acc[g][j], weight[a][g], found[a][j]);
-                    }
+                    from += AHEAD * WARPS * TILE, weights_from += AHEAD * WARPS * WARP;
                 }
                 float* const sums = parts + turn * WARPS * PRODUCTS * UNITS * PITCH;
 #pragma unroll
@@ -305,8 +299,8 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
                             sums[((warp * PRODUCTS + g) * UNITS + own) * PITCH + row] = acc[g][j][e];
                         }
                 __syncthreads();
-                each_item(rows, units, [&](int i, int own, int row, int b, int unit) {
-                    float sum[PRODUCTS], given[GIVEN];
+                each_item(rows, units, [&](int i, int own, int row, int b, int unit, bool exists) {
+                    float sum[PRODUCTS], given[GIVEN] = {};
 #pragma unroll
                     for (int g = 0; g < PRODUCTS; g++) {
                         sum[g] = 0.f;
@@ -314,9 +308,10 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
                         for (int w = 0; w < WARPS; w++)
                             sum[g] += sums[((w * PRODUCTS + g) * UNITS + own) * PITCH + row];
                     }
-                    const auto kept = cell.give(n, step, fetched[i], sum, given);
+                    typename Cell::Kept kept;
+                    if (exists) kept = cell.give(n, step, fetched[i], sum, given);
                     if (step + 1 < rounds) give_all(step + 1, b, unit, given);
-                    cell.keep(n, b, step, unit, fetched[i], kept, given);
+                    if (exists) cell.keep(n, b, step, unit, fetched[i], kept, given);
                 });
             }
         }
@@ -329,7 +324,7 @@ __device__ __forceinline__ void walk(const Cell& cell, const uint4* weights, typ
 template <class T>
 __device__ __forceinline__ void arrange(const T* weight, uint4* out, int width, int back) {
     constexpr int TERMS = Words<T>::TERMS, HALF = TERMS / 8;  // neighbours of a register
-    const int per_gate = ceil_div(width, TERMS);
+    const int per_gate = ceil_div(width, UNITS) * UNITS / TERMS;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     const int lane = i % WARP, k = i / WARP % per_gate, gate = i / WARP / per_gate % 3, tile = i / WARP / per_gate / 3;
     if (tile >= ceil_div(width, UNITS)) return;

@@ -49,7 +49,8 @@ impl Walk {
     ) -> Result<()> {
         let (gpu, Dims { batch, steps, width }) = (&self.gpu, self.dims);
         let (terms, bytes) = self.word();
-        let (units, per_gate) = (width.div_ceil(UNITS), width.div_ceil(terms));
+        let units = width.div_ceil(UNITS);
+        let per_gate = units * UNITS / terms;
         // 16 bytes of weights a lane.
         let lanes = units * 3 * per_gate * 32;
         let weights = gpu.empty((lanes, 4), DType::F32)?;
