@@ -91,6 +91,13 @@ const EXCEPTIONS: &[Exception] = &[
     Exception {
         op: "ssd",
         tensor: "gradient of dt_bias",
+        route: Route::F32,
+        tolerance: 1e-4,
+        reason: "one number a head: of 2,200 tokens, sums that are as long as a chunk cancel",
+    },
+    Exception {
+        op: "ssd",
+        tensor: "gradient of dt_bias",
         route: Route::Tf32,
         tolerance: 5e-3,
         reason: "one number a head: of three tokens, what is rounded does not average out",

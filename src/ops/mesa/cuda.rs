@@ -8,8 +8,13 @@ use crate::ops::gla;
 use crate::ops::tape::{Forward, Run, Value};
 
 const THREADS: usize = 256;
-/// What fits into the shared memory of every GPU in use.
+/// What the registers of a block hold.
 const MOST_KEY: usize = 128;
+/// Blocks that solve side by side fill the GPU, and have more steps than it takes to begin.
+const BLOCKS: usize = 132 * 16;
+const LEAST_STEPS: usize = 8;
+/// Steps of `mesa_carry` between barriers.
+const SPAN: usize = 8;
 
 struct Plan<'a> {
     gpu: Gpu,
@@ -46,18 +51,62 @@ impl<'a> Plan<'a> {
         Ok([keys, decay])
     }
 
+    /// Segments of time that are worked on side by side, and the steps of one.
+    fn segments(&self) -> (usize, usize) {
+        let Dims { batch, steps, heads, .. } = self.dims;
+        let wanted = (BLOCKS / (batch * heads)).clamp(1, steps.div_ceil(LEAST_STEPS));
+        let length = steps.div_ceil(wanted);
+        (steps.div_ceil(length), length)
+    }
+
+    /// Launches `carry` or `solve`, which has blocks for so many heads or segments of heads.
+    fn tiles(
+        &self,
+        kernel: &str,
+        blocks: usize,
+        shared: impl Fn(usize, usize) -> usize,
+        args: &[KernelArg],
+    ) -> Result<()> {
+        let key = self.dims.key;
+        let (side, (segments, length)) = (if key <= 64 { 4 } else { 8 }, self.segments());
+        let rows = key.div_ceil(side);
+        // A thread for every tile and for every channel.
+        let threads = (rows * (rows + 3) / 2).max(rows * side).next_multiple_of(32);
+        let sizes = [self.dims.steps, self.dims.heads, key, segments, length].map(KernelArg::from);
+        let launch = Launch::new(blocks, threads as u32).shared(4 * shared(rows * side, side));
+        self.gpu.launch(
+            &kernels::MESA,
+            &self.name(&format!("{kernel}{side}"))?,
+            launch,
+            &[args, &sizes].concat(),
+        )
+    }
+
+    /// A before every segment but the first.
+    fn edges(&self) -> Result<Option<Tensor>> {
+        let (gpu, Dims { batch, heads, key, .. }, (segments, _)) = (&self.gpu, self.dims, self.segments());
+        if segments == 1 {
+            return Ok(None);
+        }
+        let edges = gpu.empty((batch * heads, segments - 1, key, key), DType::F32)?.into_tensor();
+        let mut list = [1, 3, 4].map(|i| gpu.ptr(&self.args[i])).into_iter().collect::<Result<Vec<_>>>()?;
+        list.extend([gpu.ptr_or_null(self.args.get(6))?, gpu.ptr(&edges)?]);
+        self.tiles("carry", batch * heads, |width, _| 2 * SPAN * (width + 2), &list)?;
+        Ok(Some(edges))
+    }
+
     /// Solves for `rhs`; `more` are the final state, −x, what x is multiplied with, and where the sums go.
     fn solve(&self, rhs: &Tensor, x: &Tensor, more: [KernelArg; 4]) -> Result<()> {
-        let (gpu, Dims { batch, steps, heads, key, .. }) = (&self.gpu, self.dims);
+        let (gpu, Dims { batch, heads, .. }) = (&self.gpu, self.dims);
         let [end, minus, other, shares] = more;
+        let edges = self.edges()?;
         let mut list =
             [1, 3, 4, 5].map(|i| gpu.ptr(&self.args[i])).into_iter().collect::<Result<Vec<_>>>()?;
         let start = gpu.ptr_or_null(self.args.get(6))?;
-        list.extend([gpu.ptr(rhs)?, start, end, gpu.ptr(x)?, minus, other, shares]);
-        list.extend([steps, heads, key].map(KernelArg::from));
-        let shared = 4 * (key * (key + 3) + 3 * key);
-        let launch = Launch::new(batch * heads, THREADS as u32).shared(shared);
-        gpu.launch(&kernels::MESA, &self.name("solve")?, launch, &list)
+        list.extend([gpu.ptr(rhs)?, start, gpu.ptr_or_null(edges.as_ref())?, end, gpu.ptr(x)?]);
+        list.extend([minus, other, shares]);
+        let blocks = batch * heads * self.segments().0;
+        self.tiles("solve", blocks, |width, side| width * (width + side + 7), &list)
     }
 
     /// The sizes of linear attention with values of `value` columns.
@@ -99,7 +148,8 @@ pub fn backward(
     let [dx, first, dv, decay1, d_start_values] = [next(), next(), next(), next(), next()];
 
     let (dq, minus) = (plan.like_keys(dtype)?, plan.like_keys(dtype)?);
-    let shares = gpu.empty((batch, heads, key), DType::F32)?;
+    let parts = batch * plan.segments().0;
+    let shares = gpu.empty((parts, heads, key), DType::F32)?;
     plan.solve(&dx, &dq, [NULL, gpu.ptr(&minus)?, gpu.ptr(x)?, gpu.of_value(&shares)?])?;
 
     // And so is what the systems read of A.
@@ -126,7 +176,7 @@ pub fn backward(
 
     let d_lambda = gpu.empty(heads * key, DType::F32)?;
     let list = [gpu.ptr(&args[5])?, gpu.of_value(&shares)?, gpu.of_value(&d_lambda)?];
-    let list = [&list[..], &[batch.into(), (heads * key).into()]].concat();
+    let list = [&list[..], &[parts.into(), (heads * key).into()]].concat();
     let launch = Launch::new((heads * key).div_ceil(THREADS), THREADS as u32);
     gpu.launch(&kernels::MESA, "mesa_lambda", launch, &list)?;
     let [d_beta, dg, d_lambda] = [d_beta, dg, d_lambda].map(Value::into_tensor);
