@@ -68,16 +68,6 @@ pub fn map2<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F + Sync) -> Vec<F> {
     out
 }
 
-/// [`map`] over three arrays of one length.
-pub fn map3<F: Real>(x: &[F], y: &[F], z: &[F], f: impl Fn(F, F, F) -> F + Sync) -> Vec<F> {
-    let mut out = vec![F::zero(); x.len()];
-    let xyz = x.par_chunks(ELEMENTS).zip(y.par_chunks(ELEMENTS)).zip(z.par_chunks(ELEMENTS));
-    out.par_chunks_mut(ELEMENTS).zip(xyz).for_each(|(out, ((x, y), z))| {
-        out.iter_mut().zip(x).zip(y).zip(z).for_each(|(((out, &x), &y), &z)| *out = f(x, y, z));
-    });
-    out
-}
-
 /// y ← y + x.
 #[inline(always)]
 pub fn add<F: Real>(x: &[F], y: &mut [F]) {
