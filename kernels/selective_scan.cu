@@ -10,14 +10,15 @@
 //   dA = sum_{B,T} dt q,  dd = sum g u,  ddelta = d dt sigmoid(delta + delta_bias),  da_log = A dA
 //
 // Bound by the exponentials, one a state and step and two backward (16 a clock and multiprocessor), and by the
-// instructions around them: 5 a state and step forward, 22 backward. Work for a channel and step, such as the softplus,
+// instructions around them: 5 a state and step forward, 25 backward. Work for a channel and step, such as the softplus,
 // is done once, when a tile of steps is staged in shared memory, and not by every lane that has states of the channel.
 //
 // Kernels (f32, bf16: type of u, delta, b, c, z, y and their gradients; parameters, states and sums are f32):
 //   selective_scan_forward   outputs, final state, and the states before every 64th step (checkpoints)
 //   selective_scan_enter, selective_scan_leave, selective_scan_chain
 //                            h and G at the ends of segments of time, which are then worked on side by side
-//   selective_scan_backward  all gradients; sums over channels, batch and segments as partial sums
+//   selective_scan_backward  all gradients; sums over channels, batch and segments as partial sums (selective_scan.cuh;
+//                            for 128 states and more on GPUs of compute capability 9.0 in selective_scan_sm90a.cu)
 //   selective_scan_sum_maps, selective_scan_sum_parameters   add those up in order
 #include "selective_scan.cuh"
 
