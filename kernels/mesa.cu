@@ -13,25 +13,6 @@ constexpr int BLOCK = 256;
 // Threads that have tiles: 16 rows of them and the right side.
 constexpr int SOLVERS = 160;
 
-template <int S>
-__device__ __forceinline__ void load_floats(const float* p, float (&x)[S]) {
-#pragma unroll
-    for (int i = 0; i < S; i += 4) {
-        float four[4];
-        load_vec<4>(p + i, four);
-#pragma unroll
-        for (int e = 0; e < 4; e++) x[i + e] = four[e];
-    }
-}
-template <int S>
-__device__ __forceinline__ void store_floats(float* p, const float (&x)[S]) {
-#pragma unroll
-    for (int i = 0; i < S; i += 4) {
-        const float four[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-        store_vec<4>(p + i, four);
-    }
-}
-
 // keys [B T H, K] = β k in the type of the activations, decay [B T H, K] = g, as kernels/gla.cu takes them.
 template <class T>
 __device__ __forceinline__ void prepare(const T* __restrict__ k, const float* __restrict__ beta,
@@ -56,14 +37,15 @@ struct Tile {
     }
     __device__ __forceinline__ bool exists() const { return column < rows; }
     __device__ __forceinline__ bool right_side() const { return row == rows; }
+    __device__ __forceinline__ bool of_a() const { return exists() && !right_side(); }
 };
 
 // A ← decay A + weight k kᵀ. k has zeros behind its end.
 template <int S>
 __device__ __forceinline__ void add(float (&a)[S][S], const Tile& tile, const float* k, float decay, float weight) {
     float of_row[S], of_column[S];
-    load_floats<S>(k + tile.row * S, of_row);
-    load_floats<S>(k + tile.column * S, of_column);
+    load_vec<S>(k + tile.row * S, of_row);
+    load_vec<S>(k + tile.column * S, of_column);
 #pragma unroll
     for (int r = 0; r < S; r++)
 #pragma unroll
@@ -112,7 +94,6 @@ __device__ __forceinline__ void carry(const T* __restrict__ k, const float* __re
     float* const ks = reinterpret_cast<float*>(shared);     // [2, SPAN, width]
     float* const scalars = ks + 2 * SPAN * width;           // [2, SPAN, 2]: decay, β
     const Tile tile(tid, rows);
-    const bool active = tile.exists() && !tile.right_side();
     const int b = blockIdx.x / n.heads, h = blockIdx.x % n.heads;
     const long long size = (long long)n.key * n.key;
     const int end = (n.segments - 1) * n.length;
@@ -129,7 +110,7 @@ __device__ __forceinline__ void carry(const T* __restrict__ k, const float* __re
                 own_scalars[i / width * 2] = __expf(g[token]), own_scalars[i / width * 2 + 1] = beta[token];
         }
         __syncthreads();
-        if (!active) continue;
+        if (!tile.of_a()) continue;
         for (int step = 0; step < SPAN && t0 + step < end; step++) {
             add(a, tile, own + step * width, own_scalars[step * 2], own_scalars[step * 2 + 1]);
             const int next = t0 + step + 1;
@@ -147,8 +128,8 @@ __device__ __forceinline__ void carry(const T* __restrict__ k, const float* __re
 // the right take what the panel adds to them. Of the column c_j of the factor, c_j[i] with i >= j is at [j][i] in shared
 // memory, where a column has rows S + S numbers: the right side is a further row.
 //
-// Shared memory, f32: columns [width, width + S], inverses of the diagonal, λ, x, [2] of k and right side: each of width =
-// rows S; decay and β.
+// Shared memory, f32: columns [width, width + S] with width = rows S; of width each the inverses of the diagonal, λ, x, and
+// twice k and the right side.
 template <class T, int S>
 __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __restrict__ beta,
                                       const float* __restrict__ g, const float* __restrict__ lambda,
@@ -182,7 +163,7 @@ __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __re
         }
         __syncthreads();
         float m[S][S];
-        if (tile.exists() && !tile.right_side()) add(a, tile, ks, __expf(g[token]), beta[token]);
+        if (tile.of_a()) add(a, tile, ks, __expf(g[token]), beta[token]);
 #pragma unroll
         for (int r = 0; r < S; r++)
 #pragma unroll
@@ -214,7 +195,7 @@ __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __re
                     float of_row[S];
 #pragma unroll
                     for (int r = 0; r < S; r++) of_row[r] = m[r][j];
-                    store_floats<S>(own + j * pitch + tile.row * S, of_row);
+                    store_vec<S>(own + j * pitch + tile.row * S, of_row);
 #pragma unroll
                     for (int c = j + 1; c < S; c++) {
                         const float diagonal = own[j * pitch + panel * S + c];
@@ -229,8 +210,8 @@ __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __re
                 for (int j = 0; j < S; j++) {
                     const float inverse = inverses[panel * S + j];
                     float of_row[S], of_column[S];
-                    load_floats<S>(own + j * pitch + tile.row * S, of_row);
-                    load_floats<S>(own + j * pitch + tile.column * S, of_column);
+                    load_vec<S>(own + j * pitch + tile.row * S, of_row);
+                    load_vec<S>(own + j * pitch + tile.column * S, of_column);
 #pragma unroll
                     for (int r = 0; r < S; r++)
 #pragma unroll
@@ -267,7 +248,7 @@ __device__ __forceinline__ void solve(const T* __restrict__ k, const float* __re
         }
     }
     if (other && channel) shares[((b * (long long)n.segments + segment) * n.heads + h) * n.key + tid] = share;
-    if (end && segment + 1 == n.segments && tile.exists() && !tile.right_side())
+    if (end && segment + 1 == n.segments && tile.of_a())
         store_tile(a, tile, end + head * size, n.key, true);
 }
 

@@ -26,6 +26,24 @@ namespace {
 
 // ---- a walk over time
 
+// Starts copying the first `valid` numbers of a piece to shared memory; zeros for the others.
+template <class T>
+__device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bool vector) {
+    if (valid == PIECE && vector) {
+        cp_async<PIECE * sizeof(T)>(slot, src);
+    } else {
+#pragma unroll
+        for (int i = 0; i < PIECE; i++) slot[i] = i < valid ? src[i] : from_f<T>(0.f);
+    }
+}
+
+// Row and column of piece `i` of an array with `per_row` pieces a row, a power of two.
+struct Place {
+    int row, column;
+    __device__ __forceinline__ Place(int i, int per_row)
+        : row(i >> (31 - __clz(per_row))), column((i & (per_row - 1)) * PIECE) {}
+};
+
 // FORWARD gives outputs. The others give what a segment of time adds to the state behind it (ENTER) or to the gradient
 // of the state before it (LEAVE: time runs backward), so that segments can be worked on side by side. Both also give
 // the segment's sum of dt: its decay is exp(A sum dt).

@@ -46,29 +46,11 @@ __device__ __forceinline__ bool aligned(const T* p, int row) {
     return row % PIECE == 0 && reinterpret_cast<size_t>(p) % (PIECE * sizeof(T)) == 0;
 }
 
-// Starts copying the first `valid` numbers of a piece to shared memory; zeros for the others.
-template <class T>
-__device__ __forceinline__ void stage_piece(T* slot, const T* src, int valid, bool vector) {
-    if (valid == PIECE && vector) {
-        cp_async<PIECE * sizeof(T)>(slot, src);
-    } else {
-#pragma unroll
-        for (int i = 0; i < PIECE; i++) slot[i] = i < valid ? src[i] : from_f<T>(0.f);
-    }
-}
-
 // A whole aligned piece, or zeros where there is none; no branch.
 template <class T>
 __device__ __forceinline__ void stage_whole(T* slot, const T* src, bool exists) {
     cp_async<PIECE * sizeof(T)>(slot, src, exists ? PIECE * sizeof(T) : 0);
 }
-
-// Row and column of piece `i` of an array with `per_row` pieces a row, a power of two.
-struct Place {
-    int row, column;
-    __device__ __forceinline__ Place(int i, int per_row)
-        : row(i >> (31 - __clz(per_row))), column((i & (per_row - 1)) * PIECE) {}
-};
 
 template <class T>
 __device__ __forceinline__ void store_piece(T* dst, const float (&x)[PIECE], int valid, bool vector) {

@@ -20,22 +20,21 @@ struct Walk {
     dtype: DType,
     /// Blocks side by side over the units.
     across: usize,
-    /// Tiles of SEQUENCES sequences that a block takes at a time.
+    /// Groups of so many blocks, which share out the sequences.
+    teams: usize,
+    /// Tiles of SEQUENCES sequences that a block takes at a time, and how many such rows of tiles there are.
     tiles: usize,
+    rows: usize,
 }
 
 impl Walk {
     fn new(gpu: &Gpu, dims: Dims, dtype: DType) -> Self {
         let across = dims.width.div_ceil(UNITS).min(gpu.multiprocessors());
-        let teams = gpu.multiprocessors() / across;
-        let rows = |tiles: &usize| dims.batch.div_ceil(SEQUENCES * tiles);
-        let tiles = [1, 2, 4].into_iter().find(|tiles| rows(tiles) <= teams).unwrap_or(4);
-        Self { gpu: gpu.clone(), dims, dtype, across, tiles }
-    }
-
-    /// Terms of a tensor core's product, and bytes of a word that holds a number and its step.
-    fn word(&self) -> (usize, usize) {
-        if self.dtype == DType::BF16 { (16, 4) } else { (8, 8) }
+        let most = gpu.multiprocessors() / across;
+        let rows = |tiles: usize| dims.batch.div_ceil(SEQUENCES * tiles);
+        let tiles = [1, 2, 4].into_iter().find(|&tiles| rows(tiles) <= most).unwrap_or(4);
+        let rows = rows(tiles);
+        Self { gpu: gpu.clone(), dims, dtype, across, teams: rows.min(most), tiles, rows }
     }
 
     /// Launches a pass whose steps each make `products` of `given` numbers a unit with the weights, over `rounds` steps.
@@ -48,27 +47,26 @@ impl Walk {
         args: &[KernelArg],
     ) -> Result<()> {
         let (gpu, Dims { batch, steps, width }) = (&self.gpu, self.dims);
-        let (terms, bytes) = self.word();
+        // Terms of a tensor core's product, and bytes of a word that holds a number and its step.
+        let (terms, bytes) = if self.dtype == DType::BF16 { (16, 4) } else { (8, 8) };
         let units = width.div_ceil(UNITS);
         let per_gate = units * UNITS / terms;
-        // 16 bytes of weights a lane.
-        let lanes = units * 3 * per_gate * 32;
+        // Of a tile of units and of all: 16 bytes of weights a lane.
+        let own = 3 * per_gate * 32;
+        let lanes = units * own;
         let weights = gpu.empty((lanes, 4), DType::F32)?;
         let params =
             [gpu.ptr(weight)?, gpu.of_value(&weights)?, width.into(), i32::from(products == 1).into()];
         let launch = Launch::new(lanes.div_ceil(256), 256);
         gpu.launch(&kernels::GRU, &format!("gru_arrange_{}", suffix(self.dtype)?), launch, &params)?;
 
-        let rows = batch.div_ceil(SEQUENCES * self.tiles);
-        let words =
-            gpu.zeros(2 * rows * self.tiles * given * per_gate * SEQUENCES * terms * bytes, DType::U8)?;
+        let sequences = self.rows * self.tiles * SEQUENCES;
+        let words = gpu.zeros(2 * sequences * given * per_gate * terms * bytes, DType::U8)?;
         // Partial sums of two tiles, and the weights of a block where they fit.
         let sums = 2 * WARPS * products * UNITS * (SEQUENCES * self.tiles + 1) * 4;
-        let own = 3 * per_gate * 32 * 16;
-        let cached = self.across == units && sums + own <= gpu.most_shared();
-        let teams = rows.min(gpu.multiprocessors() / self.across);
-        let launch = Launch::new(self.across * teams, (WARPS * 32) as u32).together();
-        let launch = launch.shared(sums + if cached { own } else { 0 });
+        let cached = self.across == units && sums + 16 * own <= gpu.most_shared();
+        let launch = Launch::new(self.across * self.teams, (WARPS * 32) as u32).together();
+        let launch = launch.shared(sums + if cached { 16 * own } else { 0 });
         let mut params = vec![gpu.of_value(&weights)?, gpu.of_value(&words)?];
         params.extend(args);
         params.extend([rounds, batch, steps, width, self.across, usize::from(cached)].map(KernelArg::from));
