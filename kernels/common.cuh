@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     return bits;
 }
 
-// N consecutive elements as floats; the address is aligned to N elements (at most 16 bytes).
+// N consecutive elements as floats, 16 bytes at a time; the address is aligned to all N.
 template <int N, class T>
 __device__ __forceinline__ void load_vec(const T* p, float (&x)[N]) {
     struct alignas(sizeof(T) * N) Vec { T v[N]; };
